@@ -1,0 +1,576 @@
+"""The networks: MiT and timm backbones, SegFormer and DAFormer decoders, the EMA teacher, weights in and out.
+
+    from model import Segmenter, load_backbone
+    net = Segmenter("mit_b5", "daformer", num_classes=19)
+    load_backbone(net, "mit_b5.pth")                     # NVIDIA, Hugging Face or mmseg layout, strict
+    out = net(images)                                    # images float (B,3,H,W) in [0,1]; out.logits (B,19,H/4,W/4)
+"""
+import importlib
+import math
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections import namedtuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Output = namedtuple("Output", "logits features pyramid")  # (B,K,h,w), (B,C,h,w), list of (B,C_i,h_i,w_i)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class WeightsError(ValueError):
+    """Backbone weights that do not fit; the message names the file and what differs."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read or used; the message names the file and the remedy."""
+
+
+def import_optional(name):
+    """Import timm or open_clip although a CUDA build of torchvision sits beside a CPU-only torch.
+
+    That torchvision cannot register its C++ operators and its import dies with "operator torchvision::nms does not
+    exist". Two operator schemas without an implementation let everything that we use load; where the real ones load,
+    nothing is touched. Raises ImportError where the package is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    for module in [m for m in sys.modules if m.split(".")[0] in ("torchvision", "timm", "open_clip")]:
+        del sys.modules[module]
+    torch._nanouda_torchvision = torch.library.Library("torchvision", "DEF")  # lives as long as torch does
+    for op in ("nms", "qnms"):
+        torch._nanouda_torchvision.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mix Transformer (Xie et al., SegFormer, 2021), with the published parameter names
+
+MIT = {  # name: (channels of the four stages, blocks of the four stages)
+    "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
+    "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2)),
+    "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3)),
+    "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3)),
+    "mit_b4": ((64, 128, 320, 512), (3, 8, 27, 3)),
+    "mit_b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
+}
+HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
+
+
+def to_map(tokens, size):
+    """(B,H*W,C) -> (B,C,H,W) as a channels-last view, no copy."""
+    return tokens.transpose(1, 2).unflatten(2, size)
+
+
+def to_tokens(maps):
+    """(B,C,H,W) -> (B,H*W,C), no copy where the map is channels-last."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the whole residual branch of a sample with probability `rate` and rescales the others."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        return x * keep.to(x.dtype) / (1 - self.rate)
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: strided convolution, then LayerNorm over channels (eps 1e-5, unlike the blocks')."""
+
+    def __init__(self, inputs, channels, kernel, stride):
+        super().__init__()
+        self.proj = nn.Conv2d(inputs, channels, kernel, stride, kernel // 2)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x):
+        x = self.proj(x)  # (B,3 or C,H,W) -> (B,C',H/stride,W/stride)
+        return self.norm(to_tokens(x)), x.shape[2:]
+
+
+class Attention(nn.Module):
+    """Self-attention whose keys and values live on a grid reduced `reduction` times by a strided convolution."""
+
+    def __init__(self, channels, heads, reduction):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.sr = nn.Conv2d(channels, channels, reduction, reduction) if reduction > 1 else None
+        self.norm = nn.LayerNorm(channels) if reduction > 1 else None
+
+    def forward(self, x, size):
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B,N,C) -> (B,heads,N,C/heads)
+        if self.sr is not None:
+            x = self.norm(to_tokens(self.sr(to_map(x, size))))  # (B,N,C) -> (B,N/r^2,C)
+        k, v = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # two of (B,heads,M,C/heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B,heads,N,C/heads) -> (B,N,C)
+
+
+class DepthwiseConv(nn.Module):
+    """3x3 depthwise convolution; a module of its own because the published names say `mlp.dwconv.dwconv`."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels)
+
+    def forward(self, x, size):
+        return to_tokens(self.dwconv(to_map(x, size)))
+
+
+class MixFFN(nn.Module):
+    """Linear C -> 4C, depthwise 3x3 on the grid, exact GELU, linear 4C -> C."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.dwconv = DepthwiseConv(4 * channels)
+        self.fc2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x, size):
+        return self.fc2(F.gelu(self.dwconv(self.fc1(x), size)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, channels, heads, reduction, drop):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attn = Attention(channels, heads, reduction)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = MixFFN(channels)
+        self.drop_path = DropPath(drop)
+
+    def forward(self, x, size):
+        x = x + self.drop_path(self.attn(self.norm1(x), size))
+        return x + self.drop_path(self.mlp(self.norm2(x), size))
+
+
+class MixTransformer(nn.Module):
+    """MiT encoder. `MixTransformer("mit_b0".."mit_b5")(x)`: float (B,3,H,W), H and W >= 29, normalised ->
+    four maps (B,C_i,H/s,W/s) at strides s = 4, 8, 16, 32 (sizes rounded up)."""
+
+    min_size = 32  # below, the stride-8 reduction of stage one has nothing to reduce
+
+    def __init__(self, name="mit_b0", drop_path=0.1):
+        super().__init__()
+        if name not in MIT:
+            raise ValueError(f"unknown backbone {name!r}; known: {', '.join(MIT)} and timm:NAME")
+        self.channels, depths = MIT[name]
+        self.strides = (4, 8, 16, 32)
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        for s, (channels, depth) in enumerate(zip(self.channels, depths), 1):
+            inputs, kernel, stride = (3, 7, 4) if s == 1 else (self.channels[s - 2], 3, 2)
+            blocks = [Block(channels, HEADS[s - 1], REDUCTIONS[s - 1], next(rates)) for _ in range(depth)]
+            setattr(self, f"patch_embed{s}", PatchEmbed(inputs, channels, kernel, stride))
+            setattr(self, f"block{s}", nn.ModuleList(blocks))
+            setattr(self, f"norm{s}", nn.LayerNorm(channels, eps=1e-6))
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(m):
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, std=math.sqrt(2 * m.groups / (m.kernel_size[0] ** 2 * m.out_channels)))
+            nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        x, pyramid = x.contiguous(memory_format=torch.channels_last), []
+        for s in "1234":
+            x, size = getattr(self, "patch_embed" + s)(x)
+            for block in getattr(self, "block" + s):
+                x = block(x, size)
+            x = to_map(getattr(self, "norm" + s)(x), size)  # (B,N,C) -> (B,C,H,W)
+            pyramid.append(x)
+        return pyramid
+
+
+class TimmBackbone(nn.Module):
+    """The last four feature maps of any timm model that has them; pixel statistics are the model's own.
+
+    Raises ValueError for a name that timm does not know, with the closest names.
+    """
+
+    min_size = 32
+
+    def __init__(self, name, pretrained=False):
+        super().__init__()
+        timm = import_optional("timm")
+        if not timm.is_model(name.split(".")[0]):
+            close = ", ".join(timm.list_models(name[:6] + "*")[:6])
+            raise ValueError(f"timm has no model {name!r}; close: {close or 'none'}")
+        self.name = name
+        self.net = timm.create_model(name, features_only=True, pretrained=pretrained)
+        self.first = max(0, len(self.net.feature_info) - 4)
+        self.channels = tuple(self.net.feature_info.channels()[self.first:])
+        self.strides = tuple(self.net.feature_info.reduction()[self.first:])
+        self.mean, self.std = self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"]
+
+    def forward(self, x):
+        return self.net(x.contiguous(memory_format=torch.channels_last))[self.first:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders
+
+
+def resize(x, size):
+    """Bilinear, align_corners False, (B,C,h,w) -> (B,C,*size)."""
+    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def project_and_fuse(pyramid, linears, weight):
+    """conv1x1(concat_i(upsample(linear_i(x_i)))) -> (B,E,H,W), computed below the upsampling.
+
+    A 1x1 convolution and bilinear upsampling commute exactly (both linear, and the interpolation weights of a pixel
+    sum to one, so biases pass as well): each level gets the product of its two matrices at its own resolution, and the
+    wide concatenation never exists. weight: (E, 4*C, 1, 1), its columns in the order of the pyramid.
+    """
+    size, total, bias = pyramid[0].shape[2:], 0, 0
+    for x, linear, part in zip(pyramid, linears, weight.flatten(1).chunk(len(linears), 1)):  # part: (E,C)
+        total = total + resize(F.conv2d(x, (part @ linear.weight)[:, :, None, None]), size)
+        bias = bias + part @ linear.bias
+    return total + bias.to(total.dtype)[:, None, None]
+
+
+def init_decoder(module):
+    """Kaiming-normal (fan-out) convolutions; the classifier, the only one with a bias, N(0, 0.01)."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d) and m.bias is not None:
+            nn.init.normal_(m.weight, std=0.01)
+            nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
+class SegFormerHead(nn.Module):
+    """All-MLP head (SegFormer): a linear layer per level, upsampled, concatenated, fused by a 1x1 convolution."""
+
+    def __init__(self, inputs, channels, num_classes):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(c, channels) for c in inputs)
+        self.fuse = nn.Conv2d(len(inputs) * channels, channels, 1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        init_decoder(self)
+
+    def forward(self, pyramid):
+        features = F.relu(self.bn(project_and_fuse(pyramid, self.linears, self.fuse.weight)))
+        return self.classifier(self.dropout(features)), features
+
+
+def conv_bn_relu(inputs, outputs, kernel=1, dilation=1, groups=1):
+    """Convolution without bias, BatchNorm, ReLU; keeps the size."""
+    pad = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, pad, dilation, groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class DAFormerHead(nn.Module):
+    """Context-aware fusion of DAFormer (Hoyer et al., 2022): embeddings of all levels at the finest stride, separable
+    ASPP with dilations 1, 6, 12, 18 and no image pooling, 3x3 bottleneck."""
+
+    def __init__(self, inputs, channels, num_classes):
+        super().__init__()
+        wide = len(inputs) * channels
+        self.linears = nn.ModuleList(nn.Linear(c, channels) for c in inputs)
+        self.point = conv_bn_relu(wide, channels)
+        self.dilated = nn.ModuleList(
+            nn.Sequential(conv_bn_relu(wide, wide, 3, d, wide), conv_bn_relu(wide, channels)) for d in (6, 12, 18))
+        self.bottleneck = conv_bn_relu(4 * channels, channels, 3)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        init_decoder(self)
+
+    def forward(self, pyramid):
+        size = pyramid[0].shape[2:]
+        levels = [resize(to_map(linear(to_tokens(x)), x.shape[2:]), size) for x, linear in zip(pyramid, self.linears)]
+        wide = torch.cat(levels, 1)  # four of (B,C,h,w) -> (B,4C,h,w)
+        conv, bn, relu = self.point
+        branches = [relu(bn(project_and_fuse(pyramid, self.linears, conv.weight)))] + [b(wide) for b in self.dilated]
+        features = self.bottleneck(torch.cat(branches, 1))
+        return self.classifier(self.dropout(features)), features
+
+
+DECODERS = {"segformer": SegFormerHead, "daformer": DAFormerHead}
+
+
+class Segmenter(nn.Module):
+    """A backbone and a decoder; owns the pixel statistics, so that callers pass plain RGB in [0,1].
+
+    backbone: mit_b0..mit_b5 | timm:NAME; decoder: segformer | daformer; channels: width of the decoder.
+    pretrained=True asks timm for the hub's weights (network). Raises ValueError on unknown names.
+    """
+
+    def __init__(self, backbone="mit_b0", decoder="segformer", num_classes=19, channels=256, pretrained=False):
+        super().__init__()
+        if decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
+        timm_name = backbone.removeprefix("timm:") if backbone.startswith("timm:") else None
+        self.backbone = TimmBackbone(timm_name, pretrained) if timm_name else MixTransformer(backbone)
+        self.decoder = DECODERS[decoder](self.backbone.channels, channels, num_classes)
+        self.num_classes, self.stride = num_classes, self.backbone.strides[0]
+        for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            value = torch.tensor(getattr(self.backbone, name, default))
+            self.register_buffer("pixel_" + name, value.view(1, 3, 1, 1))
+
+    def encode(self, x):
+        """Float (B,3,H,W), RGB in [0,1] -> the backbone's maps; images below its least size are padded (mean colour)."""
+        x, least = (x - self.pixel_mean) / self.pixel_std, self.backbone.min_size
+        height, width = x.shape[2:]
+        if height < least or width < least:
+            x = F.pad(x, (0, max(0, least - width), 0, max(0, least - height)))
+        return self.backbone(x)
+
+    def forward(self, x):
+        """x: float (B,3,H,W), RGB in [0,1] -> Output(logits (B,K,ceil(H/s),ceil(W/s)), features on the same grid,
+        pyramid of the backbone)."""
+        pyramid = self.encode(x)
+        h, w = (-(-side // self.stride) for side in x.shape[2:])
+        logits, features = (t[..., :h, :w] for t in self.decoder(pyramid))
+        return Output(logits, features, pyramid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher
+
+
+@torch.no_grad()
+def ema_update(teacher, student, step, alpha):
+    """teacher <- a * teacher + (1-a) * student with a = min(1 - 1/(step+1), alpha): a copy at step 0.
+
+    Parameters only, as in DAFormer: BatchNorm buffers are not averaged, the teacher keeps its own.
+    """
+    a = min(1 - 1 / (step + 1), alpha)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - a)
+
+
+def teacher_mode(teacher):
+    """Train mode without dropout and stochastic depth: BatchNorm uses the statistics of the batch (DAFormer)."""
+    teacher.train()
+    for m in teacher.modules():
+        if "drop" in type(m).__name__.lower():
+            m.eval()
+    return teacher
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in
+
+PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.|backbone\.|segformer\.)+")
+CLASSIFIERS = re.compile(r"^(?:head|classifier|decode_head|auxiliary_head)\.")
+RENAMES = [  # (published layout, ours); {0} is the stage counted from one, {1} the block. Hugging Face 4.x, 5.x, mmseg
+    (r"encoder\.patch_embeddings\.(\d)\.proj\.", "patch_embed{0}.proj."),
+    (r"encoder\.patch_embeddings\.(\d)\.layer_norm\.", "patch_embed{0}.norm."),
+    (r"encoder\.layer_norm\.(\d)\.", "norm{0}."),
+    (r"encoder\.block\.(\d)\.(\d+)\.", "block{0}.{1}."),
+    (r"stages\.(\d)\.patch_embeddings\.proj\.", "patch_embed{0}.proj."),
+    (r"stages\.(\d)\.patch_embeddings\.layer_norm\.", "patch_embed{0}.norm."),
+    (r"stages\.(\d)\.blocks\.(\d+)\.", "block{0}.{1}."),
+    (r"stages\.(\d)\.layer_norm\.", "norm{0}."),
+    (r"layers\.(\d)\.0\.projection\.", "patch_embed{0}.proj."),
+    (r"layers\.(\d)\.0\.norm\.", "patch_embed{0}.norm."),
+    (r"layers\.(\d)\.1\.(\d+)\.", "block{0}.{1}."),
+    (r"layers\.(\d)\.2\.", "norm{0}."),
+]
+BLOCK_RENAMES = [  # the part of the name inside a block
+    (r"\.layer_norm_1\.|\.layernorm_before\.", ".norm1."), (r"\.layer_norm_2\.|\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.self\.layer_norm\.|\.attention\.sequence_reduction\.layer_norm\.", ".attn.norm."),
+    (r"\.attention\.self\.sr\.|\.attention\.sequence_reduction\.sequence_reduction\.", ".attn.sr."),
+    (r"\.attention\.self\.query\.|\.attention\.q_proj\.", ".attn.q."),
+    (r"\.attention\.self\.key\.|\.attention\.k_proj\.", ".attn.k."),
+    (r"\.attention\.self\.value\.|\.attention\.v_proj\.", ".attn.v."),
+    (r"\.attention\.output\.dense\.|\.attention\.o_proj\.|\.attn\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.attn\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.mlp\.dense1\.|\.ffn\.layers\.0\.", ".mlp.fc1."), (r"\.mlp\.dense2\.|\.ffn\.layers\.4\.", ".mlp.fc2."),
+    (r"\.ffn\.layers\.1\.", ".mlp.dwconv.dwconv."),
+]
+
+
+def published_to_ours(state):
+    """Tensors by name in the NVIDIA, Hugging Face (4.x, 5.x) or mmseg layout of MiT -> by our (NVIDIA's) names."""
+    renamed = {}
+    for key, value in state.items():
+        key = PREFIXES.sub("", key)
+        for pattern, template in RENAMES:
+            match = re.match(pattern, key)
+            if match:
+                stage, *block = match.groups()
+                key = template.format(int(stage) + 1, *block) + key[match.end():]
+                break
+        for pattern, ours in BLOCK_RENAMES if key.startswith("block") else []:
+            key = re.sub(pattern, ours, key)
+        if re.search(r"\.mlp\.fc\d\.weight", key):
+            value = value.flatten(1)  # mmseg keeps these linear layers as 1x1 convolutions: (O,I,1,1) -> (O,I)
+        if ".attn.qkv." in key:  # q, k, v stacked: (3C,...) -> (C,...) and (2C,...)
+            third = len(value) // 3
+            renamed[key.replace("qkv", "q")], renamed[key.replace("qkv", "kv")] = value[:third], value[third:]
+        else:
+            renamed[key] = value
+    for key in [k for k in renamed if ".attn.k." in k and k.replace(".attn.k.", ".attn.v.") in renamed]:
+        both = renamed.pop(key), renamed.pop(key.replace(".attn.k.", ".attn.v."))
+        renamed[key.replace(".attn.k.", ".attn.kv.")] = torch.cat(both)  # two of (C,...) -> (2C,...), key first
+    return {k: v for k, v in renamed.items() if not CLASSIFIERS.match(k)}
+
+
+def read_weights(path):
+    """Tensors by name from .pth / .bin / .pt / .safetensors; nothing in the file is executed. Raises WeightsError."""
+    if not os.path.isfile(path):
+        raise WeightsError(f"{path}: no such weights file; give a file to --init, or hub, or none")
+    try:
+        if str(path).endswith(".safetensors"):
+            return import_optional("safetensors.torch").load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, header and EOF errors of many kinds: one meaning
+        reason = str(error).split("\n")[0][:120]
+        raise WeightsError(f"{path}: cannot be read as weights ({reason}); it must be a dict of tensors") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    state = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
+    if not state:
+        raise WeightsError(f"{path}: holds no tensors by name; it must be a state dict")
+    return state
+
+
+def differences(expected, found):
+    """One line on how two dicts of tensors by name differ, '' where they agree in names and shapes."""
+    def some(keys):
+        return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+    missing = [k for k in expected if k not in found]
+    extra = [k for k in found if k not in expected]
+    wrong = [f"{k} {tuple(found[k].shape)} for {tuple(v.shape)}" for k, v in expected.items()
+             if k in found and found[k].shape != v.shape]
+    parts = (("missing", missing), ("unexpected", extra), ("other shapes", wrong))
+    return "; ".join(f"{what} {some(keys)}" for what, keys in parts if keys)
+
+
+def load_backbone(module, path):
+    """Load ImageNet weights into a MixTransformer or into the backbone of a Segmenter, strictly.
+
+    path: a file in NVIDIA's, Hugging Face's or mmseg's layout (MiT), or a state dict of the timm model; `hub` fetches
+    nvidia/mit-b* (timm backbones fetch theirs when built). A timm file without any key in common is taken in order if
+    every shape agrees, which is printed. Raises WeightsError naming the file and what is missing, unexpected or
+    of another shape; only ImageNet classifiers and decoders of the file are left out.
+    """
+    backbone = getattr(module, "backbone", module)
+    if isinstance(backbone, TimmBackbone):
+        return load_timm(backbone, path)
+    if path == "hub":
+        name = next(n for n, (c, d) in MIT.items() if c == backbone.channels and d == tuple(
+            len(getattr(backbone, f"block{s}")) for s in range(1, 5)))
+        state = import_optional("timm.models").load_state_dict_from_hf("nvidia/" + name.replace("_", "-"))
+    else:
+        state = read_weights(path)
+    state, ours = published_to_ours(state), backbone.state_dict()
+    problem = differences(ours, state)
+    if problem:
+        raise WeightsError(f"{path}: not the weights of this backbone ({len(ours)} tensors): {problem}")
+    backbone.load_state_dict(state)
+
+
+def load_timm(backbone, path):
+    """load_backbone for timm: by name, or in order where no name but every shape agrees."""
+    full = import_optional("timm").create_model(backbone.name, pretrained=False).state_dict()
+    state = {PREFIXES.sub("", k): v for k, v in read_weights(path).items()}
+    if not set(state) & set(full):
+        same = len(state) == len(full) and all(a.shape == b.shape for a, b in zip(state.values(), full.values()))
+        if not same:
+            raise WeightsError(f"{path}: no name in common with {backbone.name} and {len(state)} tensors for its "
+                               f"{len(full)}, or other shapes in that order; give the weights of this very model")
+        print(f"{path}: no name in common with timm's {backbone.name}, but all {len(full)} shapes agree in order: "
+              f"loaded in order", file=sys.stderr)
+        state = dict(zip(full, state.values()))
+    ours = backbone.net.state_dict()
+    used = {k: state.get(k, state.get(k.replace("_", ".", 1))) for k in ours}  # timm flattens stages.0 to stages_0
+    problem = differences(ours, {k: v for k, v in used.items() if v is not None})
+    if problem:
+        raise WeightsError(f"{path}: not the weights of {backbone.name}: {problem}")
+    backbone.net.load_state_dict(used)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: dicts of tensors and plain Python values
+
+CHECKPOINT_KEYS = ("flags", "classes", "student", "teacher", "optimizer", "step", "versions")
+
+
+def save_checkpoint(path, state):
+    """Write `state` (tensors, str, int, float, bool, None, list, dict only) so that `path` is never half a file:
+    temporary file, fsync, rename. Raises CheckpointError; the old file then stays and no temporary one is left."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk surfaces as RuntimeError "unexpected pos"
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 2**20
+        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0][:100]}); {free:.0f} MB are free "
+                              f"there; the previous checkpoint is intact") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_checkpoint(path, map_location="cpu"):
+    """Read and check one of our checkpoints -> dict with flags, classes, student, teacher, optimizer, step, versions.
+
+    Every byte is checked against the archive's CRC (torch.load alone does not notice a flipped one) and nothing in the
+    file is executed. Raises CheckpointError naming the file.
+    """
+    remedy = "use another checkpoint of the run (last.pt, best.pt) or train again"
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        state = None if broken else torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # zip, pickle, EOF and decoding errors of many kinds: one meaning
+        reason = (str(error) or "empty").splitlines()[0][:100]
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason}); {remedy}") from None
+    if broken:
+        raise CheckpointError(f"{path}: damaged ({broken} fails its checksum); {remedy}")
+    missing = [k for k in CHECKPOINT_KEYS if not isinstance(state, dict) or k not in state]
+    if missing:
+        raise CheckpointError(f"{path}: not one of our checkpoints (no {', '.join(missing)}); backbones go to --init")
+    return state
+
+
+def load_weights(module, state, path):
+    """Strict load_state_dict that forgives the prefixes of DDP and torch.compile; raises CheckpointError."""
+    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
+    problem = differences(module.state_dict(), state)
+    if problem:
+        raise CheckpointError(f"{path}: other network than its flags or the command line describe: {problem}")
+    module.load_state_dict(state)
+
+
+def build_segmenter(checkpoint, weights="student", path="checkpoint"):
+    """The network that a checkpoint describes, with its student's or teacher's weights, in eval mode."""
+    if checkpoint.get(weights) is None:
+        raise CheckpointError(f"{path}: holds no {weights} (recipe {checkpoint['flags'].get('recipe')})")
+    flags = checkpoint["flags"]
+    net = Segmenter(flags["backbone"], flags["decoder"], len(checkpoint["classes"]), flags["channels"])
+    load_weights(net, checkpoint[weights], path)
+    return net.eval()

@@ -1,0 +1,473 @@
+"""Train on labelled source images, adapt to unlabelled target images.
+
+    python train.py                                            one process: a laptop, one GPU
+    torchrun train.py                                          the same
+    torchrun --nproc-per-node 4 train.py --batch 1             four GPUs of one machine, joint batch 4
+    torchrun --nnodes 2 --node-rank R --master-addr A --nproc-per-node 8 train.py     two machines, R 0 or 1, A the first
+
+Without flags: rendered streets -> the same streets in another style, recipe mic, a few minutes on two CPU cores.
+A run writes OUT/last.pt, OUT/best.pt, OUT/log.jsonl, OUT/panels/*.png and starts again from OUT/last.pt by itself.
+"""
+import argparse
+import contextlib
+import copy
+import datetime
+import hashlib
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import model
+from kernels import upsample_pseudo_label
+from losses import cross_entropy, feature_distance, mean_over_ranks
+
+# A recipe is a set of flag values; any flag on the command line overrides it.
+RECIPES = {
+    "source": dict(mix=0.0, mask=0.0, fd=0.0, rcs=0.0),  # the labelled source only: what adaptation starts from
+    "oracle": dict(source="target", mix=0.0, mask=0.0, fd=0.0, rcs=0.0),  # the target's training labels: the ceiling
+    "dacs": dict(mix=1.0, mask=0.0, fd=0.0, rcs=0.0),  # DACS, Tranheden et al., WACV 2021: self-training on ClassMix
+    "daformer": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01),  # DAFormer, Hoyer et al., CVPR 2022
+    "mic": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01),    # MIC, Hoyer et al., CVPR 2023
+}
+THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+          "SignSymbol", "Pedestrian", "Car", "Bicyclist"}  # the feature distance holds on to these (DAFormer)
+FREE_ON_RESUME = {"stop_at", "out", "eval_every"}
+
+
+def size(text):
+    """'512x256' -> (512, 256), width first."""
+    width, height = (int(side) for side in text.lower().split("x"))
+    return width, height
+
+
+def build_parser():
+    """One line per flag; the help gives unit, sentinel and reason."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = p.add_argument
+    # data
+    a("--recipe", default="mic", choices=RECIPES, help="a named set of flag values; every flag given here overrides it")
+    a("--source", default="streets", help="labelled data, SPEC as in data.py; 'target' trains on the target's labels")
+    a("--target", default="streets:shifted", help="unlabelled data, SPEC or none; its training labels are never read")
+    a("--val", help="labelled validation data, SPEC (default: the target's val split)")
+    a("--classes", default="cityscapes19", help="cityscapes19, cityscapes16, camvid11 or a file with one name a line")
+    a("--size", type=size, help="WxH to which every image is resized (default: each data set's published size)")
+    a("--crop", type=int, default=128, help="side of the square training crop, pixels (published: 512)")
+    a("--batch", type=int, default=4, help="images per process and domain (published: 2)")
+    a("--cache", help="directory of the decoded uint8 images (default ~/.cache/nanouda, and there only sets < 2 GiB)")
+    a("--workers", type=int, default=0, help="loader processes per domain; 0 is right where the data are cached")
+    # network
+    a("--backbone", default="mit_b0", help="mit_b0..mit_b5 or timm:NAME")
+    a("--decoder", default="segformer", choices=model.DECODERS, help="daformer is the published one, slow on a CPU")
+    a("--channels", type=int, default=256, help="width of the decoder")
+    a("--init", default="none", help="pretrained weights: a file, hub (network), none, or a .pt of ours to go on from")
+    # method
+    a("--mix", type=float, default=1.0, help="weight of self-training on ClassMix images, 0 = off")
+    a("--mask", type=float, default=1.0, help="weight of the consistency of masked target images (MIC), 0 = off")
+    a("--mask-block", type=int,
+      help="side of a masked block, pixels (default 32 from crops of 512 on, as published; else 16)")
+    a("--mask-ratio", type=float, default=0.7, help="share of masked blocks")
+    a("--fd", type=float, default=0.005, help="weight of the distance to ImageNet features on things, 0 = off")
+    a("--rcs", type=float, default=0.01, help="temperature of rare-class sampling, 0 = sample the source uniformly")
+    a("--threshold", type=float, default=0.968, help="confidence counted in the pseudo-label weight q")
+    a("--border", type=int, nargs=2, default=(0, 0), metavar=("TOP", "BOTTOM"),
+      help="rows of a target crop without pseudo-labels: 15 120 for GTA5/SYNTHIA -> Cityscapes, the hood of the car")
+    a("--alpha", type=float,
+      help="EMA decay of the teacher (default 0.999 from 10,000 steps on, as published; else 0.99)")
+    a("--augment-source", action=argparse.BooleanOptionalAction, default=True,
+      help="colour jitter and blur on source images; the published recipes leave them clean: --no-augment-source")
+    # optimisation
+    a("--steps", type=int, default=1500, help="length of the schedule (published: 40,000)")
+    a("--stop-at", type=int, help="stop, and save, after this step of the schedule (default: --steps)")
+    a("--warmup", type=int, help="steps of linear warm-up (default min(1500, steps / 20))")
+    a("--lr", type=float, help="peak learning rate of the backbone (default 6e-5 with --init, as published, else 6e-4)")
+    a("--head-lr", type=float, help="decoder's learning rate over the backbone's (default 10 with --init, else 1)")
+    a("--accum", type=int, default=1, help="batches per optimiser step, where memory is short")
+    a("--seed", type=int, default=0, help="every random draw is a function of it, the step and the sample")
+    a("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 on GPUs that have it, else fp32")
+    # run
+    a("--out", default="out", help="directory of checkpoints, log and panels")
+    a("--eval-every", type=int, default=0, help="validate every N steps, 0 = only at the end")
+    a("--save-every", type=int, default=500, help="write OUT/last.pt every N steps")
+    a("--log-every", type=int, default=50, help="a line in OUT/log.jsonl every N steps")
+    a("--panel-every", type=int, default=500, help="a picture of what is trained on every N steps")
+    return p
+
+
+def parse_flags(argv=None):
+    """Command line -> flags: defaults, then the recipe's values, then what was typed; derived defaults filled in."""
+    parser = build_parser()
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**RECIPES[known.recipe])
+    f = parser.parse_args(argv)
+    f.stop_at = f.stop_at or f.steps
+    f.warmup = min(1500, f.steps // 20) if f.warmup is None else f.warmup
+    f.alpha = (0.999 if f.steps >= 10_000 else 0.99) if f.alpha is None else f.alpha
+    f.lr = (6e-4 if f.init == "none" else 6e-5) if f.lr is None else f.lr
+    f.head_lr = (1.0 if f.init == "none" else 10.0) if f.head_lr is None else f.head_lr
+    f.mask_block = (32 if f.crop >= 512 else 16) if f.mask_block is None else f.mask_block
+    f.val = f.val or f.target
+    f.border = list(f.border)
+    if f.source == "target":
+        f.source = f.target
+    if f.target == "none" and (f.mix or f.mask):
+        parser.error("--target none leaves nothing to adapt to: use --recipe source, or give a target")
+    if f.source == "none":
+        parser.error("--source none: these recipes need labelled images")
+    for name in ("crop", "batch", "steps", "accum", "save_every", "log_every", "panel_every"):
+        if getattr(f, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(f, name)}")
+    return f
+
+
+def learning_rate(step, peak, steps, warmup):
+    """Linear decay to zero, times a linear warm-up of the decayed value from 1e-6 (DAFormer: poly with power 1)."""
+    ramp = 1 - (1 - step / warmup) * (1 - 1e-6) if step < warmup else 1.0
+    return peak * (1 - step / steps) * ramp
+
+
+def parameter_groups(net, lr, head_lr, decay=0.01):
+    """AdamW groups of the family: no decay on the backbone's normalisation, `head_lr` times the rate on the decoder."""
+    norms = {id(p) for m in net.backbone.modules() if "norm" in type(m).__name__.lower()
+             for p in m.parameters(recurse=False)}
+    backbone = list(net.backbone.parameters())
+    return [dict(params=[p for p in backbone if id(p) not in norms], peak=lr, weight_decay=decay),
+            dict(params=[p for p in backbone if id(p) in norms], peak=lr, weight_decay=0.0),
+            dict(params=list(net.decoder.parameters()), peak=lr * head_lr, weight_decay=decay)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: the terms of one step
+
+
+def step_terms(f, student, teacher, imagenet, source, target, things, generator, shard):
+    """The loss terms of one batch, in the order of the design's figure.
+
+    f: flags; student: Segmenter, perhaps wrapped by DDP; teacher, imagenet: frozen Segmenters (imagenet or None);
+    source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: image float (B,3,S,S) or None;
+    things: class indices of the feature distance; generator: CPU generator of this step; shard: (rank, world).
+    Returns (terms: name -> 0-d tensor, views: name -> image or label tensor for the panel).
+    """
+    image, label = source
+    num_classes = teacher.num_classes
+    terms, views = {}, {}
+
+    view = data.strong_augment(image, generator) if f.augment_source else image
+    out = student(view)
+    terms["source"] = cross_entropy(out.logits, label)
+    views.update(source=view, label=label)
+
+    if imagenet is not None:
+        with torch.no_grad():
+            reference = imagenet.encode(view)[-1]
+        terms["fd"] = f.fd * feature_distance(out.pyramid[-1], reference, label, num_classes, things)
+
+    if f.mix or f.mask:  # pseudo-labels of the clean target; one weight q for the whole batch, over all processes
+        with torch.no_grad():
+            logits = teacher(target).logits
+            pseudo, confidence, fraction = upsample_pseudo_label(logits, target.shape[2:], f.threshold)
+            weight = mean_over_ranks(fraction).expand(pseudo.shape).clone()  # () -> (B,S,S)
+            weight[:, :f.border[0]] = 0
+            weight[:, weight.shape[1] - f.border[1]:] = 0
+        views.update(target=target, pseudo=pseudo)
+
+    if f.mix:  # paste half of the batch's source classes onto the target (ClassMix)
+        present = mean_over_ranks(data.present_classes(label, num_classes).float()) > 0  # (K,), over all processes
+        mixed, mixed_label, mixed_weight, _ = data.class_mix(
+            image, label, target, pseudo, weight, present, generator, shard)
+        mixed = data.strong_augment(mixed, generator)
+        terms["mix"] = f.mix * cross_entropy(student(mixed).logits, mixed_label, mixed_weight)
+        views.update(mixed=mixed, mixed_label=mixed_label)
+
+    if f.mask:  # predict what blanked blocks hide from what surrounds them (MIC)
+        keep = data.block_mask(len(target), target.shape[2:], f.mask_block, f.mask_ratio, generator, shard).to(target)
+        masked = data.strong_augment(target, generator) * keep + teacher.pixel_mean * (1 - keep)
+        terms["mask"] = f.mask * cross_entropy(student(masked).logits, pseudo, weight)
+        views.update(masked=masked)
+    return terms, views
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def print0(*words):
+    """Print on the first process only, around the progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(" ".join(str(w) for w in words))
+
+
+def setup():
+    """Device and processes; torchrun's environment decides. Returns (device, rank, world)."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:  # one process needs no group, and its gradients no averaging
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+    return device, rank, world
+
+
+def open_training_set(f, spec, classes):
+    """A training split with its cache filled, by the first process where there are several."""
+    dataset = data.open_dataset(spec, "train", classes, f.size, f.cache)
+    if int(os.environ.get("RANK", 0)) == 0:
+        dataset.prepare()
+    if dist.is_initialized():
+        dist.barrier()
+    return dataset
+
+
+def open_data(f):
+    """Class names, labelled source, unlabelled target (None where no term uses it), validation set (or None)."""
+    classes = data.class_names(f.classes)
+    source_set = open_training_set(f, f.source, classes)
+    if not source_set.labeled:
+        raise data.DataError(f"--source {f.source}: has no labels, and a source needs them")
+    target_set = open_training_set(f, f.target, classes) if f.mix or f.mask else None
+    val_set = None if f.val == "none" else data.open_dataset(f.val, "val", classes, f.size, f.cache)
+    if val_set and not val_set.labeled:
+        raise data.DataError(f"--val {f.val}: has no labels; give --val a labelled set, or none")
+    return classes, source_set, target_set, val_set
+
+
+def batches(dataset, f, rare, start, shard, device):
+    """Batches from step `start` on; sample k of a run is the same whatever the number of processes.
+
+    Yields (image float (B,3,S,S) in [0,1], label uint8 (B,S,S), file names), image and label on the device.
+    """
+    rank, world = shard
+    crops = data.Crops(dataset, f.crop, f.seed, rare)
+    rounds = range(start * f.accum, f.steps * f.accum)
+    order = [[(k * world + rank) * f.batch + b for b in range(f.batch)] for k in rounds]
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=order, num_workers=f.workers,
+                                         pin_memory=device.type == "cuda", persistent_workers=f.workers > 0)
+    for batch in loader:
+        image = batch["image"].to(device, non_blocking=True).float() / 255
+        yield image, batch["label"].to(device, non_blocking=True), [dataset.names[i] for i in batch["index"].tolist()]
+
+
+def open_networks(f, num_classes, device):
+    """Student, EMA teacher and, for the feature distance, a frozen ImageNet copy (or None)."""
+    torch.manual_seed(f.seed)
+    timm_hub = f.init == "hub" and f.backbone.startswith("timm:")
+    student = model.Segmenter(f.backbone, f.decoder, num_classes, f.channels, pretrained=timm_hub)
+    if f.init.endswith(".pt"):
+        model.load_weights(student, model.load_checkpoint(f.init)["student"], f.init)
+    elif f.init != "none" and not timm_hub:
+        model.load_backbone(student, f.init)
+    student.to(device).train()
+    teacher = model.teacher_mode(copy.deepcopy(student).requires_grad_(False))
+    imagenet = None
+    if f.fd and (f.init == "none" or f.init.endswith(".pt")):
+        print0("feature distance: off, --init gives no ImageNet weights to stay near to")
+    elif f.fd:
+        imagenet = copy.deepcopy(student).requires_grad_(False).eval()
+    return student, teacher, imagenet
+
+
+def versions(device):
+    """What a number depends on beside the flags: versions, hardware, a hash of the six scripts."""
+    here = Path(__file__).resolve().parent
+    names = ("model.py", "train.py", "data.py", "losses.py", "kernels.py", "eval.py")
+    sources = b"".join((here / name).read_bytes() for name in names)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": f"{device.type}: {name}",
+            "threads": torch.get_num_threads(), "source_sha256": hashlib.sha256(sources).hexdigest()[:16]}
+
+
+def check_resume(flags, saved, path):
+    """Refuse to go on from a checkpoint of other flags, naming each flag that differs."""
+    changed = [k for k in flags if k not in FREE_ON_RESUME and flags[k] != saved.get(k)]
+    if changed:
+        what = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}, is {flags[k]}" for k in changed)
+        raise model.CheckpointError(f"{path} was trained with other flags: {what}; repeat them, or give another --out")
+
+
+class Log:
+    """OUT/log.jsonl: one JSON object a line; means of the loss terms and images/s since the last line."""
+
+    def __init__(self, path, images_per_step, enabled):
+        self.file = open(path, "a", buffering=1) if enabled else None
+        self.images = images_per_step
+        self.reset()
+
+    def reset(self):
+        self.sums, self.steps, self.clock = {}, 0, time.perf_counter()
+
+    def write(self, event, **values):
+        if self.file:
+            self.file.write(json.dumps({"event": event, **values}) + "\n")
+
+    def add(self, terms):
+        self.steps += 1
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def report(self, bar, done, f, **values):
+        """A line in the log, and on the bar or, where stderr is no terminal, on stdout."""
+        means = {name: round(mean_over_ranks(value).item() / self.steps, 4) for name, value in self.sums.items()}
+        pace = self.steps / (time.perf_counter() - self.clock)
+        speed = round(pace * self.images, 2)
+        self.write("step", step=done, images_per_s=speed, **values, **means)
+        bar.set_postfix({**means, "images/s": speed})
+        if bar.disable:
+            print0(f"step {done}/{f.steps}", *(f"{name} {value}" for name, value in means.items()),
+                   f"{speed} images/s, {(f.stop_at - done) / pace:.0f} s left")
+        self.reset()
+
+
+def average_buffers(*networks):
+    """Average the BatchNorm statistics over the processes, so that each of them evaluates the same network."""
+    for buffer in (b for net in networks for b in net.buffers() if b.is_floating_point()):
+        buffer.copy_(mean_over_ranks(buffer))
+
+
+def finish(f, student, teacher, val_set, classes, dtype, log, out):
+    """The three read-outs of a finished run: student, EMA teacher, student with AdaBN on the target."""
+    average_buffers(student, teacher)
+    if not (f.mix or f.mask):  # the teacher has seen no batch, its BatchNorm statistics are those of the start
+        for mine, theirs in zip(teacher.buffers(), student.buffers()):
+            mine.copy_(theirs)
+    results = {"student": evaluation.evaluate(student, val_set, dtype=dtype),
+               "teacher": evaluation.evaluate(teacher, val_set, dtype=dtype), "adabn": None}
+    if f.target != "none" and any(isinstance(m, torch.nn.BatchNorm2d) for m in student.modules()):
+        adapted = evaluation.adapt_batchnorm(student, open_training_set(f, f.target, classes))
+        results["adabn"] = evaluation.evaluate(adapted, val_set, dtype=dtype)
+    log.write("result", step=f.steps, **results)
+    print0(evaluation.format_scores(results["student"]))
+    print0(*(f"{name} mIoU {result['miou']:.2f}  " for name, result in results.items() if result), f"on {f.val}, val")
+    print0(f"checkpoint {out / 'last.pt'}, panels {out / 'panels'}, log {out / 'log.jsonl'}")
+
+
+def accumulate(f, step, wrapped, teacher, imagenet, sources, targets, things, shard, dtype):
+    """The gradient of one step, from f.accum batches. Returns (terms, views, file names) for log, panel and errors."""
+    generator, files = torch.Generator(), []
+    for part in range(f.accum):
+        seed = int.from_bytes(hashlib.sha256(f"{f.seed} {step} {part}".encode()).digest()[:7], "big")
+        generator.manual_seed(seed)  # draws for the joint batch: the same on every process
+        torch.manual_seed(seed + shard[0])  # dropout and stochastic depth
+        *source, names = next(sources)
+        target, _, more = next(targets) if targets else (None, None, [])
+        files += names + more
+        local = part + 1 < f.accum and shard[1] > 1  # the processes average their gradients once
+        with wrapped.no_sync() if local else contextlib.nullcontext():
+            with torch.autocast(source[0].device.type, dtype, enabled=dtype is not None):
+                terms, views = step_terms(f, wrapped, teacher, imagenet, source, target, things, generator, shard)
+            (sum(terms.values()) / f.accum).backward()
+    return terms, views, files
+
+
+def catch_signals():
+    """SIGTERM and SIGINT are collected in the returned list; a second one does not wait for the step to end."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
+    return caught
+
+
+def main():
+    """Flags, set-up, the loop."""
+    f = parse_flags()
+    device, rank, world = setup()
+    out, last = Path(f.out), Path(f.out) / "last.pt"
+    flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(f).items()} | {"world": world}
+    checkpoint = model.load_checkpoint(last) if last.exists() else None
+    if checkpoint:
+        check_resume(flags, checkpoint["flags"], last)
+        if checkpoint["step"] >= f.stop_at:
+            return print0(f"{last} is at step {checkpoint['step']} of {f.steps}, nothing is left to do; "
+                          f"its scores: python eval.py {last}")
+
+    classes, source_set, target_set, val_set = open_data(f)
+    rare = data.RareClassSampler(source_set.class_counts(), f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
+    things = [i for i, name in enumerate(classes) if name in THINGS]
+    student, teacher, imagenet = open_networks(f, len(classes), device)
+    optimizer = torch.optim.AdamW(parameter_groups(student, f.lr, f.head_lr), fused=device.type in ("cuda", "cpu"))
+    bf16 = f.dtype == "bf16" or f.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype, start, best = torch.bfloat16 if bf16 else None, 0, -1.0
+    if checkpoint:
+        model.load_weights(student, checkpoint["student"], last)
+        model.load_weights(teacher, checkpoint["teacher"], last)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, best = checkpoint["step"], checkpoint["best"]
+    # every term goes into one backward, so no parameter is unused; buffers are averaged where they are needed
+    wrapped = DistributedDataParallel(student, broadcast_buffers=False) if world > 1 else student
+
+    if rank == 0:
+        (out / "panels").mkdir(parents=True, exist_ok=True)
+    images = (1 + (target_set is not None)) * f.batch * f.accum * world
+    about, log, signals = versions(device), Log(out / "log.jsonl", images, rank == 0), catch_signals()
+    log.write("resume" if checkpoint else "start", step=start, flags=flags, classes=list(classes), versions=about)
+    print0(f"{f.recipe}: {f.source} ({len(source_set)} images) -> {f.target}, {len(classes)} classes; {f.backbone} + "
+           f"{f.decoder}-{f.channels}; {world} x {f.batch} crops of {f.crop}, {'bf16' if bf16 else 'fp32'}; "
+           f"{about['device']}, torch {about['torch']}")
+
+    def save(name, step):
+        if rank == 0:
+            model.save_checkpoint(out / name, {
+                "flags": flags, "classes": list(classes), "student": student.state_dict(), "step": step, "best": best,
+                "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about})
+
+    sources = batches(source_set, f, rare, start, (rank, world), device)
+    targets = batches(target_set, f, None, start, (rank, world), device) if target_set else None
+    steps = tqdm(range(start, f.stop_at), f.recipe, f.stop_at, initial=start, disable=True if rank else None)
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, group["peak"], f.steps, f.warmup)
+        model.ema_update(teacher, student, step, f.alpha)
+        terms, views, files = accumulate(
+            f, step, wrapped, teacher, imagenet, sources, targets, things, (rank, world), dtype)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), float("inf"))  # measured, not clipped
+        if not torch.isfinite(norm):
+            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            log.write("non-finite", step=step, parts=parts, files=files)
+            raise FloatingPointError(f"step {step}: the gradient is not finite ({parts}); files: {', '.join(files)}; "
+                                     f"stopped before the optimiser step, {last} is from before")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.add(terms)
+
+        done, finished = step + 1, step + 1 == f.stop_at
+        if done % f.log_every == 0 or finished:
+            log.report(steps, done, f, lr=group["lr"], grad_norm=round(norm.item(), 4))
+        if rank == 0 and (done % f.panel_every == 0 or finished):
+            evaluation.training_panel(student, views, classes).save(out / "panels" / f"{done:06d}.png")
+        if val_set and f.eval_every and done % f.eval_every == 0:
+            average_buffers(student)
+            result = evaluation.evaluate(student, val_set, dtype=dtype)
+            log.write("eval", step=done, student=result)
+            print0(f"step {done}: student mIoU {result['miou']:.2f}")
+            if result["miou"] > best:
+                best = result["miou"]
+                save("best.pt", done)
+        if val_set and done == f.steps:
+            finish(f, student, teacher, val_set, classes, dtype, log, out)
+        leave = mean_over_ranks(torch.tensor(float(bool(signals)), device=device)) > 0
+        if leave or finished or done % f.save_every == 0:
+            save("last.pt", done)
+        if leave:
+            print0(f"stopped by a signal, {last} saved at step {done}; the same command goes on from there")
+            sys.exit(130 if signal.SIGINT in signals else 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (data.DataError, model.WeightsError, model.CheckpointError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
