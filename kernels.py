@@ -1,10 +1,10 @@
-"""Fused operators. Each is one public function with a Triton path and a chunked pure-torch path of the same signature and meaning.
+"""Fused operators, each one public function with a Triton path and a chunked torch path of the same meaning.
 
     python kernels.py        checks both paths against float64 torch and times ours against plain torch
 
-backend="auto" takes Triton for CUDA tensors where the triton package imports, and torch elsewhere. Triton's interpreter
+backend="auto" takes Triton for CUDA tensors where the triton package imports, torch otherwise. Triton's interpreter
 (TRITON_INTERPRET=1, set before this file is imported) runs the same kernels on CPU tensors: slow, for tests.
-Words: a *cell* is a position of the low-resolution logits (h, w), a *pixel* one of the full-resolution labels (H, W).
+A *cell* is a position of the low-resolution logits (h, w), a *pixel* one of the full-resolution labels (H, W).
 """
 import os
 import sys
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")              # triton reads it when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")              # read when a kernel is defined
 try:
     import triton
     import triton.language as tl
-except ImportError:                                             # no wheel for this platform: the torch path does everything
+except ImportError:                                             # no wheel for this platform: the torch path does it all
     triton = None
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,213 +32,201 @@ def _use_triton(tensor, backend):
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is '{backend}', it must be 'auto', 'triton' or 'torch'")
     if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' needs the triton package (pip install triton); backend='torch' gives the same result")
+        raise RuntimeError("backend='triton' needs the triton package (pip install triton); 'torch' computes the same")
     if backend == "triton" and not (tensor.is_cuda or INTERPRET):
-        raise RuntimeError("backend='triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before kernels.py is imported")
+        raise RuntimeError("backend='triton' needs CUDA tensors, or TRITON_INTERPRET=1 before kernels.py is imported")
     return backend == "triton" or (backend == "auto" and tensor.is_cuda and triton is not None)
 
 
 # ---- bilinear interpolation along one axis, align_corners=False: the tables both paths share ----
 
 class Axis(NamedTuple):
-    matrix: torch.Tensor        # (full, low) float32: pixel = matrix @ cells; each row holds the weights of two neighbours
-    first: torch.Tensor         # (full,) int32: the lower of the two cells; the other is the next one, or the same at the end
-    fraction: torch.Tensor      # (full,) float32 in [0,1): weight of the other cell
+    first: torch.Tensor         # (full,) int32: lower cell of a pixel; the upper is the next, or the same at the end
+    fraction: torch.Tensor      # (full,) float32 in [0, 1): weight of the upper cell
+    matrix: torch.Tensor        # (full, low) float32, both weights of every pixel: pixels = matrix @ cells
     start: torch.Tensor         # (low,) int32: first pixel that a cell takes part in
     window: int                 # the largest number of pixels that one cell takes part in
-    reach: list                 # per pixel the range (lowest cell, highest cell + 1) as Python numbers, to cut rows into chunks
+    reach: list                 # per pixel (lower cell, upper cell + 1), Python numbers
 
 
 @lru_cache(maxsize=32)
 def _axis(low, full, device):
-    position = ((torch.arange(full, dtype=torch.float64) + 0.5) * (low / full) - 0.5).clamp_(min=0)    # as F.interpolate
+    position = ((torch.arange(full, dtype=torch.float64) + 0.5) * (low / full) - 0.5).clamp_(min=0)
     first = position.long()
     second = (first + 1).clamp_(max=low - 1)
     fraction = position - first
-    matrix = torch.zeros(full, low, dtype=torch.float64)
-    matrix.scatter_add_(1, first[:, None], 1 - fraction[:, None]).scatter_add_(1, second[:, None], fraction[:, None])
-    touched = matrix > 0                                        # one unbroken run of pixels per cell, empty where down-sampling skips it
-    return Axis(matrix.float().to(device), first.int().to(device), fraction.float().to(device),
+    matrix = torch.zeros(full, low, dtype=torch.float64).scatter_add_(1, first[:, None], 1 - fraction[:, None])
+    matrix = matrix.scatter_add_(1, second[:, None], fraction[:, None])
+    touched = matrix > 0                                        # one run of pixels per cell, empty if it is skipped
+    return Axis(first.int().to(device), fraction.float().to(device), matrix.float().to(device),
                 touched.int().argmax(0).int().to(device), int(touched.sum(0).max()),
                 list(zip(first.tolist(), (second + 1).tolist())))
 
 
-# ---- torch path: interpolation as two small matrix products, a chunk of rows at a time ----
+# ---- torch path: interpolation as two small matrix products, one chunk of rows at a time ----
 
 def _upsampled_chunks(logits, size):
-    """Yields (images, rows, cells, row matrix, column matrix, upsampled float32 (b,K,r,W)); images, rows and cells are slices."""
+    """Yields slices (images, rows, cells), row matrix (r,c), column matrix (W,w), upsampled float32 (b,K,r,W)."""
     (B, K, h, w), (H, W) = logits.shape, size
     row, column = _axis(h, H, logits.device), _axis(w, W, logits.device)
-    budget = 2**19 if logits.device.type == "cpu" else 2**23    # elements of one chunk: about the cache of one core
-    r = min(H, max(8, budget // (K * W)))                       # 8: thinner chunks repeat too many shared rows of cells
-    r = -(-H // -(-H // r))                                     # the same number of chunks, all about equally high
+    budget = 2**20 if logits.device.type == "cpu" else 2**23    # elements of a chunk: fits a cache, feeds two threads
+    r = min(H, max(8, budget // (K * W)))                       # thinner chunks repeat too many shared rows of cells
+    r = -(-H // -(-H // r))                                     # all chunks about equally high
     b = max(1, budget // (K * W * r))
     for i in range(0, B, b):
         for y in range(0, H, r):
             end = min(y + r, H)
             cells = slice(row.reach[y][0], row.reach[end - 1][1])
-            rows = row.matrix[y:end, cells]
-            wide = logits[i:i + b, :, cells].float() @ column.matrix.t()                # (b,K,c,w) @ (w,W) -> (b,K,c,W)
-            yield slice(i, i + b), slice(y, end), cells, rows, column.matrix, rows @ wide     # (r,c) @ (b,K,c,W) -> (b,K,r,W)
+            wide = logits[i:i + b, :, cells].float() @ column.matrix.t()                # (b,K,c,w) -> (b,K,c,W)
+            up = row.matrix[y:end, cells] @ wide                                        # (b,K,c,W) -> (b,K,r,W)
+            yield slice(i, i + b), slice(y, end), cells, row.matrix[y:end, cells], column.matrix, up
 
 
 def _torch_cross_entropy(logits, labels, weight, ignore_index, with_gradient):
-    """-> weight * CE (B,H,W), and the gradient of its sum with respect to logits, float32 (B,K,h,w) or None."""
+    """-> weight * CE (B,H,W), and the gradient of its sum with respect to logits, float32 (B,K,h,w), or None."""
     value = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     gradient = torch.zeros_like(logits, dtype=torch.float32) if with_gradient else None
-    with torch.autocast(logits.device.type, enabled=False):     # the matrix products are interpolation: never in bf16
+    with torch.autocast(logits.device.type, enabled=False):     # these products interpolate: never in bf16
         for images, rows, cells, row_matrix, column_matrix, up in _upsampled_chunks(logits, labels.shape[1:]):
-            label = labels[images, rows].long()
+            label = labels[images, rows].unsqueeze(1).long()                            # (b,1,r,W), as the maps below
             valid = (label != ignore_index) & (label >= 0) & (label < logits.shape[1])
-            label = label.masked_fill_(~valid, 0).unsqueeze(1)                          # (b,1,r,W), as all maps below
-            scale = (weight[images, rows] * valid).unsqueeze(1)
+            label, scale = label.masked_fill(~valid, 0), weight[images, rows].unsqueeze(1) * valid
             picked, largest = up.gather(1, label), up.amax(1, keepdim=True)
             total = up.sub_(largest).exp_().sum(1, keepdim=True)
-            value[images, rows] = ((total.log() + largest - picked) * scale)[:, 0]
-            if with_gradient:                                   # scale * (softmax - one-hot), then both products transposed
+            value[images, rows] = ((total.log() + largest - picked) * scale).squeeze(1)
+            if with_gradient:                                   # scale * (softmax - one-hot), both products transposed
                 up.mul_(scale / total).scatter_add_(1, label, -scale)
-                gradient[images, :, cells] += (row_matrix.t() @ up) @ column_matrix     # (b,K,c,W) @ (W,w) -> (b,K,c,w)
+                gradient[images, :, cells] += (row_matrix.t() @ up) @ column_matrix     # (b,K,r,W) -> (b,K,c,w)
     return value, gradient
 
 
 def _torch_pseudo_label(logits, size):
+    """-> label uint8 (B,H,W), its softmax probability float32 (B,H,W)."""
     B, K = logits.shape[:2]
     label = torch.empty(B, *size, dtype=torch.uint8, device=logits.device)
     confidence = torch.empty(B, *size, dtype=torch.float32, device=logits.device)
-    rank = torch.arange(K - 1, -1, -1, dtype=torch.uint8, device=logits.device).view(1, K, 1, 1)       # lowest id first
+    rank = torch.arange(K - 1, -1, -1, dtype=torch.uint8, device=logits.device).view(1, K, 1, 1)
     with torch.autocast(logits.device.type, enabled=False):
         for images, rows, _, _, _, up in _upsampled_chunks(logits, size):
             largest = up.amax(1, keepdim=True)
-            label[images, rows] = K - 1 - (up.eq(largest) * rank).amax(1)               # three times faster than arg-max on a CPU
+            label[images, rows] = K - 1 - (up.eq(largest) * rank).amax(1)               # 3x faster than argmax on a CPU
             confidence[images, rows] = up.sub_(largest).exp_().sum(1).reciprocal_()
     return label, confidence
 
 
-# ---- Triton path: every program owns what it writes, so there are no atomics and results repeat bit for bit ----
+# ---- Triton path: every program owns what it writes; no atomics, so results repeat bit for bit ----
 
 if triton is not None:
     @triton.jit
-    def _bilinear(pointer, across, down, x_fraction, y_fraction, mask):
-        top_left = tl.load(pointer, mask=mask, other=0).to(tl.float32)                  # to float32 first: the interpreter has no bf16
-        top_right = tl.load(pointer + across, mask=mask, other=0).to(tl.float32)
-        low_left = tl.load(pointer + down, mask=mask, other=0).to(tl.float32)
-        low_right = tl.load(pointer + down + across, mask=mask, other=0).to(tl.float32)
-        top = top_left * (1 - x_fraction) + top_right * x_fraction
-        low = low_left * (1 - x_fraction) + low_right * x_fraction
-        return top * (1 - y_fraction) + low * y_fraction
+    def _bilinear(pointer, down, across, fy, fx, mask):
+        a = tl.load(pointer, mask=mask, other=0).to(tl.float32)                 # at once: no bf16 in the interpreter
+        b = tl.load(pointer + across, mask=mask, other=0).to(tl.float32)
+        c = tl.load(pointer + down, mask=mask, other=0).to(tl.float32)
+        d = tl.load(pointer + down + across, mask=mask, other=0).to(tl.float32)
+        return (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
 
     @triton.jit
-    def _pixel_kernel(logits, batch_stride, class_stride, y_stride, x_stride, K, h, w, H, W,
-                      y_first, y_fraction, x_first, x_fraction,
-                      labels, weight, weight_batch_stride, weight_y_stride, weight_x_stride, ignore_index, value, normalizer,
-                      LABELED: tl.constexpr, TILE: tl.constexpr):
-        """One tile of pixels of one image, one sweep over the classes with a running maximum (online softmax).
-        LABELED: reads labels, writes value = weight * CE and the log-normalizer; else writes labels = arg max, value = max softmax."""
+    def _pixel_kernel(logits, K, h, w, H, W, first_y, fraction_y, first_x, fraction_x, labels, weight, ignore_index,
+                      value, normalizer, LABELED: tl.constexpr, TILE: tl.constexpr):
+        """A tile of pixels of one image in one sweep over the classes (online softmax). LABELED: writes the value
+        weight * CE and the log-normalizer; else writes labels = arg max and value = its probability."""
         image = tl.program_id(1).to(tl.int64)                   # int64: B*K*h*w and B*H*W may pass 2**31
         pixel = tl.program_id(0) * TILE + tl.arange(0, TILE)
         inside = pixel < H * W
         y, x = pixel // W, pixel % W
-        y0, x0 = tl.load(y_first + y, mask=inside, other=0), tl.load(x_first + x, mask=inside, other=0)
-        fy, fx = tl.load(y_fraction + y, mask=inside, other=0), tl.load(x_fraction + x, mask=inside, other=0)
-        down, across = tl.where(y0 + 1 < h, y_stride, 0), tl.where(x0 + 1 < w, x_stride, 0)
-        pointer = logits + image * batch_stride + y0 * y_stride + x0 * x_stride
-        at = image * H * W + pixel
-        if LABELED:
-            label = tl.load(labels + at, mask=inside, other=0).to(tl.int32)
+        y0, fy = tl.load(first_y + y, mask=inside, other=0), tl.load(fraction_y + y, mask=inside, other=0)
+        x0, fx = tl.load(first_x + x, mask=inside, other=0), tl.load(fraction_x + x, mask=inside, other=0)
+        down, across = tl.where(y0 + 1 < h, w, 0), tl.where(x0 + 1 < w, 1, 0)
+        corner = logits + image * K * h * w + y0 * w + x0
+        plane = corner
         best = tl.zeros([TILE], tl.int32)
-        picked = tl.zeros([TILE], tl.float32)
         total = tl.zeros([TILE], tl.float32)
         largest = tl.full([TILE], float("-inf"), tl.float32)
         for k in range(K):
-            z = _bilinear(pointer, across, down, fx, fy, inside)
-            pointer += class_stride
-            if LABELED:
-                picked = tl.where(label == k, z, picked)
-            else:
-                best = tl.where(z > largest, k, best)
+            z = _bilinear(plane, down, across, fy, fx, inside)
+            plane += h * w
+            best = tl.where(z > largest, k, best)
             new_largest = tl.maximum(largest, z)
             total = total * tl.exp(largest - new_largest) + tl.exp(z - new_largest)
             largest = new_largest
+        at = image * H * W + pixel
         if LABELED:
-            scale = tl.load(weight + image * weight_batch_stride + y * weight_y_stride + x * weight_x_stride, mask=inside, other=0)
-            valid = (label != ignore_index) & (label >= 0) & (label < K)
+            label = tl.load(labels + at, mask=inside, other=0).to(tl.int32)
+            valid = inside & (label != ignore_index) & (label >= 0) & (label < K)
+            picked = _bilinear(corner + label.to(tl.int64) * h * w, down, across, fy, fx, valid)
             lse = largest + tl.log(total)
-            tl.store(value + at, tl.where(valid, (lse - picked) * scale.to(tl.float32), 0.0), mask=inside)
+            scale = tl.load(weight + at, mask=valid, other=0)
+            tl.store(value + at, tl.where(valid, (lse - picked) * scale, 0.0), mask=inside)
             tl.store(normalizer + at, lse, mask=inside)
         else:
             tl.store(labels + at, best.to(tl.uint8), mask=inside)
             tl.store(value + at, 1 / total, mask=inside)
 
     @triton.jit
-    def _cell_kernel(logits, batch_stride, class_stride, y_stride, x_stride, K, h, w, H, W,
-                     y_first, y_fraction, y_matrix, y_start, y_window, x_first, x_fraction, x_matrix, x_start, x_window,
-                     labels, weight, weight_batch_stride, weight_y_stride, weight_x_stride, ignore_index, normalizer, gradient,
-                     TILE: tl.constexpr, TILE_K: tl.constexpr):
-        """One tile of cells x classes of one image: gathers interpolation weight * scale * (softmax - one-hot) from every
-        pixel its cells take part in. A pixel is computed by each of its (up to four) cells."""
+    def _cell_kernel(logits, K, h, w, H, W, first_y, fraction_y, matrix_y, start_y, window_y,
+                     first_x, fraction_x, matrix_x, start_x, window_x, labels, weight, ignore_index,
+                     normalizer, gradient, TILE: tl.constexpr, TILE_K: tl.constexpr):
+        """A tile of cells x classes of one image gathers share * weight * (softmax - one-hot) from the pixels its cells
+        take part in; share is the interpolation weight. A pixel is computed once for each of its (up to four) cells."""
         image = tl.program_id(1).to(tl.int64)
         cell = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        k = tl.program_id(2) * TILE_K + tl.arange(0, TILE_K)
+        k = tl.program_id(2) * TILE_K + tl.arange(0, TILE_K)[None, :]
         owned = cell < h * w
-        i, j = cell // w, cell % w
-        y_begin, x_begin = tl.load(y_start + i, mask=owned, other=0), tl.load(x_start + j, mask=owned, other=0)
-        plane = logits + image * batch_stride + k.to(tl.int64)[None, :] * class_stride
+        begin_y = tl.load(start_y + cell // w, mask=owned, other=0)
+        begin_x = tl.load(start_x + cell % w, mask=owned, other=0)
+        plane = (image * K + k) * h * w                                                 # (1, TILE_K)
         result = tl.zeros([TILE, TILE_K], tl.float32)
-        for step_y in range(y_window):
-            y = y_begin + step_y
+        for step_y in range(window_y):
+            y = begin_y + step_y
             in_y = owned & (y < H)
-            y0, fy = tl.load(y_first + y, mask=in_y, other=0), tl.load(y_fraction + y, mask=in_y, other=0)
-            share_y = tl.load(y_matrix + y * h + i, mask=in_y, other=0)                 # 0 beyond the cell's own window
-            down = tl.where(y0 + 1 < h, y_stride, 0)
-            for step_x in range(x_window):
-                x = x_begin + step_x
-                use = in_y & (x < W)
-                x0, fx = tl.load(x_first + x, mask=use, other=0), tl.load(x_fraction + x, mask=use, other=0)
-                share = share_y * tl.load(x_matrix + x * w + j, mask=use, other=0)
-                across = tl.where(x0 + 1 < w, x_stride, 0)
+            y0, fy = tl.load(first_y + y, mask=in_y, other=0), tl.load(fraction_y + y, mask=in_y, other=0)
+            share_y = tl.load(matrix_y + y * h + cell // w, mask=in_y, other=0)         # 0 past the cell's own window
+            down = tl.where(y0 + 1 < h, w, 0)
+            for step_x in range(window_x):
+                x = begin_x + step_x
+                used = in_y & (x < W)
+                x0, fx = tl.load(first_x + x, mask=used, other=0), tl.load(fraction_x + x, mask=used, other=0)
+                share = share_y * tl.load(matrix_x + x * w + cell % w, mask=used, other=0)
+                across = tl.where(x0 + 1 < w, 1, 0)
                 at = image * H * W + y * W + x
-                label = tl.load(labels + at, mask=use, other=0).to(tl.int32)
-                lse = tl.load(normalizer + at, mask=use, other=0)
-                scale = tl.load(weight + image * weight_batch_stride + y * weight_y_stride + x * weight_x_stride, mask=use, other=0)
-                valid = (label != ignore_index) & (label >= 0) & (label < K)
-                share = tl.where(valid, share * scale.to(tl.float32), 0.0)
-                z = _bilinear(plane + (y0 * y_stride + x0 * x_stride)[:, None], across[:, None], down[:, None],
-                              fx[:, None], fy[:, None], use[:, None] & (k[None, :] < K))
-                result += share[:, None] * (tl.exp(z - lse[:, None]) - tl.where(label[:, None] == k[None, :], 1.0, 0.0))
-        at = (image * K + k.to(tl.int64)[None, :]) * h * w + cell[:, None]
-        tl.store(gradient + at, result, mask=owned[:, None] & (k[None, :] < K))
+                label = tl.load(labels + at, mask=used, other=0).to(tl.int32)
+                used = used & (label != ignore_index) & (label >= 0) & (label < K)
+                share = share * tl.load(weight + at, mask=used, other=0)                # 0 where ignored
+                lse = tl.load(normalizer + at, mask=used, other=0)
+                z = _bilinear(logits + plane + (y0 * w + x0)[:, None], down[:, None], across[:, None],
+                              fy[:, None], fx[:, None], used[:, None] & (k < K))        # (TILE, TILE_K)
+                result += share[:, None] * (tl.exp(z - lse[:, None]) - tl.where(label[:, None] == k, 1.0, 0.0))
+        tl.store(gradient + plane + cell[:, None], result, mask=owned[:, None] & (k < K))
 
 
 def _triton_cross_entropy(logits, labels, weight, ignore_index, with_gradient):
     """As _torch_cross_entropy."""
-    (B, K, h, w), (H, W), labels = logits.shape, labels.shape[1:], labels.contiguous()
+    (B, K, h, w), (H, W) = logits.shape, labels.shape[1:]
     row, column = _axis(h, H, logits.device), _axis(w, W, logits.device)
-    value = torch.empty(B, H, W, dtype=torch.float32, device=logits.device)
-    normalizer, gradient = torch.empty_like(value), None
-    pixels = labels, weight, *weight.stride(), ignore_index
+    logits, labels, weight = logits.contiguous(), labels.contiguous(), weight.contiguous()
+    value, normalizer, gradient = torch.empty_like(weight), torch.empty_like(weight), None
     with torch.cuda.device_of(logits):
         _pixel_kernel[(triton.cdiv(H * W, TILE_PIXELS), B)](
-            logits, *logits.stride(), K, h, w, H, W, row.first, row.fraction, column.first, column.fraction, *pixels,
-            value, normalizer, LABELED=True, TILE=TILE_PIXELS)
+            logits, K, h, w, H, W, *row[:2], *column[:2], labels, weight, ignore_index, value, normalizer,
+            LABELED=True, TILE=TILE_PIXELS)
         if with_gradient:
-            gradient = torch.empty(B, K, h, w, dtype=torch.float32, device=logits.device)
-            tile_k = min(32, triton.next_power_of_2(K))
+            gradient, tile_k = torch.empty_like(logits, dtype=torch.float32), min(32, triton.next_power_of_2(K))
             _cell_kernel[(triton.cdiv(h * w, TILE_CELLS), B, triton.cdiv(K, tile_k))](
-                logits, *logits.stride(), K, h, w, H, W, row.first, row.fraction, row.matrix, row.start, row.window,
-                column.first, column.fraction, column.matrix, column.start, column.window, *pixels,
-                normalizer, gradient, TILE=TILE_CELLS, TILE_K=tile_k)
+                logits, K, h, w, H, W, *row[:5], *column[:5], labels, weight, ignore_index, normalizer, gradient,
+                TILE=TILE_CELLS, TILE_K=tile_k)
     return value, gradient
 
 
 def _triton_pseudo_label(logits, size):
+    """As _torch_pseudo_label."""
     (B, K, h, w), (H, W) = logits.shape, size
     row, column = _axis(h, H, logits.device), _axis(w, W, logits.device)
     label = torch.empty(B, H, W, dtype=torch.uint8, device=logits.device)
     confidence = torch.empty(B, H, W, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         _pixel_kernel[(triton.cdiv(H * W, TILE_PIXELS), B)](
-            logits, *logits.stride(), K, h, w, H, W, row.first, row.fraction, column.first, column.fraction,
-            label, confidence, 0, 0, 0, 0, confidence, confidence, LABELED=False, TILE=TILE_PIXELS)    # weight, normalizer: unread
+            logits.contiguous(), K, h, w, H, W, *row[:2], *column[:2], label, None, 255, confidence, None,
+            LABELED=False, TILE=TILE_PIXELS)
     return label, confidence
 
 
@@ -247,61 +235,62 @@ def _triton_pseudo_label(logits, size):
 class _UpsampleCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, weight, ignore_index, reduction, sweep):
-        ctx.now = reduction == "mean" and ctx.needs_input_grad[0]       # upstream is one scalar: form the gradient in this sweep
-        value, gradient = sweep(logits, labels, weight, ignore_index, ctx.now)
-        ctx.arguments, ctx.dtype, ctx.pixels = (ignore_index, sweep), logits.dtype, labels.numel()
-        ctx.save_for_backward(*((gradient,) if ctx.now else (logits, labels, weight)))
+        ctx.formed = reduction == "mean" and ctx.needs_input_grad[0]    # upstream is one scalar: gradient in this sweep
+        value, gradient = sweep(logits, labels, weight, ignore_index, ctx.formed)
+        ctx.ignore_index, ctx.sweep, ctx.pixels = ignore_index, sweep, labels.numel()
+        ctx.save_for_backward(*((gradient,) if ctx.formed else (logits, labels, weight)))
         return value.mean() if reduction == "mean" else value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        if ctx.now:
+        if ctx.formed:
             gradient = ctx.saved_tensors[0] * (upstream / ctx.pixels)
         else:
-            (logits, labels, weight), (ignore_index, sweep) = ctx.saved_tensors, ctx.arguments
-            gradient = sweep(logits, labels, weight * upstream, ignore_index, True)[1]
-        return gradient.to(ctx.dtype), None, None, None, None, None
+            logits, labels, weight = ctx.saved_tensors
+            _, gradient = ctx.sweep(logits, labels, weight * upstream, ctx.ignore_index, True)
+        return gradient, None, None, None, None, None                   # autograd casts it to the logits' dtype
 
 
 def upsample_cross_entropy(logits, labels, weight=None, ignore_index=255, reduction="mean", backend="auto"):
     """Cross-entropy of bilinearly upsampled logits (align_corners=False, any ratio) without the B x K x H x W tensor.
 
-    logits (B,K,h,w) float, any dtype: computed in float32, gradient in the logits' dtype. labels (B,H,W) uint8 or int64.
-    weight (B,H,W) float >= 0 or None, no gradient to it; an expanded tensor is read in place.
-    reduction "mean": 0-d float32, sum over valid pixels of weight * CE, divided by B*H*W (the DAFormer convention: ignored pixels
-    count in the divisor); "none": the map weight * CE (B,H,W) float32, 0 where ignored. Both differentiable once.
-    An id that is neither ignore_index nor in 0..K-1 raises ValueError on the CPU; on an accelerator, where looking
-    would stall the queue, it counts as ignored. ValueError on wrong shapes, RuntimeError where backend="triton" cannot run.
-    The gradient is formed in the forward sweep and scaled in backward, after Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989)."""
+    logits (B,K,h,w) float, computed in float32, gradient in the logits' dtype. labels (B,H,W) uint8 or int64.
+    weight (B,H,W) float, finite, or None; it gets no gradient.
+    reduction "mean" -> 0-d float32: sum over valid pixels of weight * CE, over B*H*W (convention of the DAFormer
+    family: ignored pixels count in the divisor); "none" -> weight * CE (B,H,W) float32, 0 where ignored.
+    Differentiable once.
+    An id outside 0..K-1 that is not ignore_index raises ValueError on the CPU; on an accelerator, where looking would
+    stall the queue, it counts as ignored. ValueError on wrong shapes, RuntimeError where backend="triton" cannot run.
+    The gradient is formed in the forward sweep, after Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989)."""
     B, K = logits.shape[:2]
     if labels.ndim != 3 or len(labels) != B or labels.dtype not in (torch.uint8, torch.int64):
-        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, logits {tuple(logits.shape)} need uint8 or int64 ({B}, H, W)")
+        raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}, they must be ({B}, H, W) uint8 or int64")
     if weight is not None and weight.shape != labels.shape:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, it must be that of the labels, {tuple(labels.shape)}")
+        raise ValueError(f"weight {tuple(weight.shape)} must have the shape of the labels, {tuple(labels.shape)}")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is '{reduction}', it must be 'mean' or 'none'")
     if labels.device.type == "cpu":
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= K))
-        if wrong.any():
-            raise ValueError(f"label ids {labels[wrong].unique().tolist()[:9]} are neither in 0..{K - 1} nor ignore_index "
-                             f"{ignore_index}: map them when the labels are loaded")
-    weight = torch.ones((), device=logits.device).expand(labels.shape) if weight is None else weight.detach().float()
+        low, high = labels.masked_fill(labels == ignore_index, 0).aminmax()
+        if low < 0 or high >= K:
+            raise ValueError(f"labels hold the id {int(low if low < 0 else high)}, which is neither in 0..{K - 1} "
+                             f"nor ignore_index {ignore_index}: map the ids when the labels are loaded")
+    weight = torch.ones((), device=logits.device).expand(labels.shape) if weight is None else weight.float()
     sweep = _triton_cross_entropy if _use_triton(logits, backend) else _torch_cross_entropy
     return _UpsampleCrossEntropy.apply(logits, labels, weight, ignore_index, reduction, sweep)
 
 
 @torch.no_grad()
 def upsample_pseudo_label(logits, size, threshold, backend="auto"):
-    """Arg max and its softmax probability after bilinear upsampling (align_corners=False), without the B x K x H x W tensor.
+    """Arg max and confidence after bilinear upsampling (align_corners=False), without the B x K x H x W tensor.
 
     logits (B,K,h,w) float, K <= 256; size (H,W); threshold in [0,1], number or 0-d tensor.
-    -> label uint8 (B,H,W), the lowest id among equals; confidence float32 (B,H,W) in (0,1]; fraction 0-d float32: share of all
-    pixels with confidence >= threshold (q of DACS, Tranheden et al. 2021), left on the device. No gradient. RuntimeError as above."""
+    -> label uint8 (B,H,W), the lowest id among equals; confidence (B,H,W) float32, its softmax probability; fraction
+    0-d float32, the share of all pixels with confidence >= threshold (q of DACS, Tranheden et al. 2021), still on the
+    device. No gradient. ValueError on too many classes, RuntimeError where backend="triton" cannot run."""
     if logits.shape[1] > 256:
         raise ValueError(f"{logits.shape[1]} classes do not fit into uint8 labels")
-    pseudo_label = _triton_pseudo_label if _use_triton(logits, backend) else _torch_pseudo_label
-    label, confidence = pseudo_label(logits, size)
+    label, confidence = (_triton_pseudo_label if _use_triton(logits, backend) else _torch_pseudo_label)(logits, size)
     return label, confidence, (confidence >= threshold).float().mean()
 
 
@@ -312,74 +301,60 @@ def _plain_cross_entropy(logits, labels, weight):
     return (F.cross_entropy(up, labels, ignore_index=255, reduction="none") * weight).mean()
 
 
-def _plain_pseudo_label(logits, size):
+@torch.no_grad()
+def _plain_pseudo_label(logits, size, threshold):
     confidence, label = F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1).max(1)
-    return label, confidence, (confidence >= 0.5).float().mean()
+    return label, confidence, (confidence >= threshold).double().mean()
 
 
-def _example(B, K, low, full, device):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, K, (B, *full), generator=generator)
-    labels[:, :full[0] // 9] = 255
-    tensors = 3 * torch.randn(B, K, *low, generator=generator), labels, torch.rand(B, *full, generator=generator)
-    return [tensor.to(device) for tensor in tensors]
+def _run(operator, inputs, **options):
+    """-> the operator's outputs and, where it has one, the gradient of the first output's sum to the first input."""
+    leaf = inputs[0].detach().requires_grad_()
+    outputs = operator(leaf, *inputs[1:], **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return outputs + torch.autograd.grad(outputs[0].sum(), leaf) if outputs[0].requires_grad else outputs
 
 
-def _with_gradient(loss, logits, *others, **options):
-    leaf = logits.detach().requires_grad_()
-    value = loss(leaf, *others, **options)
-    return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-
-def _distance(ours, reference):
-    return ((ours.double() - reference).norm() / reference.norm()).item()
-
-
-def _minima(functions, rounds):
-    """Milliseconds: the best of interleaved rounds, so that a busy machine slows every side alike."""
+def _milliseconds(functions, finish):
+    """The best of 15 interleaved rounds, so that a busy machine slows every side alike."""
     best = [float("inf")] * len(functions)
-    for _ in range(rounds):
-        for position, function in enumerate(functions):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+    for _ in range(15):
+        for side, function in enumerate(functions):
+            finish()
             began = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            best[position] = min(best[position], 1e3 * (time.perf_counter() - began))
+            finish()
+            best[side] = min(best[side], 1e3 * (time.perf_counter() - began))
     return best
 
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backends = ["torch"] + ["triton"] * (triton is not None)
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    checked = (2, 19, (9, 13), (36, 52)), (1, 2, (7, 5), (57, 33)), (2, 11, (12, 9), (7, 20)), (1, 150, (5, 6), (9, 8))
+    timed = (4, 19, (32, 32), (128, 128)), (2, 19, (64, 64), (256, 256)), (2, 19, (128, 128), (512, 512))
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; relative error against float64\n"
+          f"{'operator':24}{'logits -> size':36}{'backend':9}{'error':>7}{'ms':>9}{'plain':>9}")
+    torch.manual_seed(0)
     worst = 0.0
-    print(f"{'relative error against float64':46}{'backend':10}{'loss':>9}{'gradient':>10}{'confidence':>12}")
-    for B, K, low, full in ((2, 19, (9, 13), (36, 52)), (1, 2, (7, 5), (57, 33)), (2, 11, (12, 9), (7, 20)), (1, 150, (5, 6), (10, 12))):
-        logits, labels, weight = _example(B, K, low, full, device)
-        loss, gradient = _with_gradient(_plain_cross_entropy, logits.double(), labels, weight.double())
-        confidence = _plain_pseudo_label(logits.double(), full)[1]
-        for backend in backends:
-            ours = _with_gradient(upsample_cross_entropy, logits, labels, weight, backend=backend)
-            errors = [_distance(ours[0], loss), _distance(ours[1], gradient),
-                      _distance(upsample_pseudo_label(logits, full, 0.5, backend=backend)[1], confidence)]
-            print(f"{f'({B},{K},{low[0]},{low[1]}) -> {full[0]}x{full[1]}':46}{backend:10}{errors[0]:9.0e}{errors[1]:10.0e}{errors[2]:12.0e}")
-            worst = max(worst, *errors)
-    if worst > 1e-5:
-        sys.exit(f"a path is off by {worst:.0e} relative, more than 1e-5")
-    timed = [backend for backend in backends if backend == "torch" or device == "cuda"]         # the interpreter's time means nothing
-    print(f"\n{f'milliseconds, {device}, best of 15, {torch.get_num_threads()} threads':46}{'plain':>10}" + "".join(f"{b:>10}" for b in timed))
-    for B, K, low, full in ((4, 19, 32, 128), (2, 19, 64, 256), (2, 19, 128, 512)):
-        logits, labels, weight = _example(B, K, (low, low), (full, full), device)
-        rows = {"cross-entropy, forward + backward":
-                    [lambda: _with_gradient(_plain_cross_entropy, logits, labels, weight)]
-                    + [lambda b=b: _with_gradient(upsample_cross_entropy, logits, labels, weight, backend=b) for b in timed],
-                "pseudo-label":
-                    [lambda: _plain_pseudo_label(logits, (full, full))]
-                    + [lambda b=b: upsample_pseudo_label(logits, (full, full), 0.5, backend=b) for b in timed]}
-        for name, functions in rows.items():
-            shape = f"({B},{K},{low},{low}) -> {full} "
-            print(f"{shape + name:46}" + "".join(f"{t:10.2f}" for t in _minima(functions, 15)))
+    for B, K, low, full in checked + timed:
+        logits, labels = 3 * torch.randn(B, K, *low, device=device), torch.randint(K, (B, *full), device=device)
+        labels[:, :full[0] // 7] = 255
+        time_it = (B, K, low, full) in timed
+        for ours, plain, inputs in (
+                (upsample_cross_entropy, _plain_cross_entropy, (logits, labels, torch.rand(B, *full, device=device))),
+                (upsample_pseudo_label, _plain_pseudo_label, (logits, full, 0.5))):
+            exact = _run(plain, [x.double() if x is logits else x for x in inputs])
+            for backend in ["torch"] + ["triton"] * (triton is not None and not (time_it and INTERPRET)):
+                pairs = [(a.double(), b.double()) for a, b in zip(_run(ours, inputs, backend=backend), exact)
+                         if a.is_floating_point()]                                      # labels may differ at ties
+                error = max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
+                worst = max(worst, error)
+                sides = lambda: _run(ours, inputs, backend=backend), lambda: _run(plain, inputs)
+                times = "".join(f"{t:9.2f}" for t in _milliseconds(sides, finish)) if time_it else ""
+                print(f"{ours.__name__:24}{f'{(B, K, *low)} -> {full}':36}{backend:9}{error:7.0e}{times}", flush=True)
+    if not worst < 1e-5:
+        sys.exit(f"a path is off by {worst:.0e} relative, the limit is 1e-5")
 
 
 if __name__ == "__main__":

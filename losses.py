@@ -1,6 +1,6 @@
 """One function per published loss: tensors in, a scalar out. Everything is computed in float32, also under autocast.
 
-Under torchrun every loss is scaled so that the mean of its gradients over the processes, which is what DDP forms, equals
+Under torchrun every loss is scaled so that the mean of its gradients over the processes, which DDP forms, equals
 the gradient of one process that sees the joint batch.
 """
 import torch

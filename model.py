@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import upsample_pseudo_label
+
 Output = namedtuple("Output", "logits features pyramid")  # (B,K,h,w), (B,C,h,w), list of (B,C_i,h_i,w_i)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -170,9 +172,7 @@ class MixTransformer(nn.Module):
 
     def __init__(self, name="mit_b0", drop_path=0.1):
         super().__init__()
-        if name not in MIT:
-            raise ValueError(f"unknown backbone {name!r}; known: {', '.join(MIT)} and timm:NAME")
-        self.channels, depths = MIT[name]
+        self.channels, depths = MIT[check_backbone(name)]
         self.strides = (4, 8, 16, 32)
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         for s, (channels, depth) in enumerate(zip(self.channels, depths), 1):
@@ -203,20 +203,26 @@ class MixTransformer(nn.Module):
         return pyramid
 
 
-class TimmBackbone(nn.Module):
-    """The last four feature maps of any timm model that has them; pixel statistics are the model's own.
+def check_backbone(name):
+    """The name itself if it is mit_b0..mit_b5 or timm:NAME; otherwise ValueError with what is known."""
+    if name.startswith("timm:"):
+        timm, wanted = import_optional("timm"), name.removeprefix("timm:")
+        if not timm.is_model(wanted.split(".")[0]):
+            close = ", ".join(timm.list_models(wanted[:6] + "*")[:6])
+            raise ValueError(f"timm has no model {wanted!r}; close: {close or 'none'}")
+    elif name not in MIT:
+        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(MIT)} and timm:NAME")
+    return name
 
-    Raises ValueError for a name that timm does not know, with the closest names.
-    """
+
+class TimmBackbone(nn.Module):
+    """The last four feature maps of any timm model that has them; pixel statistics are the model's own."""
 
     min_size = 32
 
     def __init__(self, name, pretrained=False):
         super().__init__()
         timm = import_optional("timm")
-        if not timm.is_model(name.split(".")[0]):
-            close = ", ".join(timm.list_models(name[:6] + "*")[:6])
-            raise ValueError(f"timm has no model {name!r}; close: {close or 'none'}")
         self.name = name
         self.net = timm.create_model(name, features_only=True, pretrained=pretrained)
         self.first = max(0, len(self.net.feature_info) - 4)
@@ -325,8 +331,8 @@ class Segmenter(nn.Module):
         super().__init__()
         if decoder not in DECODERS:
             raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
-        timm_name = backbone.removeprefix("timm:") if backbone.startswith("timm:") else None
-        self.backbone = TimmBackbone(timm_name, pretrained) if timm_name else MixTransformer(backbone)
+        timm_name = check_backbone(backbone).removeprefix("timm:")
+        self.backbone = MixTransformer(backbone) if timm_name in MIT else TimmBackbone(timm_name, pretrained)
         self.decoder = DECODERS[decoder](self.backbone.channels, channels, num_classes)
         self.num_classes, self.stride = num_classes, self.backbone.strides[0]
         for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
@@ -334,7 +340,7 @@ class Segmenter(nn.Module):
             self.register_buffer("pixel_" + name, value.view(1, 3, 1, 1))
 
     def encode(self, x):
-        """Float (B,3,H,W), RGB in [0,1] -> the backbone's maps; images below its least size are padded (mean colour)."""
+        """Float (B,3,H,W), RGB in [0,1] -> the backbone's maps; images below its least size get a mean-coloured rim."""
         x, least = (x - self.pixel_mean) / self.pixel_std, self.backbone.min_size
         height, width = x.shape[2:]
         if height < least or width < least:
@@ -362,6 +368,13 @@ def ema_update(teacher, student, step, alpha):
     """
     a = min(1 - 1 / (step + 1), alpha)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - a)
+
+
+def pseudo_label(logits, size, threshold=0.0):
+    """Logits float (B,K,h,w) on any grid -> label uint8 (B,H,W), confidence float32 (B,H,W) in [0,1], and the share of
+    pixels whose confidence reaches the threshold (0-d): DACS's pseudo-labels and their weight, or plain predictions.
+    The B x K x H x W tensor is never formed."""
+    return upsample_pseudo_label(logits, size, threshold)
 
 
 def teacher_mode(teacher):
@@ -547,7 +560,7 @@ def load_checkpoint(path, map_location="cpu"):
             broken = archive.testzip()
         state = None if broken else torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # zip, pickle, EOF and decoding errors of many kinds: one meaning
-        reason = (str(error) or "empty").splitlines()[0][:100]
+        reason = (str(error) or "empty").splitlines()[0][:60]
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason}); {remedy}") from None
     if broken:
         raise CheckpointError(f"{path}: damaged ({broken} fails its checksum); {remedy}")

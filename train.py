@@ -3,7 +3,7 @@
     python train.py                                            one process: a laptop, one GPU
     torchrun train.py                                          the same
     torchrun --nproc-per-node 4 train.py --batch 1             four GPUs of one machine, joint batch 4
-    torchrun --nnodes 2 --node-rank R --master-addr A --nproc-per-node 8 train.py     two machines, R 0 or 1, A the first
+    torchrun --nnodes 2 --node-rank R --master-addr A --nproc-per-node 8 train.py    two machines, R 0 or 1, A the first
 
 Without flags: rendered streets -> the same streets in another style, recipe mic, a few minutes on two CPU cores.
 A run writes OUT/last.pt, OUT/best.pt, OUT/log.jsonl, OUT/panels/*.png and starts again from OUT/last.pt by itself.
@@ -29,7 +29,6 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import model
-from kernels import upsample_pseudo_label
 from losses import cross_entropy, feature_distance, mean_over_ranks
 
 # A recipe is a set of flag values; any flag on the command line overrides it.
@@ -51,6 +50,14 @@ def size(text):
     return width, height
 
 
+def backbone(text):
+    """A name that model.py can build."""
+    try:
+        return model.check_backbone(text)
+    except (ValueError, ImportError) as error:
+        raise argparse.ArgumentTypeError(error) from None
+
+
 def build_parser():
     """One line per flag; the help gives unit, sentinel and reason."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +74,7 @@ def build_parser():
     a("--cache", help="directory of the decoded uint8 images (default ~/.cache/nanouda, and there only sets < 2 GiB)")
     a("--workers", type=int, default=0, help="loader processes per domain; 0 is right where the data are cached")
     # network
-    a("--backbone", default="mit_b0", help="mit_b0..mit_b5 or timm:NAME")
+    a("--backbone", type=backbone, default="mit_b0", help="mit_b0..mit_b5 or timm:NAME")
     a("--decoder", default="segformer", choices=model.DECODERS, help="daformer is the published one, slow on a CPU")
     a("--channels", type=int, default=256, help="width of the decoder")
     a("--init", default="none", help="pretrained weights: a file, hub (network), none, or a .pt of ours to go on from")
@@ -175,7 +182,7 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
     if f.mix or f.mask:  # pseudo-labels of the clean target; one weight q for the whole batch, over all processes
         with torch.no_grad():
             logits = teacher(target).logits
-            pseudo, confidence, fraction = upsample_pseudo_label(logits, target.shape[2:], f.threshold)
+            pseudo, confidence, fraction = model.pseudo_label(logits, target.shape[2:], f.threshold)
             weight = mean_over_ranks(fraction).expand(pseudo.shape).clone()  # () -> (B,S,S)
             weight[:, :f.border[0]] = 0
             weight[:, weight.shape[1] - f.border[1]:] = 0
@@ -284,7 +291,7 @@ def versions(device):
     names = ("model.py", "train.py", "data.py", "losses.py", "kernels.py", "eval.py")
     sources = b"".join((here / name).read_bytes() for name in names)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"python": platform.python_version(), "torch": torch.__version__, "device": f"{device.type}: {name}",
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "device": f"{device.type}: {name}",
             "threads": torch.get_num_threads(), "source_sha256": hashlib.sha256(sources).hexdigest()[:16]}
 
 
@@ -335,17 +342,17 @@ def average_buffers(*networks):
         buffer.copy_(mean_over_ranks(buffer))
 
 
-def finish(f, student, teacher, val_set, classes, dtype, log, out):
+def finish(f, student, teacher, val_set, classes, log, out):
     """The three read-outs of a finished run: student, EMA teacher, student with AdaBN on the target."""
     average_buffers(student, teacher)
     if not (f.mix or f.mask):  # the teacher has seen no batch, its BatchNorm statistics are those of the start
         for mine, theirs in zip(teacher.buffers(), student.buffers()):
             mine.copy_(theirs)
-    results = {"student": evaluation.evaluate(student, val_set, dtype=dtype),
-               "teacher": evaluation.evaluate(teacher, val_set, dtype=dtype), "adabn": None}
+    results = {"student": evaluation.evaluate(student, val_set),
+               "teacher": evaluation.evaluate(teacher, val_set), "adabn": None}
     if f.target != "none" and any(isinstance(m, torch.nn.BatchNorm2d) for m in student.modules()):
         adapted = evaluation.adapt_batchnorm(student, open_training_set(f, f.target, classes))
-        results["adabn"] = evaluation.evaluate(adapted, val_set, dtype=dtype)
+        results["adabn"] = evaluation.evaluate(adapted, val_set)
     log.write("result", step=f.steps, **results)
     print0(evaluation.format_scores(results["student"]))
     print0(*(f"{name} mIoU {result['miou']:.2f}  " for name, result in results.items() if result), f"on {f.val}, val")
@@ -356,12 +363,12 @@ def accumulate(f, step, wrapped, teacher, imagenet, sources, targets, things, sh
     """The gradient of one step, from f.accum batches. Returns (terms, views, file names) for log, panel and errors."""
     generator, files = torch.Generator(), []
     for part in range(f.accum):
-        seed = int.from_bytes(hashlib.sha256(f"{f.seed} {step} {part}".encode()).digest()[:7], "big")
-        generator.manual_seed(seed)  # draws for the joint batch: the same on every process
-        torch.manual_seed(seed + shard[0])  # dropout and stochastic depth
         *source, names = next(sources)
         target, _, more = next(targets) if targets else (None, None, [])
         files += names + more
+        seed = int.from_bytes(hashlib.sha256(f"{f.seed} {step} {part}".encode()).digest()[:7], "big")
+        generator.manual_seed(seed)  # draws for the joint batch: the same on every process
+        torch.manual_seed(seed + shard[0])  # dropout and stochastic depth; after next(), which may draw a loader's seed
         local = part + 1 < f.accum and shard[1] > 1  # the processes average their gradients once
         with wrapped.no_sync() if local else contextlib.nullcontext():
             with torch.autocast(source[0].device.type, dtype, enabled=dtype is not None):
@@ -378,9 +385,9 @@ def catch_signals():
     return caught
 
 
-def main():
+def run(argv=None):
     """Flags, set-up, the loop."""
-    f = parse_flags()
+    f = parse_flags(argv)
     device, rank, world = setup()
     out, last = Path(f.out), Path(f.out) / "last.pt"
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(f).items()} | {"world": world}
@@ -447,14 +454,14 @@ def main():
             evaluation.training_panel(student, views, classes).save(out / "panels" / f"{done:06d}.png")
         if val_set and f.eval_every and done % f.eval_every == 0:
             average_buffers(student)
-            result = evaluation.evaluate(student, val_set, dtype=dtype)
+            result = evaluation.evaluate(student, val_set)
             log.write("eval", step=done, student=result)
             print0(f"step {done}: student mIoU {result['miou']:.2f}")
             if result["miou"] > best:
                 best = result["miou"]
                 save("best.pt", done)
         if val_set and done == f.steps:
-            finish(f, student, teacher, val_set, classes, dtype, log, out)
+            finish(f, student, teacher, val_set, classes, log, out)
         leave = mean_over_ranks(torch.tensor(float(bool(signals)), device=device)) > 0
         if leave or finished or done % f.save_every == 0:
             save("last.pt", done)
@@ -463,11 +470,17 @@ def main():
             sys.exit(130 if signal.SIGINT in signals else 0)
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """run(), with bad input as one line on stderr and exit status 1."""
     try:
-        main()
+        run(argv)
     except (data.DataError, model.WeightsError, model.CheckpointError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
