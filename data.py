@@ -14,6 +14,8 @@ import colorsys
 import contextlib
 import functools
 import hashlib
+import io
+import itertools
 import math
 import os
 import re
@@ -28,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 IGNORE = 255
@@ -723,6 +725,365 @@ def main():
 
 
 # ---- the rendered streets: render_street(seed, index, shifted, size) -> image uint8 (H,W,3), label uint8 (H,W)
+
+(ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER, CAR, TRUCK, BUS,
+ TRAIN, MOTORCYCLE, BICYCLE, KERB, PAINT) = range(21)              # the last two are ground materials, not classes
+NEAR, FAR = 0.7, 110.0                             # metres: near plane, end of the built street
+_PALETTES = {                                      # reflectances (hex RGB): source style, shifted style
+    "road": ("3a3c40 4e4f52 626161 76736e 58544f", "9c968c a8a298 908a80"),
+    "sidewalk": ("706e6a 847e76 96938c 626162 8c7a6c", "683a30 5c3632 764434"),
+    "terrain": ("4c602c 607038 545a32 6e7042", "b0985c bca86e a08654"),
+    "leaf": ("30421e 425426 545c2e 363c28 5a5438", "b05c1e c48628 963a22 b8703c"),
+    "wall": ("864e3c 96664c a89270 beb094 cecac2 7a5446 96928c 5c5858", "d8b268 ce9284 9ebea8 96accc e2d4b8 be7a5a"),
+    "glass": ("1e2228 2c323a 3e4854 606c7a 18181a", "e8d6a4 ceccc6 f0e2be"),
+    "frame": ("d6d4ce beb6b0 5a544e e6e6e4", "4a362a 3c4642 603c32"),
+    "roof": ("565050 704e40 464850", "964a34 a65c42 3c5c58"),
+    "paint": ("282a2e 464a50 969a9e c8cacc 222e52 781a1a 18181a 3c5478", "c4a828 3c8854 ce7024 4896aa beaa88 963c78"),
+    "cloth": ("22242c 3c3e48 2e3654 6e645c 962828 bab8b4 1e1e20", "d8c43c dcdcd6 46aaa0 dc783c c86e96"),
+    "metal": ("5c5e60 787a7a 3c3e3e 2c3a32", "c4c0b4 967048 b0b4b0"),
+    "sign": ("c42828 284ca0 dededc 246e46", "e2ba1e 14786e 784628"),
+    "zenith": ("608ccd 8cacd7 bec8d4 ced2d6 969ea8", "4a526c 5c5c6c 54627a"),
+    "horizon": ("d6e0ea e8eaea dedcd6", "cea478 b0988c d8b884"),
+    "cloud": ("f0f0f2 dee0e4 969aa2", "464858 706268 967c6e"),
+    "sun": ("ded4c4 e0dcd4", "e8c8a0 e6c496")}     # sunlight on what faces it, c8 = 1
+_VEHICLES = {    # class; length, width, height of body and roof (metres); begin and end of the cabin at the height of
+    # body and roof, in fractions of the length from the rear; its width at the roof; number of side windows
+    "hatch": (CAR, 4, 1.8, .9, 1.5, (0, .74), (.1, .56), .8, 2), "van": (CAR, 5, 2, 1.1, 2, (0, .9), (0, .74), .9, 1),
+    "sedan": (CAR, 5, 1.8, .9, 1.4, (.1, .75), (.3, .58), .8, 2), "bus": (BUS, 11, 2.5, 1, 3, (0, 1), (0, 1), 1, 6),
+    "wagon": (CAR, 5, 1.9, 1, 1.7, (0, .76), (.05, .6), .8, 3), "truck": (TRUCK, 8, 2.4, 1, 3.5, (0, 1), (0, 1), 1, 0),
+    "train": (TRAIN, 24, 2.6, 1.4, 3.5, (0, 1), (.02, .98), .86, 10)}
+_CARS = ["hatch", "hatch", "sedan", "wagon", "van"]
+_FIGURES = {     # class, then strokes (palette or hex colours, width, x, y, x, y ... in centimetres; one point: a disc)
+    "legs": (PERSON, ("cloth", 15, -21, 0, -11, 45, -4, 92), ("cloth", 15, 21, 0, 12, 45, 4, 92)),
+    "bent": (RIDER, ("cloth", 15, 14, 22, 26, 66, -6, 88), ("cloth", 15, 2, 34, 16, 74, -6, 88)),
+    "torso": (PERSON, ("cloth", 9, -14, 142, -25, 112, -22, 86), ("cloth", 36, 0, 80, 0, 140), ("342820", 22, -2, 166),
+              ("cloth", 9, 14, 142, 25, 112, 36, 92), ("cloth", 24, 0, 139, 0, 149), ("c4967c 6a4838", 20, 1, 160)),
+    "bicycle": (BICYCLE, ("18181a", 68, -52, 34), ("18181a", 68, 52, 34), ("paint", 6, 52, 34, 36, 102, 46, 104),
+                ("paint", 7, -52, 34, -18, 82, 0, 34, 38, 78, -18, 82, -14, 92)),
+    "motorcycle": (MOTORCYCLE, ("18181a", 62, -66, 31), ("18181a", 62, 66, 31), ("paint", 12, 66, 31, 40, 106),
+                   ("metal", 40, -30, 38, 30, 38), ("paint", 22, -86, 78, -20, 70, 40, 84)),
+    "lamp": (POLE, ("metal", 14, 0, 0, 0, 720, 130, 740), ("metal", 20, 130, 740, 200, 745)),
+    "post": (POLE, ("metal", 10, 0, 0, 0, 240)), "disc": (SIGN, ("sign", 76, 0, 240), ("frame", 52, 0, 240)),
+    "board": (SIGN, ("sign", 90, -60, 240, 60, 240), ("frame", 14, -45, 256, 30, 256), ("frame", 14, -45, 224, 9, 224)),
+    "signal": (LIGHT, ("18181a", 38, 0, 220, 0, 320), ("ff4628 380c08", 26, 0, 302), ("50ffa0 08301c", 26, 0, 238))}
+_FURNITURE = (   # figures, number per side, z from and to, place from and to (0 middle, 1 kerb, 2 end of the pavement)
+    ("legs torso", 1.1, 5, 16, 1.2, 1.9), ("legs torso", 1.3, 10, 50, 1.2, 1.9), ("legs torso", .2, 8, 40, 0, 1),
+    ("bicycle bent torso", .2, 6, 28, .2, .9), ("motorcycle bent torso", .1, 6, 28, .2, .9), ("lamp", 2, 8, 80, 1, 1.2),
+    ("bicycle", .3, 7, 25, 1.7, 1.9), ("motorcycle", .1, 7, 25, 1.1, 1.9), ("post disc", .7, 7, 40, 1.1, 1.3),
+    ("post board", .4, 7, 40, 1.1, 1.4), ("post signal", .7, 9, 40, 1.1, 1.3))
+_SQUARE, _ROUND = ((0, 1, 1, 0), (0, 0, 1, 1)), [.5 + .5 * f(np.arange(10) * .63) for f in (np.cos, np.sin)]
+
+
+@functools.lru_cache(maxsize=1)
+def _bank():
+    """Seamless noise tiles by the slope of their spectrum; tree crowns, leafy and bare. The same for every seed."""
+    rng, (y, x), crowns = np.random.default_rng(0), np.mgrid[-1:1:128j, -1:1:128j], ([], [])
+
+    def noise(slope, stretch=1):                   # amplitude 1 / f^slope; stretch > 1 draws it out along x
+        freq = np.hypot(np.fft.fftfreq(512)[:, None], np.fft.rfftfreq(512) * stretch)
+        freq[0, 0] = np.inf
+        tile = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((512, 512))) * freq ** -slope)
+        return (tile / tile.std()).astype(np.float32)
+
+    for bare in (0, 1) * 8:                        # bare branches spread from the foot of the crown
+        leaves, clumps, streaks = noise(.6)[:128, :128], noise(1.7)[:128, :128], noise(.8, 4)
+        fan, reach = np.arctan2(x, 1.1 - y) * 60, np.hypot(x, 1.1 - y) * (25 + 9 * leaves.clip(-1, 1))
+        alpha = (900 if bare else 300) * (1 - (1 if bare else 1.4) * np.hypot(x, y) + .3 * clumps + .18 * leaves)
+        alpha = np.minimum(alpha, 60 + 90 * streaks[fan.astype(int), reach.astype(int)]) if bare else alpha
+        tone = np.stack([120 + 34 * leaves + 34 * clumps - 45 * y] * 3, 2)
+        crowns[bare].append([Image.fromarray(a.clip(0, 255).astype(np.uint8)) for a in (alpha, tone)])
+    return {0: noise(0), .3: noise(.3), .7: noise(.7), 1.1: noise(1.1), 1.7: noise(1.7, 2)}, crowns
+
+
+class _Street:
+    """One scene: camera, light, and canvases for image, label, ground material and shadow, at twice the final size."""
+
+    def __init__(self, rng, shifted, size):
+        self.rng, self.shifted, self.size, (self.w, self.h) = rng, int(shifted), size, (size[0] * 2, size[1] * 2)
+        self.focal, self.height = self.w * rng.uniform(.8, 1.15), rng.uniform(1.25, 1.5) + .25 * self.shifted
+        self.cu, self.cv, self.roll = self.w / 2, self.h * rng.uniform(.44, .55), rng.normal(0, .008)
+        self.heading, self.bend = rng.normal(0, .035), rng.normal(0, .0012) * (rng.random() < .5)      # rad, 1/m
+        self.half, self.hand = float(rng.choice([3, 3.5, 3.5, 4, 5, 6.5])), int(rng.choice([-1, 1]))
+        self.eye, self.sunny = self.hand * self.half * rng.uniform(.4, .7), float(rng.random() < .6)
+        slope, azimuth = rng.uniform(1.7, 4.5) if shifted else rng.uniform(.7, 3), rng.uniform(0, 2 * math.pi)
+        self.cast = slope * math.sin(azimuth), slope * math.cos(azimuth)       # shadow in metres per metre of height
+        self.shade = (rng.uniform(.36, .6) if self.sunny else rng.uniform(.62, .85)) * np.array((.96, 1, 1.05))
+        self.sun = rng.uniform(.9, 1.1) * self.pick("sun", 0) / 200 if self.sunny else self.shade
+        self.haze, self.visibility, self.jobs = self.pick("horizon"), float(rng.choice([120, 300, 800])), []
+        self.image, self.label, self.ground, self.shadow = (Image.new(mode, (self.w, self.h), fill) for mode, fill in (
+            ("RGB", 0), ("L", SKY), ("L", SKY), ("L", 0)))         # shadow: 0 lit, 200 shaded, 255 under something
+        canvases = self.image, self.label, self.ground, self.shadow
+        self.draw, self.mark, self.lay, self.darken = map(ImageDraw.Draw, canvases)
+
+    def pick(self, name, spread=10):               # a colour of a palette (or of the given hex colours), varied
+        colours, vary = _PALETTES.get(name, (name, name))[self.shifted].split(), self.rng.normal(0, spread, 4)
+        colour = np.frombuffer(bytes.fromhex(colours[self.rng.integers(len(colours))]), np.uint8)
+        return colour + vary[0] + vary[1:] / 3
+
+    def tone(self, colour, lit, z):                # reflectance -> colour seen from z metres; lit: 0 shade, 1 sun
+        clear, light = math.exp(-z / self.visibility), self.shade + (self.sun - self.shade) * lit
+        return tuple((self.haze + clear * (colour * light - self.haze)).clip(0, 255).astype(int).tolist())
+
+    def project(self, x, y, z):                    # metres -> canvas, for numbers and arrays; z at least NEAR
+        u = self.focal / z * (x - self.eye - self.heading * z + self.bend * z * z)
+        v = self.focal / z * (self.height - y)
+        return self.cu + u - self.roll * v, self.cv + v + self.roll * u
+
+    def lit(self, x, z):                           # how sunny the ground is at a place
+        u, v = (int(c) for c in self.project(x, 0, max(z, NEAR)))
+        inside = 0 <= u < self.w and 0 <= v < self.h
+        return 1 - min(200, self.shadow.getpixel((u, v))) / 200 if inside else self.sunny
+
+    def panels(self, face, rows, label, shape=_SQUARE):
+        """Paints shapes on a plane quad: rows (s0, s1, t0, t1, colour) in fractions of it; colour None: label only."""
+        (a, b, c, d), (s0, s1, t0, t1) = np.array(face, float), np.array([row[:4] for row in rows]).T[..., None, None]
+        s, t = s0 + (s1 - s0) * np.array(shape[0])[:, None], t0 + (t1 - t0) * np.array(shape[1])[:, None]
+        points = (1 - t) * ((1 - s) * a + s * b) + t * ((1 - s) * d + s * c)   # (rows, corners, 3)
+        outlines = np.stack(self.project(*points.transpose(2, 0, 1)), 2).reshape(len(rows), -1)        # u, v, u, v ...
+        for outline, row in zip(outlines.tolist(), rows):
+            if row is rows[0] or row[2] < 0:       # the others lie within the first
+                self.mark.polygon(outline, label)
+            if row[4]:
+                self.draw.polygon(outline, row[4])
+
+    def strip(self, x0, x1, z0, z1, material):     # a piece of ground along the street, bent with it
+        z = np.geomspace(max(z0, NEAR), max(z1, NEAR), 2 if z1 - z0 < 3 else 9)
+        points = self.project(np.repeat((x0, x1), len(z)), 0, np.concatenate([z, z[::-1]]))
+        self.lay.polygon(np.stack(points, 1).ravel().tolist(), material)
+
+    def shade_from(self, ends, height):            # shadow of upright planes over a chain of ground points (x, z)
+        tips = [(x + self.cast[0] * height, z + self.cast[1] * height) for x, z in ends]
+        for quad in zip(ends, ends[1:], tips[1:], tips) if self.sunny else ():
+            self.darken.polygon([self.project(x, 0, max(z, NEAR)) for x, z in quad], 200)
+
+    def place(self, reach, function, x, z, *arguments):            # queues what stands at x, z +- reach; its shadows
+        wide, base = min(.9, reach), ((-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1))
+        base = [(x + wide * a, max(NEAR, z + reach * b)) for a, b in base]
+        self.shade_from(base, 1.5)
+        self.darken.polygon([self.project(a, 0, b) for a, b in base], 255)
+        self.jobs.append((z - .9 * reach, function, x, z, *arguments))
+
+    def field(self, slope):                        # a random piece of a noise tile, (H, W, 1) at the final size
+        rows, columns = ((np.arange(n) + self.rng.integers(512)) % 512 for n in self.size[::-1])
+        return _bank()[0][slope][rows[:, None], columns, None]
+
+    def paint_sky(self):
+        rng, height = self.rng, np.clip(1 - np.arange(self.size[1]) * 2 / self.cv, 0, 1)[:, None, None]
+        sky = np.float32(self.haze + height ** rng.uniform(.5, 1.2) * (self.pick("zenith") - self.haze))
+        cover = ((self.field(1.7) + rng.uniform(-1.6, 1.2)) * rng.uniform(.2, 1.2)).clip(0, rng.uniform(.3, 1))
+        sky = (sky + cover * (np.float32(self.pick("cloud")) - sky)).clip(0, 255).astype(np.uint8)
+        self.image.paste(Image.fromarray(sky).resize((self.w, self.h)))
+
+    def paint_ground(self):                        # ray-casts the plane: material times noise in the world times light
+        rng, tiles, haze, base = self.rng, _bank()[0], np.float32(self.haze), np.zeros((21, 3), np.float32)
+        base[[ROAD, SIDEWALK, TERRAIN]] = self.pick("road"), self.pick("sidewalk"), self.pick("terrain")
+        base[KERB], base[PAINT] = base[SIDEWALK] * rng.uniform(.7, 1.25), self.pick("e6e6e2 dcdcd8 e6e6e2 d2aa46")
+        top = max(0, int(self.cv - 6 - abs(self.roll) * self.cu))
+        columns = np.arange(self.w, dtype=np.float32) - self.cu
+        rows = np.arange(top, self.h, dtype=np.float32)[:, None] - self.cv
+        z = self.focal * self.height / np.maximum(rows - self.roll * columns, 1)
+        x = z * ((columns + self.roll * rows) / self.focal + self.heading) + self.eye - self.bend * z * z
+        material, texture = np.asarray(self.ground)[top:], 1
+        for slope, per_x, per_z, fade in ((.3, 32, 32, 1 + z / 25), (1.1, 9, .9, 1), (1.1, 3, 3, 1)):
+            cells = ((z * per_z).astype(np.int32) & 511) * 512 + ((x * per_x).astype(np.int32) & 511)
+            texture = texture + rng.uniform(.01, .09) * tiles[slope].ravel()[cells] / fade     # grain, tracks, stains
+        level = np.arange(256)[:, None]
+        light = self.sun + np.minimum(level / 200, 1) * (self.shade - self.sun)
+        light *= 1 - np.maximum(level - 200, 0) / 75
+        light = np.float32(light)[np.asarray(self.shadow.filter(ImageFilter.BoxBlur(1.5)))[top:]]
+        wet = float(rng.choice([0, 0, .35])) * np.exp(-rows / (.12 * self.h))  # mirrors the sky
+        clear = (np.exp(-z / self.visibility) * (1 - wet))[..., None]
+        colour = haze + clear * (base[material] * texture[..., None] * light - haze)
+        known = self.ground.crop((0, top, self.w, self.h)).point([255 * (m != SKY) for m in range(256)])
+        self.image.paste(Image.fromarray(colour.clip(0, 255).astype(np.uint8)), (0, top), known)
+        self.label.paste(self.ground.point([{KERB: SIDEWALK, PAINT: ROAD}.get(m, m) for m in range(256)]))
+
+    def house(self, side, x, z0, z1, height, floors, roof, shop):  # pitched roof, end wall, front with windows, shop
+        rng, colour, ridge, back, top = self.rng, self.pick("wall", 12), x + side * 4, x + side * 8, height + roof
+        lit, end = self.sunny * (side * self.cast[0] > 0) * rng.uniform(.6, 1), self.sunny * (self.cast[1] > 0)
+        paints = [(colour, lit), (colour * .85, end), (self.pick("roof"), max(lit, end)), (self.pick("frame"), lit),
+                  (self.pick("sign", 25), lit)] + [(self.pick("glass") * rng.uniform(.7, 1.5), lit) for _ in range(5)]
+        wall, gable, slope, frame, sign, *glass = (self.tone(c, light, z0) for c, light in paints)
+        face = [(x, height, z0), (x, height, z1), (ridge, top, z1), (ridge, top, z0)]
+        self.panels(face, [(0, 1, 0, 1, slope)], BUILDING)
+        face, eaves = [(x, 0, z0), (back, 0, z0), (back, top, z0), (x, top, z0)], height / top
+        self.panels(face, [(.4, .6, .8, 1 + (roof > 0) / height, gable)], BUILDING)
+        self.panels(face, [(0, 1, 0, 1, gable)], BUILDING, ((0, 1, 1, .5, 0), (0, 0, eaves, 1, eaves)))
+        rows, bays = [(0, 1, 0, 1, wall)], max(1, int((z1 - z0) / rng.uniform(1.5, 3.4)))
+        wide, high = rng.uniform(.3, .75), rng.uniform(.6, .9)
+        for j, k in itertools.product(range(bays), range(floors)):
+            a, b, c, d = j + .5 - wide / 2, j + .5 + wide / 2, k + .25, k + high
+            if shop and k == 0:
+                a, b, c, d = j + .06, j + .94, .15 * (j % 3), .7
+                rows.append((j / bays, (j + 1) / bays, 0, 1 / floors, sign))
+            spans = [(a - .05, b + .05, c - .04, d + .04, frame)] * (z0 < 50) + [(a, b, c, d, glass[rng.integers(5)])]
+            spans += [(a, (a + b) / 2, c, c + (d - c) * rng.random(), glass[rng.integers(5)])] * (z0 < 30)
+            rows += [(a / bays, b / bays, c / floors, d / floors, tone) for a, b, c, d, tone in spans]
+        self.panels([(x, 0, z0), (x, 0, z1), (x, height, z1), (x, height, z0)], rows, BUILDING)
+
+    def foliage(self, x, z, width, low, high, leaf, bare=False):   # a crown, bush or bare crown between two heights
+        (u0, v0), (u1, v1) = self.project(x - width / 2, high, z), self.project(x + width / 2, low, z)
+        left, top, right, bottom = max(0, round(u0)), max(0, round(v0)), min(self.w, round(u1)), min(self.h, round(v1))
+        if right > left and bottom > top:          # only the visible part of the 128 x 128 pictures is enlarged
+            part = [min(128, max(0, 128 * (a - b) / (c - b))) for a, b, c in (
+                (left, u0, u1), (top, v0, v1), (right, u0, u1), (bottom, v0, v1))]
+            mask, tone = (i.resize((right - left, bottom - top), Image.BILINEAR, part)
+                          for i in _bank()[1][int(bare)][self.rng.integers(8)])
+            colour = Image.new("RGB", mask.size, self.tone(leaf * .5 + 18 if bare else leaf * 2, self.sunny, z))
+            self.image.paste(ImageChops.multiply(colour, tone), (left, top), mask)
+            self.label.paste(VEGETATION, (left, top), mask.point([255 * (a > (60 if bare else 127)) for a in range(256)]))
+
+    def tree(self, x, z, height, leaf, bare):
+        trunk = [(x + height * a, height * b, z) for a, b in ((-.03, 0), (.03, 0), (.02, .5), (-.02, .5))]
+        self.panels(trunk, [(0, 1, 0, 1, self.tone(np.array((78, 68, 56)), self.lit(x, z) * .5, z))], VEGETATION)
+        for dx, low, size in ((0, .2, .8),) if bare else ((-.15, .3, .55), (.16, .32, .5), (0, .42, .58)):
+            self.foliage(x + dx * height, z, size * height * .9, low * height, (low + size) * height, leaf, bare)
+
+    def figure(self, x, z, names):                 # flat figures, turned alike; a torso on bent legs is a rider's
+        rng, lit, scale, riding = self.rng, self.lit(x, z - .5), self.rng.uniform(.0092, .0106), "bent" in names
+        turn = math.copysign(rng.uniform(.25 if riding else .6, 1), -x if names == "lamp" else rng.normal())
+        for label, *strokes in (_FIGURES[name] for name in names.split()):
+            tones, label = {}, RIDER if riding and label == PERSON else label
+            for key, width, *numbers in strokes:
+                tones[key] = tones.get(key) or self.tone(self.pick(key), lit, z)
+                points = [self.project(x + turn * scale * a, scale * b, z) for a, b in zip(numbers[::2], numbers[1::2])]
+                (u, v), r = points[0], max(1, self.focal * width * scale / z / 2)
+                for canvas, fill in ((self.draw, tones[key]), (self.mark, label)):
+                    if len(points) > 1:
+                        canvas.line(points, fill, round(2 * r), "curve")
+                    else:                          # one sees through the wheels of a bicycle
+                        inside, wide = None if label == BICYCLE and canvas is self.draw else fill, r * abs(turn)
+                        canvas.ellipse((u - wide, v - r, u + wide, v + r), inside, fill, round(r / 5 + 1))
+
+    def vehicle(self, x, z, kind, ahead):          # a body and a cabin, of which top, one flank and one end are seen
+        label, length, width, belt, height, low, high, roof, windows = _VEHICLES[kind]
+        flank, rear, lit = np.sign(self.eye - x), ahead > 0, self.lit(x, z - length / 2 - .5)
+        paint, pane, lamp = self.pick("paint", 14), self.pick("glass") * .4 + 12, "be1a16 ff3c28" if rear else "eae6dc"
+        body, top, window, sky, trim, lamp, black, plate = (self.tone(c, lit, z) for c in (
+            paint * .8, paint * 1.15, pane, pane * 1.7 + 20, paint * .3 + 14, self.pick(lamp) * (2 - lit),
+            self.pick("18181a"), self.pick("d2c896")))
+
+        def face(corners, *rows, shape=_SQUARE):   # corners: half widths across, height, fraction of the length
+            corners = [(x + a * width / 2, y, z + ahead * (along - .5) * length) for a, y, along in corners]
+            self.panels(corners, rows, label, shape)
+
+        on_side, on_end = [], [  # tyres, bumper, plate, lamps
+            (.04, .18, -.3, .1, black), (.82, .96, -.3, .1, black), (.01, .99, 0, .3, trim), (.38, .62, .35, .6, plate),
+            (.03, .18, .5, .8, lamp), (.82, .97, .5, .8, lamp)]
+        for y0, y1, (r0, f0), (r1, f1), b in ((.22 * belt, belt, (0, 1), (0, 1), 1), (belt, height, low, high, roof)):
+            face([(-b, y1, r1), (b, y1, r1), (b, y1, f1), (-b, y1, f1)], (0, 1, 0, 1, top))
+            side = (flank, y0, r0), (flank, y0, f0), (flank * b, y1, f1), (flank * b, y1, r1)
+            face(side, (0, 1, 0, 1, body), *on_side)
+            e0, e1 = (r0, r1) if rear else (f0, f1)
+            face([(-1, y0, e0), (1, y0, e0), (b, y1, e1), (-b, y1, e1)], (0, 1, 0, 1, body), *on_end)
+            on_side = [((k + .12) / windows, (k + .92) / windows, .08, .86, window) for k in range(windows)]
+            on_end = [(.08, .92, .1, .88, window), (.08, .92, .55, .88, sky)] * (windows > 0 or not rear)
+        r = .33 if label == CAR else .5
+        for c in (.2, .8):                         # wheels
+            a, b = c - r / length, c + r / length
+            square = [(flank, 0, a), (flank, 0, b), (flank, 2 * r, b), (flank, 2 * r, a)]
+            face(square, (0, 1, 0, 1, black), (.25, .75, .25, .75, top), shape=_ROUND)
+
+    def line_up(self, side, line, kinds, near, far, leaf, bare):   # what stands along one side, beyond the pavement
+        rng, z, (flat, shops), storeys = self.rng, 2.5, self.rng.random(2) < .5, self.rng.integers(2, 6)
+        while z < FAR:
+            z = far + 2 if near - 5 < z < far + 2 else z
+            end, x = min(z + rng.uniform(6, 18), near - 2 if z < near else FAR + 9), side * line
+            kind = rng.choice(["house", "wall", "metal", "hedge", "park"], p=kinds)
+            if kind in ("wall", "metal"):          # what is seen between the bars of a fence counts as fence too
+                label, tall, colour = WALL if kind == "wall" else FENCE, rng.uniform(1, 2.6), self.pick(kind)
+                colour, spaces = self.tone(colour, self.sunny * .7, z), np.arange(0, 1, .4 / (end - z)).tolist()
+                bars = [(0, 1, .9, 1, colour)] + [(s, s + .05 / (end - z), 0, 1, colour) for s in spaces]
+                rows = [(0, 1, 0, 1, colour)] if kind == "wall" else [(0, 1, 0, 1, None), *bars]
+                corners = [(x, 0, z), (x, 0, end), (x, tall, end), (x, tall, z)]
+                self.jobs.append((end + .02, self.panels, corners, rows, label))
+            if kind == "house" or kind in ("wall", "metal") and rng.random() < .55:
+                x += side * (kind != "house") * rng.uniform(3, 8)
+                floors, roof = max(1, storeys + rng.integers(-1, 2)), (not flat) * rng.uniform(2, 4)
+                tall = floors * rng.uniform(2.8, 3.6)
+                shop = shops and kind == "house"
+                self.jobs.append((end + .05, self.house, side, x, z, end, tall, floors, roof, shop))
+                self.shade_from([(x, z), (x, end)], tall)
+            else:
+                self.strip(x, side * 60, z, end, TERRAIN)
+                for out, at in rng.uniform((1, z), (12, end), (rng.integers(2, 5), 2)).tolist():
+                    tree = rng.uniform(6, 16), self.pick("leaf", 8), rng.random() < bare
+                    self.jobs.append((end + .1, self.tree, x + side * out, at, *tree))
+            for at in np.arange(z, end, 1.7).tolist() if kind == "hedge" else ():
+                self.jobs.append((at + .03, self.foliage, x + side * .7, at, 3, -.3, rng.uniform(1, 1.6), leaf))
+            z = end + rng.uniform(2, 8) * (rng.random() < .2)
+
+    def lay_out(self):                             # draws the layout: lays the ground, queues what stands on it
+        rng, half, sort = self.rng, self.half, self.rng.choice(4, p=[.4, .3, .15, .15])        # town ... park
+        kinds = ((.8, .06, .06, .02, .06), (.5, .13, .13, .12, .12), (.2, .2, .2, .1, .3), (.05, .1, .2, .2, .45))[sort]
+        near = rng.uniform(10, 45) if rng.random() < .45 else 2 * FAR                          # the junction
+        far, leaf, bare = near + rng.uniform(7, 14), self.pick("leaf"), rng.random()
+        self.strip(-500, 500, NEAR, 3000, TERRAIN if sort else SIDEWALK)
+        for side in (-1, 1):
+            parked, avenue, grass = rng.random(3) < (.3, (.3, .45, .5, .5)[sort], (.1, .4, .6, .6)[sort])
+            kerb = half + 2.1 * parked
+            verge = kerb + grass * rng.uniform(.8, 3)
+            line = verge + rng.uniform(2, 6)
+            for edge, material in ((line, SIDEWALK), (verge, TERRAIN), (kerb + .16, KERB), (kerb, ROAD)):
+                self.strip(0, side * edge, NEAR, 2 * FAR, material)
+            self.line_up(side, line, kinds, near, far, leaf, bare)
+            traffic = half / 2, 30, _CARS * 7 + ["bus", "truck"] * 3 + ["train"]
+            for lane, gap, models in (traffic, (kerb - 1.05, 1.2, _CARS))[:1 + parked]:
+                z = 5 + rng.exponential(gap)
+                while z < 70:
+                    kind = rng.choice(models)
+                    reach = _VEHICLES[kind][1] / 2
+                    self.place(reach, self.vehicle, side * lane, z + reach, kind, side * self.hand)
+                    z += 2 * reach + 1 + rng.exponential(gap)
+            for names, count, z0, z1, low, high in _FURNITURE:
+                for z in rng.uniform(z0, z1, rng.poisson(count)):
+                    x = side * np.interp(rng.uniform(low, high), (0, 1, 2), (0, kerb, line))
+                    self.place(.2, self.figure, x, z, names)
+            for z in np.arange(rng.uniform(7, 20), 80, rng.uniform(8, 16)).tolist() if avenue else ():
+                self.place(.2, self.tree, side * (kerb + .9), z, rng.uniform(5, 12), leaf, bare > .55)
+        for x in np.arange(-90, 90, 9).tolist():   # the end of the street
+            bush = x, FAR + 19, 22, -1, rng.uniform(5, 15), leaf, rng.random() < bare
+            self.jobs.append((FAR + 20, self.foliage, *bush))
+            if rng.random() < kinds[0]:
+                self.jobs.append((FAR + 19, self.house, 1, x, FAR + 12, FAR + 19, rng.uniform(5, 16), 4, 3, False))
+        self.strip(-200, 200, near, far, ROAD)
+        dash, edge = rng.choice([0, 2, 2, 99]), half - rng.choice([.2, .5, 99])
+        marks = [(0, self.hand * half, near - 1.2, near - .9)] + [(x - .06, x + .06, NEAR, near) for x in (-edge, edge)]
+        marks += [(-.07, .07, z, z + dash) for z in np.arange(rng.uniform(1, 6), min(near, 70), rng.uniform(4, 9))]
+        zebra = [(x, x + .55, near - 4.6, near - 1.8) for x in np.arange(.4 - half, half - .4, 1.1)]
+        for mark in marks + zebra * (rng.random() < .5):
+            self.strip(*mark, PAINT)
+
+    def photograph(self):                          # half size, grain, vignette, exposure, noise, gamma, blur, JPEG
+        rng, (w, h), label, grain = self.rng, self.size, np.array(self.label)[1::2, 1::2], np.full(19, .05, np.float32)
+        grain[[BUILDING, WALL, VEGETATION, TERRAIN, SKY]] = .1, .1, .14, .18, 0
+        image = np.asarray(self.image.reduce(2), np.float32) * (1 + grain[label][..., None] * self.field(.7))
+        radius = np.hypot(*np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h)))[..., None]
+        gain = math.exp(rng.normal(.12, .3)) * (1 + rng.normal(0, .04, 3))
+        image *= np.float32(gain) * np.float32(1 - rng.uniform(0, .25) * radius ** 2)
+        gray, saturation, noise = image.mean(2, keepdims=True), rng.uniform(.55, 1.15), rng.uniform(.5, 4)
+        image = (gray + (image - gray) * saturation + noise * self.field(0)).clip(0, 255).astype(np.uint8)
+        curve = 255 * (np.arange(256) / 255) ** rng.uniform(.85, 1.35) + rng.uniform(0, 12)
+        photo, file = Image.fromarray(image).point(curve.clip(0, 255).astype(int).tolist() * 3), io.BytesIO()
+        photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(0, .3) if self.shifted else rng.uniform(.2, .7)))
+        photo.save(file, "JPEG", quality=int(rng.integers(55, 96)))
+        return np.array(Image.open(file)), label
+
+
+def render_street(seed, index, shifted=False, size=(256, 192)):
+    """One picture of a street and its labels, a function of the arguments only.
+
+    seed, index: ints >= 0 that name the picture. shifted: the same world under other materials, season, light and
+    camera (layouts have the same distribution, the scenes themselves are other ones). size: (W, H) in pixels.
+    Returns image uint8 (H, W, 3) RGB and label uint8 (H, W) with Cityscapes train ids 0..18.
+    """
+    street = _Street(np.random.default_rng([seed, index, int(shifted)]), shifted, size)
+    street.lay_out()
+    street.paint_sky()
+    street.paint_ground()
+    for _, paint, *arguments in sorted(street.jobs, key=lambda job: -job[0]):
+        paint(*arguments)
+    return street.photograph()
 
 
 if __name__ == "__main__":

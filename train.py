@@ -94,10 +94,10 @@ def build_parser():
     a("--augment-source", action=argparse.BooleanOptionalAction, default=True,
       help="colour jitter and blur on source images; the published recipes leave them clean: --no-augment-source")
     # optimisation
-    a("--steps", type=int, default=1500, help="length of the schedule (published: 40,000)")
+    a("--steps", type=int, default=1000, help="length of the schedule (published: 40,000)")
     a("--stop-at", type=int, help="stop, and save, after this step of the schedule (default: --steps)")
     a("--warmup", type=int, help="steps of linear warm-up (default min(1500, steps / 20))")
-    a("--lr", type=float, help="peak learning rate of the backbone (default 6e-5 with --init, as published, else 6e-4)")
+    a("--lr", type=float, help="peak learning rate of the backbone (default 6e-5 with --init, as published, else 1e-3)")
     a("--head-lr", type=float, help="decoder's learning rate over the backbone's (default 10 with --init, else 1)")
     a("--accum", type=int, default=1, help="batches per optimiser step, where memory is short")
     a("--seed", type=int, default=0, help="every random draw is a function of it, the step and the sample")
@@ -120,7 +120,7 @@ def parse_flags(argv=None):
     f.stop_at = f.stop_at or f.steps
     f.warmup = min(1500, f.steps // 20) if f.warmup is None else f.warmup
     f.alpha = (0.999 if f.steps >= 10_000 else 0.99) if f.alpha is None else f.alpha
-    f.lr = (6e-4 if f.init == "none" else 6e-5) if f.lr is None else f.lr
+    f.lr = (1e-3 if f.init == "none" else 6e-5) if f.lr is None else f.lr
     f.head_lr = (1.0 if f.init == "none" else 10.0) if f.head_lr is None else f.head_lr
     f.mask_block = (32 if f.crop >= 512 else 16) if f.mask_block is None else f.mask_block
     f.val = f.val or f.target
