@@ -687,6 +687,7 @@ def contact_sheet(dataset, rows=8, width=320):
 
 
 def main():
+    """Check a data set, print what is in it, draw a contact sheet; exit status 1 if there are problems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", help="data set, see above")
     parser.add_argument("--classes", help="class space or names file; default camvid11 for camvid:, else cityscapes19")
@@ -931,7 +932,8 @@ class _Street:
                           for i in _bank()[1][int(bare)][self.rng.integers(8)])
             colour = Image.new("RGB", mask.size, self.tone(leaf * .5 + 18 if bare else leaf * 2, self.sunny, z))
             self.image.paste(ImageChops.multiply(colour, tone), (left, top), mask)
-            self.label.paste(VEGETATION, (left, top), mask.point([255 * (a > (60 if bare else 127)) for a in range(256)]))
+            opaque = mask.point([255 * (a > (60 if bare else 127)) for a in range(256)])
+            self.label.paste(VEGETATION, (left, top), opaque)
 
     def tree(self, x, z, height, leaf, bare):
         trunk = [(x + height * a, height * b, z) for a, b in ((-.03, 0), (.03, 0), (.02, .5), (-.02, .5))]

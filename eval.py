@@ -173,6 +173,7 @@ def mean(values):
 
 
 def number(value, form=".2f"):
+    """A number as text, "-" for None."""
     return "-" if value is None else format(value, form)
 
 
@@ -375,6 +376,7 @@ def read_run(path):
 
 
 def markdown(header, rows):
+    """Markdown table from rows of cells, the first being the header."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
@@ -420,6 +422,7 @@ def table(paths):
 
 
 def device(text):
+    """A device that this torch can use."""
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError):  # no such device, or a torch built without it
@@ -428,6 +431,7 @@ def device(text):
 
 
 def arguments(argv):
+    """Command line -> checked arguments."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a, task = p.add_argument, p.add_mutually_exclusive_group()
     a("checkpoint", nargs="?", metavar="CKPT", help="last.pt or best.pt of a run")
@@ -486,6 +490,7 @@ def run(args):
 
 
 def main(argv=None):
+    """run(), with bad input as one line on stderr and exit status 2."""
     args = arguments(argv)
     try:
         print(table(args.table)) if args.table else run(args)

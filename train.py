@@ -342,12 +342,14 @@ def average_buffers(*networks):
         buffer.copy_(mean_over_ranks(buffer))
 
 
-def finish(f, student, teacher, val_set, classes, log, out):
+def finish(f, student, teacher, val_set, classes, log):
     """The three read-outs of a finished run: student, EMA teacher, student with AdaBN on the target."""
     average_buffers(student, teacher)
     if not (f.mix or f.mask):  # the teacher has seen no batch, its BatchNorm statistics are those of the start
         for mine, theirs in zip(teacher.buffers(), student.buffers()):
             mine.copy_(theirs)
+    if val_set is None:
+        return
     results = {"student": evaluation.evaluate(student, val_set),
                "teacher": evaluation.evaluate(teacher, val_set), "adabn": None}
     if f.target != "none" and any(isinstance(m, torch.nn.BatchNorm2d) for m in student.modules()):
@@ -356,7 +358,6 @@ def finish(f, student, teacher, val_set, classes, log, out):
     log.write("result", step=f.steps, **results)
     print0(evaluation.format_scores(results["student"]))
     print0(*(f"{name} mIoU {result['miou']:.2f}  " for name, result in results.items() if result), f"on {f.val}, val")
-    print0(f"checkpoint {out / 'last.pt'}, panels {out / 'panels'}, log {out / 'log.jsonl'}")
 
 
 def accumulate(f, step, wrapped, teacher, imagenet, sources, targets, things, shard, dtype):
@@ -460,14 +461,15 @@ def run(argv=None):
             if result["miou"] > best:
                 best = result["miou"]
                 save("best.pt", done)
-        if val_set and done == f.steps:
-            finish(f, student, teacher, val_set, classes, log, out)
+        if done == f.steps:
+            finish(f, student, teacher, val_set, classes, log)
         leave = mean_over_ranks(torch.tensor(float(bool(signals)), device=device)) > 0
         if leave or finished or done % f.save_every == 0:
             save("last.pt", done)
         if leave:
             print0(f"stopped by a signal, {last} saved at step {done}; the same command goes on from there")
             sys.exit(130 if signal.SIGINT in signals else 0)
+    print0(f"step {f.stop_at} of {f.steps}: checkpoint {last}, panels {out / 'panels'}, log {out / 'log.jsonl'}")
 
 
 def main(argv=None):
@@ -475,7 +477,7 @@ def main(argv=None):
     try:
         run(argv)
     except (data.DataError, model.WeightsError, model.CheckpointError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).splitlines()[-1], file=sys.stderr)  # a loader process puts its traceback before it
         sys.exit(1)
     finally:
         if dist.is_initialized():
