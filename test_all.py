@@ -1402,6 +1402,7 @@ def test_wrong_weights_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["mit_b0", "mit_b1"])
 def test_mix_transformer_equals_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: MiT not compared with it")
+    model.import_optional("torchvision")  # which transformers imports too
     dims, depths = model.MIT[name]
     config = transformers.SegformerConfig(hidden_sizes=list(dims), depths=list(depths), sr_ratios=[8, 4, 2, 1],
                                           num_attention_heads=[1, 2, 5, 8])
