@@ -518,13 +518,14 @@ class Crops(torch.utils.data.Dataset):
     come in a new order per epoch, or from `rare` (RareClassSampler), re-cropped until more than RARE_CROP * S**2 pixels
     show its class. max_share re-crops until there are two classes and none covers that share of the labelled pixels
     (None: a plain crop). After RECROPS vain tries the last crop is taken. Flipped with probability 0.5. Small images
-    are padded, labels with 255; an unlabelled set gives labels of 255 throughout.
+    are padded, labels with 255. Without labels (labels=False, or a set that has none) crops are plain, and the label is
+    0 on the image and 255 on the padding: a target's labels, where they exist, must not steer its crops.
     Source: DAFormer, section 3.3; max_share is mmsegmentation's cat_max_ratio.
     """
 
-    def __init__(self, dataset, crop, seed, rare=None, max_share=0.75):
-        self.dataset, self.crop, self.rare = dataset, crop, rare
-        self.max_share = max_share if dataset.labeled else None
+    def __init__(self, dataset, crop, seed, rare=None, max_share=0.75, labels=True):
+        self.dataset, self.crop, self.rare, self.labels = dataset, crop, rare, labels and dataset.labeled
+        self.max_share = max_share if self.labels else None
         self.seed = (seed, zlib.crc32("\n".join((dataset.kind, *dataset.names)).encode()))
 
     def __getitem__(self, k):
@@ -535,8 +536,8 @@ class Crops(torch.utils.data.Dataset):
             epoch, at = divmod(k, len(self.dataset))
             index = int(np.random.default_rng((*self.seed, 1, epoch)).permutation(len(self.dataset))[at])
         image, label = self.dataset.arrays(index)
-        if label is None:
-            label = np.full(image.shape[:2], IGNORE, np.uint8)
+        if not self.labels:
+            label = np.zeros(image.shape[:2], np.uint8)
         if min(label.shape) < size:
             image, label = _pad(image, size, MEAN_COLOUR), _pad(label, size, IGNORE)
         for _ in range(1 + RECROPS):

@@ -491,6 +491,14 @@ def test_crops_are_a_function_of_seed_and_k(tmp_path):
     assert any(torch.equal(image, item["image"]) and torch.equal(label, item["label"]) for image, label in windows)
 
 
+def test_labels_of_a_target_never_reach_its_crops(tmp_path):
+    labelled = data.open_dataset(make_folder(tmp_path, size=(48, 40)), "train", ("a", "b", "c"))
+    plain = data.open_dataset(f"folder:{tmp_path / 'images'}", "train", ("a", "b", "c"))
+    for k in range(40):
+        seen, blind = data.Crops(labelled, 16, 0, labels=False)[k], data.Crops(plain, 16, 0)[k]
+        assert torch.equal(seen["image"], blind["image"]) and (seen["label"] == 0).all()
+
+
 def test_crops_larger_than_the_image(tmp_path):
     for size in ((5, 7), (1, 1), (40, 3)):
         spec = make_folder(tmp_path / str(size), 2, size)
@@ -501,7 +509,7 @@ def test_crops_larger_than_the_image(tmp_path):
             assert item["image"].dtype == item["label"].dtype == torch.uint8
             outside = (item["image"] == torch.tensor(data.MEAN_COLOUR)[:, None, None]).all(0)
             assert int((~outside).sum()) == min(16, size[0]) * min(16, size[1])
-            assert (item["label"][outside] == 255).all() and (labeled or (item["label"] == 255).all())
+            assert (item["label"][outside] == 255).all() and (labeled or (item["label"][~outside] == 0).all())
 
 
 def test_labeled_subset():
@@ -1637,7 +1645,8 @@ def step_inputs(batch, size=64, classes=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     label = torch.randint(0, classes, (batch, size, size), generator=g).byte()
     label[:, :9] = 255
-    return (torch.rand(batch, 3, size, size, generator=g), label), torch.rand(batch, 3, size, size, generator=g)
+    images = torch.rand(2, batch, 3, size, size, generator=g)
+    return (images[0], label), (images[1], torch.zeros_like(label))
 
 
 def test_one_pseudo_label_weight_for_the_batch_and_border_rows_without(monkeypatch):
@@ -1648,18 +1657,20 @@ def test_one_pseudo_label_weight_for_the_batch_and_border_rows_without(monkeypat
         net.decoder.classifier.weight.normal_(std=1.0)
     teacher = model.teacher_mode(copy.deepcopy(net).requires_grad_(False))
     source, target = step_inputs(2)
+    target[1][:, :, :4] = 255  # padding, where a pseudo-label would be an invention
     seen = []
     real = train.cross_entropy
     monkeypatch.setattr(train, "cross_entropy", lambda *a: (seen.append(a), real(*a))[1])
     terms, views = train.step_terms(flags, net, teacher, None, source, target, [], torch.Generator(), (0, 1))
     assert list(terms) == ["source", "mix", "mask"]
     with torch.no_grad():
-        confidence = F.interpolate(teacher(target).logits, size=(64, 64), mode="bilinear").softmax(1).amax(1)
+        confidence = F.interpolate(teacher(target[0]).logits, size=(64, 64), mode="bilinear").softmax(1).amax(1)
     q = (confidence >= 0.4).float().mean()
     assert 0.05 < q < 0.95
     (_, _, mixed_weight), (_, pseudo, weight) = seen[1], seen[2]
     assert (weight[:, :5] == 0).all() and (weight[:, -7:] == 0).all()
-    torch.testing.assert_close(weight[:, 5:-7], q.expand(2, 52, 64))
+    torch.testing.assert_close(weight[:, 5:-7, 4:], q.expand(2, 52, 60))
+    assert (weight[:, :, :4] == 0).all()
     pasted = (views["mixed_label"] != pseudo) & (mixed_weight != q)
     assert pasted.any() and (mixed_weight[pasted] == 1).all()  # source pixels weigh 1, in the border rows too
 
@@ -1823,13 +1834,13 @@ with torch.no_grad():
         p.add_(0.01 * torch.randn_like(p))
 net.eval()
 teacher = copy.deepcopy(net).requires_grad_(False).eval()
-(image, label), target = test_all.step_inputs(2)
+(image, label), (target, padding) = test_all.step_inputs(2)
 label[0, 9:], label[1, 40:] = 1, 2
 part = slice(rank, rank + 1) if world > 1 else slice(None)
 generator = torch.Generator().manual_seed(5)
 student = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-terms, _ = train.step_terms(flags, student, teacher, imagenet, (image[part], label[part]), target[part], [1, 2],
-                            generator, (rank, world))
+terms, _ = train.step_terms(flags, student, teacher, imagenet, (image[part], label[part]),
+                            (target[part], padding[part]), [1, 2], generator, (rank, world))
 assert set(terms) == {"source", "fd", "mix", "mask"}
 sum(terms.values()).backward()
 if rank == 0:

@@ -161,8 +161,8 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
     """The loss terms of one batch, in the order of the design's figure.
 
     f: flags; student: Segmenter, perhaps wrapped by DDP; teacher, imagenet: frozen Segmenters (imagenet or None);
-    source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: image float (B,3,S,S) or None;
-    things: class indices of the feature distance; generator: CPU generator of this step; shard: (rank, world).
+    source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: the same, the label being 255 on padding and 0
+    elsewhere, or None; things: class indices of the feature distance; generator: CPU generator of this step; shard: (rank, world).
     Returns (terms: name -> 0-d tensor, views: name -> image or label tensor for the panel).
     """
     image, label = source
@@ -181,9 +181,9 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
 
     if f.mix or f.mask:  # pseudo-labels of the clean target; one weight q for the whole batch, over all processes
         with torch.no_grad():
-            logits = teacher(target).logits
-            pseudo, confidence, fraction = model.pseudo_label(logits, target.shape[2:], f.threshold)
-            weight = mean_over_ranks(fraction).expand(pseudo.shape).clone()  # () -> (B,S,S)
+            target, padding = target
+            pseudo, _, fraction = model.pseudo_label(teacher(target).logits, target.shape[2:], f.threshold)
+            weight = mean_over_ranks(fraction) * (padding != 255)  # () * (B,S,S)
             weight[:, :f.border[0]] = 0
             weight[:, weight.shape[1] - f.border[1]:] = 0
         views.update(target=target, pseudo=pseudo)
@@ -250,13 +250,14 @@ def open_data(f):
     return classes, source_set, target_set, val_set
 
 
-def batches(dataset, f, rare, start, shard, device):
+def batches(dataset, f, rare, labels, start, shard, device):
     """Batches from step `start` on; sample k of a run is the same whatever the number of processes.
 
-    Yields (image float (B,3,S,S) in [0,1], label uint8 (B,S,S), file names), image and label on the device.
+    Yields (image float (B,3,S,S) in [0,1], label uint8 (B,S,S), file names), image and label on the device. Without
+    `labels` those of the data set are not looked at.
     """
     rank, world = shard
-    crops = data.Crops(dataset, f.crop, f.seed, rare)
+    crops = data.Crops(dataset, f.crop, f.seed, rare, labels=labels)
     rounds = range(start * f.accum, f.steps * f.accum)
     order = [[(k * world + rank) * f.batch + b for b in range(f.batch)] for k in rounds]
     loader = torch.utils.data.DataLoader(crops, batch_sampler=order, num_workers=f.workers,
@@ -365,7 +366,7 @@ def accumulate(f, step, wrapped, teacher, imagenet, sources, targets, things, sh
     generator, files = torch.Generator(), []
     for part in range(f.accum):
         *source, names = next(sources)
-        target, _, more = next(targets) if targets else (None, None, [])
+        *target, more = next(targets) if targets else [[]]
         files += names + more
         seed = int.from_bytes(hashlib.sha256(f"{f.seed} {step} {part}".encode()).digest()[:7], "big")
         generator.manual_seed(seed)  # draws for the joint batch: the same on every process
@@ -429,8 +430,8 @@ def run(argv=None):
                 "flags": flags, "classes": list(classes), "student": student.state_dict(), "step": step, "best": best,
                 "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about})
 
-    sources = batches(source_set, f, rare, start, (rank, world), device)
-    targets = batches(target_set, f, None, start, (rank, world), device) if target_set else None
+    sources = batches(source_set, f, rare, True, start, (rank, world), device)
+    targets = batches(target_set, f, None, False, start, (rank, world), device) if target_set else None
     steps = tqdm(range(start, f.stop_at), f.recipe, f.stop_at, initial=start, disable=True if rank else None)
     for step in steps:
         for group in optimizer.param_groups:
