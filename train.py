@@ -161,8 +161,9 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
     """The loss terms of one batch, in the order of the design's figure.
 
     f: flags; student: Segmenter, perhaps wrapped by DDP; teacher, imagenet: frozen Segmenters (imagenet or None);
-    source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: the same, the label being 255 on padding and 0
-    elsewhere, or None; things: class indices of the feature distance; generator: CPU generator of this step; shard: (rank, world).
+    source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: the same, its label being 255 on padding and 0
+    elsewhere, or None; things: class indices of the feature distance; generator: CPU generator of this step;
+    shard: (rank, world).
     Returns (terms: name -> 0-d tensor, views: name -> image or label tensor for the panel).
     """
     image, label = source
