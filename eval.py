@@ -40,14 +40,21 @@ def starts(length, window, stride):
     return [*range(0, length - window, stride), length - window]
 
 
-def raw_logits(model, image, window=None, stride=None, flip=False):
+def head_logits(model, image, head):
+    """Logits float32 (B,K,h,w) of one decoder; of head "mean" those of the mean probability of both decoders."""
+    if head != "mean":
+        return model(image, head).logits.float()
+    return torch.logaddexp(*(model(image, name).logits.float().log_softmax(1) for name in ("plain", "language")))
+
+
+def raw_logits(model, image, window=None, stride=None, flip=False, head="plain"):
     """float32 logits (B,K,h,w) before the last upsampling: on the network's grid or, from windows, on the image's."""
     if flip:
-        straight = raw_logits(model, image, window, stride)
-        return (straight + raw_logits(model, image.flip(-1), window, stride).flip(-1)) / 2
+        straight = raw_logits(model, image, window, stride, head=head)
+        return (straight + raw_logits(model, image.flip(-1), window, stride, head=head).flip(-1)) / 2
     (B, _, H, W), S = image.shape, window
     if S is None or max(H, W) <= S:
-        return model(image).logits.float()
+        return head_logits(model, image, head)
     stride = stride or max(1, S // 2)
     if not 0 < stride <= S:
         raise ValueError(f"stride {stride} leaves pixels uncovered: it must be in 1..{S}, the window's side")
@@ -55,30 +62,30 @@ def raw_logits(model, image, window=None, stride=None, flip=False):
     total, count = image.new_zeros(B, model.num_classes, H, W), image.new_zeros(H, W)
     for y in starts(H, h, stride):
         for x in starts(W, w, stride):
-            logits = model(image[..., y:y + h, x:x + w]).logits.float()
+            logits = head_logits(model, image[..., y:y + h, x:x + w], head)
             total[..., y:y + h, x:x + w] += F.interpolate(logits, (h, w), mode="bilinear", align_corners=False)
             count[y:y + h, x:x + w] += 1
     return total.div_(count)
 
 
 @torch.no_grad()
-def predict(model, image, size=None, window=None, stride=None, flip=False):
+def predict(model, image, size=None, window=None, stride=None, flip=False, head="plain"):
     """Class probabilities, float32 (B,K,h,w) at `size` (h,w), by default the image's own.
 
     image: float (B,3,H,W), RGB in [0,1], any size. window None: one pass over the whole image (DAFormer's protocol).
     window S: S x S windows, `stride` apart (default S // 2), logits averaged where they overlap (HRDA, MIC); a side
     shorter than S is taken whole. flip: logits averaged with those of the mirror image. Without windows one bilinear
-    step leads from the network's grid to `size`. The caller puts the model into eval mode. Raises ValueError on a
-    stride that leaves gaps.
+    step leads from the network's grid to `size`. head: plain | language | mean. The caller puts the model into eval
+    mode. Raises ValueError on a stride that leaves gaps.
     """
-    logits = raw_logits(model, image, window, stride, flip)
+    logits = raw_logits(model, image, window, stride, flip, head)
     return F.interpolate(logits, size or image.shape[2:], mode="bilinear", align_corners=False).softmax(1)
 
 
 @torch.no_grad()
-def predict_labels(model, image, size=None, window=None, stride=None, flip=False):
+def predict_labels(model, image, size=None, window=None, stride=None, flip=False, head="plain"):
     """Arg-max of `predict`, uint8 (B,h,w), without K maps at `size`."""
-    return pseudo_label(raw_logits(model, image, window, stride, flip), size or image.shape[2:])[0]
+    return pseudo_label(raw_logits(model, image, window, stride, flip, head), size or image.shape[2:])[0]
 
 
 def to_batch(image, model):
@@ -111,7 +118,7 @@ def read_ahead(dataset, indices, threads=4):
             yield queue.popleft().result()
 
 
-def predictions(model, dataset, window=None, flip=False, size=None):
+def predictions(model, dataset, window=None, flip=False, head="plain", size=None):
     """(item, uint8 prediction (h,w) on the device) for this rank's share of the data: rank, rank + world, ...
 
     One image at a time, because native sizes differ; predicted at `size` (h,w) or, without it, at the label's. No
@@ -122,7 +129,7 @@ def predictions(model, dataset, window=None, flip=False, size=None):
     bar = tqdm(read_ahead(dataset, share), "predict", len(share), disable=True if rank else None, leave=False)
     for item in bar:
         image = to_batch(item["image"], model)
-        yield item, predict_labels(model, image, size or item["label"].shape, window, flip=flip)[0]
+        yield item, predict_labels(model, image, size or item["label"].shape, window, flip=flip, head=head)[0]
 
 
 @torch.no_grad()
@@ -146,7 +153,8 @@ def adapt_batchnorm(model, dataset, images=96, batch=8):
     for part in np.array_split(chosen, math.ceil(len(chosen) / batch)):
         loaded = [dataset[int(i)]["image"] for i in part]
         h, w = (min(image.shape[side] for image in loaded) for side in (1, 2))
-        model(to_batch(torch.stack([image[:, :h, :w] for image in loaded]), model))
+        for head in ("plain", "language") if model.language else ("plain",):
+            model(to_batch(torch.stack([image[:, :h, :w] for image in loaded]), model), head)
     return model.eval()
 
 
@@ -206,7 +214,7 @@ def format_scores(result):
     return "\n".join(lines)
 
 
-def evaluate(model, dataset, window=None, flip=False, save=None):
+def evaluate(model, dataset, window=None, flip=False, head="plain", save=None):
     """scores() of a model on a labelled data set plus "images" and "images_per_s"; the same on every rank.
 
     All ranks must call it: each predicts its share, in float32, and the confusion matrix is summed once. Labels keep
@@ -218,7 +226,7 @@ def evaluate(model, dataset, window=None, flip=False, save=None):
     names, begin = dataset.classes, time.perf_counter()
     total = torch.zeros(len(names), len(names), dtype=torch.int64, device=model.pixel_mean.device)
     with eval_mode(model):
-        for item, label in predictions(model, dataset, window, flip):
+        for item, label in predictions(model, dataset, window, flip, head):
             total += confusion(label, item["label"].to(label.device), len(names))
             if save:
                 sheet = panel(as_picture(item["image"]), item["label"].numpy(), label.cpu().numpy(), palette(names))
@@ -298,7 +306,7 @@ SERVERS = {  # kind of data set: size (h,w) that the server wants, id written fo
 
 
 @torch.no_grad()
-def predict_images(model, path, names, folder, size=None, window=None, flip=False):
+def predict_images(model, path, names, folder, size=None, window=None, flip=False, head="plain"):
     """Predict a file or every image of a folder; write NAME_ids.png and NAME_panel.png (image, prediction, overlay).
 
     Images are predicted at the training scale, their longer side as long as that of `size` (W,H), and written at their
@@ -317,14 +325,14 @@ def predict_images(model, path, names, folder, size=None, window=None, flip=Fals
         fitted = [max(1, round(side * scale)) for side in (w, h)]
         small = Image.fromarray(picture).resize(fitted, Image.Resampling.BILINEAR)
         image = to_batch(torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous(), model)  # (h,w,3) -> (1,3,h,w)
-        label = predict_labels(model, image, (h, w), window, flip=flip)[0].cpu().numpy()
+        label = predict_labels(model, image, (h, w), window, flip=flip, head=head)[0].cpu().numpy()
         name = file.stem if stems[file.stem] == 1 else file.name  # a.jpg beside a.png
         Image.fromarray(label).save(folder / f"{name}_ids.png")
         panel(picture, None, label, colors).save(folder / f"{name}_panel.png")
     return len(files)
 
 
-def submit(model, dataset, folder, window=None, flip=False):
+def submit(model, dataset, folder, window=None, flip=False, head="plain"):
     """Write what the benchmark's server takes, one id PNG per image in a flat, empty folder; returns their number.
 
     Cityscapes wants label ids in <city>_<sequence>_<frame>*.png, ACDC and Dark Zurich train ids under the image's name.
@@ -340,7 +348,7 @@ def submit(model, dataset, folder, window=None, flip=False):
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise DataError(f"{folder}: not empty; --submit needs a folder of its own, the server reads every file")
-    for item, label in predictions(model, dataset, window, flip, size=size):
+    for item, label in predictions(model, dataset, window, flip, head, size):
         written = np.array(ids, np.uint8)[label.cpu().numpy()]
         Image.fromarray(written).save(folder / f"{stems[item['name']]}.png")
     return len(dataset)
@@ -443,6 +451,7 @@ def arguments(argv):
     a("--save", metavar="DIR", help="folder for panels (default: none; with --images: predictions)")
     a("--slide", action="store_true", help="windows of the training crop, half overlapping (HRDA, MIC)")
     a("--flip", action="store_true", help="average with the mirror image")
+    a("--head", default="plain", choices=("plain", "language", "mean"), help="decoder; language where one was trained")
     a("--weights", default="student", choices=("student", "teacher"), help="which network of the run")
     a("--adabn", metavar="SPEC", help="first re-estimate BatchNorm on unlabelled train images of this data set")
     a("--size", type=parse_size, metavar="WxH", help="size at the network (default: as trained; --images: longer side)")
@@ -469,16 +478,16 @@ def run(args):
     begin = time.perf_counter()
     if args.images:
         folder = args.save or "predictions"
-        count = predict_images(model, args.images, classes, folder, size, window, args.flip)
+        count = predict_images(model, args.images, classes, folder, size, window, args.flip, args.head)
         scale = f"scaled to a longer side of {max(size)} for the network, " if size else ""
         print(f"{scale}panels and ids at native size in {folder}")
     elif args.submit:
-        count = submit(model, dataset, args.submit, window, args.flip)
+        count = submit(model, dataset, args.submit, window, args.flip, args.head)
         print(f"ids of {spec}, split {args.split}, for the server in {args.submit}")
     else:
         if args.save:
             Path(args.save).mkdir(parents=True, exist_ok=True)
-        result = evaluate(model, dataset, window, args.flip, save=args.save)
+        result = evaluate(model, dataset, window, args.flip, args.head, args.save)
         what = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights, "data": spec,
                 "split": args.split, "adabn": args.adabn, "slide": args.slide, "flip": args.flip}
         print(", ".join(f"{k} {v}" for k, v in what.items() if v), format_scores(result), sep="\n")

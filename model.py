@@ -4,21 +4,29 @@
     net = Segmenter("mit_b5", "daformer", num_classes=19)
     load_backbone(net, "mit_b5.pth")                     # NVIDIA, Hugging Face or mmseg layout, strict
     out = net(images)                                    # images float (B,3,H,W) in [0,1]; out.logits (B,19,H/4,W/4)
+
+    python model.py text --names names.txt --text clip:ViT-B-16/laion2b_s34b_b88k --out bank.npz    one vector a class
 """
+import argparse
+import contextlib
+import glob
+import hashlib
 import importlib
 import math
 import os
 import re
 import shutil
+import socket
 import sys
 import zipfile
 from collections import namedtuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import upsample_pseudo_label
+from kernels import text_correlation, upsample_pseudo_label
 
 Output = namedtuple("Output", "logits features pyramid")  # (B,K,h,w), (B,C,h,w), list of (B,C_i,h_i,w_i)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -267,21 +275,17 @@ def init_decoder(module):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
-class SegFormerHead(nn.Module):
-    """All-MLP head (SegFormer): a linear layer per level, upsampled, concatenated, fused by a 1x1 convolution."""
+class SegFormerFusion(nn.Module):
+    """All-MLP fusion (SegFormer): a linear layer per level, upsampled, concatenated, fused by a 1x1 convolution."""
 
-    def __init__(self, inputs, channels, num_classes):
+    def __init__(self, inputs, channels):
         super().__init__()
         self.linears = nn.ModuleList(nn.Linear(c, channels) for c in inputs)
         self.fuse = nn.Conv2d(len(inputs) * channels, channels, 1, bias=False)
         self.bn = nn.BatchNorm2d(channels)
-        self.dropout = nn.Dropout2d(0.1)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
-        init_decoder(self)
 
     def forward(self, pyramid):
-        features = F.relu(self.bn(project_and_fuse(pyramid, self.linears, self.fuse.weight)))
-        return self.classifier(self.dropout(features)), features
+        return F.relu(self.bn(project_and_fuse(pyramid, self.linears, self.fuse.weight)))
 
 
 def conv_bn_relu(inputs, outputs, kernel=1, dilation=1, groups=1):
@@ -291,11 +295,11 @@ def conv_bn_relu(inputs, outputs, kernel=1, dilation=1, groups=1):
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-class DAFormerHead(nn.Module):
+class DAFormerFusion(nn.Module):
     """Context-aware fusion of DAFormer (Hoyer et al., 2022): embeddings of all levels at the finest stride, separable
     ASPP with dilations 1, 6, 12, 18 and no image pooling, 3x3 bottleneck."""
 
-    def __init__(self, inputs, channels, num_classes):
+    def __init__(self, inputs, channels):
         super().__init__()
         wide = len(inputs) * channels
         self.linears = nn.ModuleList(nn.Linear(c, channels) for c in inputs)
@@ -303,9 +307,6 @@ class DAFormerHead(nn.Module):
         self.dilated = nn.ModuleList(
             nn.Sequential(conv_bn_relu(wide, wide, 3, d, wide), conv_bn_relu(wide, channels)) for d in (6, 12, 18))
         self.bottleneck = conv_bn_relu(4 * channels, channels, 3)
-        self.dropout = nn.Dropout2d(0.1)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
-        init_decoder(self)
 
     def forward(self, pyramid):
         size = pyramid[0].shape[2:]
@@ -313,28 +314,103 @@ class DAFormerHead(nn.Module):
         wide = torch.cat(levels, 1)  # four of (B,C,h,w) -> (B,4C,h,w)
         conv, bn, relu = self.point
         branches = [relu(bn(project_and_fuse(pyramid, self.linears, conv.weight)))] + [b(wide) for b in self.dilated]
-        features = self.bottleneck(torch.cat(branches, 1))
+        return self.bottleneck(torch.cat(branches, 1))
+
+
+FUSIONS = {"segformer": SegFormerFusion, "daformer": DAFormerFusion}
+
+
+class Decoder(nn.Module):
+    """Fusion of the pyramid, dropout, 1x1 classifier: pyramid -> (logits (B,K,h,w), features (B,C,h,w))."""
+
+    def __init__(self, name, inputs, channels, num_classes):
+        super().__init__()
+        self.fusion = FUSIONS[name](inputs, channels)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        init_decoder(self)
+
+    def forward(self, pyramid):
+        features = self.fusion(pyramid)
         return self.classifier(self.dropout(features)), features
 
 
-DECODERS = {"segformer": SegFormerHead, "daformer": DAFormerHead}
+class LanguageDecoder(nn.Module):
+    """Decoder conditioned on text (LC-MSM, Kim et al., 2024, after its released code): the scaled cosine between each
+    pixel's feature and each class's text, refined by LSeg's spatial block, is concatenated to the features.
+
+    forward(pyramid, text): text float (K,C), None leaves the correlation out (the ablation's second plain decoder).
+    """
+
+    scale = 1 / 0.07  # a constant: the released code exponentiates it once, and neither trains nor saves it
+
+    def __init__(self, name, inputs, channels, num_classes, with_text=True, spatial_depth=2):
+        super().__init__()
+        self.fusion = FUSIONS[name](inputs, channels)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(channels + num_classes * with_text, num_classes, 1)
+        init_decoder(self)
+        self.depth = spatial_depth if with_text else 0
+        self.spatial = nn.Conv2d(1, 1, 3, 1, 1) if self.depth else None  # one kernel for all classes and applications
+
+    def refine(self, scores):
+        """LSeg's bottleneck block: each class's map through the shared convolution, plus the maximum over classes."""
+        for i in range(self.depth):
+            maps = self.spatial(scores.flatten(0, 1)[:, None]).view_as(scores)  # (B,K,h,w) -> (B*K,1,h,w) and back
+            scores = maps + scores.amax(1, keepdim=True)
+            scores = F.relu(scores) if i + 1 < self.depth else scores
+        return scores
+
+    def forward(self, pyramid, text):
+        features = joined = self.fusion(pyramid)
+        if text is not None:
+            scores = self.refine(text_correlation(features, text, self.scale))
+            joined = torch.cat([features, scores.to(features.dtype)], 1)  # (B,C+K,h,w)
+        return self.classifier(self.dropout(joined)), features
+
+
+class TextProjection(nn.Module):
+    """The classes' vectors in the decoder's space, (K,C): a trained linear layer on a frozen text bank (LC-MSM), or, of
+    kind "learned", trained vectors and no text."""
+
+    def __init__(self, bank, channels):
+        super().__init__()
+        if bank.kind == "learned":
+            self.vectors = nn.Parameter(torch.randn(len(bank.names), channels))
+        else:
+            self.register_buffer("bank", bank.embeddings.clone())
+            self.projection = nn.Linear(bank.embeddings.shape[1], channels)
+
+    def forward(self):
+        return self.vectors if hasattr(self, "vectors") else self.projection(self.bank)
 
 
 class Segmenter(nn.Module):
     """A backbone and a decoder; owns the pixel statistics, so that callers pass plain RGB in [0,1].
 
     backbone: mit_b0..mit_b5 | timm:NAME; decoder: segformer | daformer; channels: width of the decoder.
+    language "lcmsm" adds a second, language-conditioned decoder; text is its TextBank: a frozen one is projected to the
+    decoder's width by a trained linear layer, kind "learned" trains one vector a class and no text at all, kind "none"
+    leaves a second decoder without language; spatial_depth: applications of its spatial block.
     pretrained=True asks timm for the hub's weights (network). Raises ValueError on unknown names.
     """
 
-    def __init__(self, backbone="mit_b0", decoder="segformer", num_classes=19, channels=256, pretrained=False):
+    def __init__(self, backbone="mit_b0", decoder="segformer", num_classes=19, channels=256, language=None, text=None,
+                 spatial_depth=2, pretrained=False):
         super().__init__()
-        if decoder not in DECODERS:
-            raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
+        if decoder not in FUSIONS:
+            raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(FUSIONS)}")
+        if language not in (None, "lcmsm"):
+            raise ValueError(f"unknown language module {language!r}; known: lcmsm")
         timm_name = check_backbone(backbone).removeprefix("timm:")
         self.backbone = MixTransformer(backbone) if timm_name in MIT else TimmBackbone(timm_name, pretrained)
-        self.decoder = DECODERS[decoder](self.backbone.channels, channels, num_classes)
-        self.num_classes, self.stride = num_classes, self.backbone.strides[0]
+        self.decoder = Decoder(decoder, self.backbone.channels, channels, num_classes)
+        self.num_classes, self.stride, self.language = num_classes, self.backbone.strides[0], language
+        if language:
+            with_text = text.kind != "none"
+            self.language_decoder = LanguageDecoder(
+                decoder, self.backbone.channels, channels, num_classes, with_text, spatial_depth)
+            self.text = TextProjection(text, channels) if with_text else None
         for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             value = torch.tensor(getattr(self.backbone, name, default))
             self.register_buffer("pixel_" + name, value.view(1, 3, 1, 1))
@@ -347,13 +423,179 @@ class Segmenter(nn.Module):
             x = F.pad(x, (0, max(0, least - width), 0, max(0, least - height)))
         return self.backbone(x)
 
-    def forward(self, x):
-        """x: float (B,3,H,W), RGB in [0,1] -> Output(logits (B,K,ceil(H/s),ceil(W/s)), features on the same grid,
-        pyramid of the backbone)."""
+    def forward(self, x, head="plain"):
+        """x: float (B,3,H,W), RGB in [0,1]; head: plain | language -> Output(logits (B,K,ceil(H/s),ceil(W/s)), features
+        of that decoder on the same grid, pyramid of the backbone). Raises ValueError where there is no such head."""
+        if head == "language" and not self.language or head not in ("plain", "language"):
+            raise ValueError(f"this network has no {head!r} head")
         pyramid = self.encode(x)
+        if head == "language":
+            out = self.language_decoder(pyramid, self.text() if self.text else None)
+        else:
+            out = self.decoder(pyramid)
         h, w = (-(-side // self.stride) for side in x.shape[2:])
-        logits, features = (t[..., :h, :w] for t in self.decoder(pyramid))
+        logits, features = (t[..., :h, :w] for t in out)
         return Output(logits, features, pyramid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text: one vector a class
+
+TextBank = namedtuple("TextBank", "embeddings names kind")  # float32 (K,D) unit rows as stored, tuple of str, str
+STUB_DIM, TEXT_SEED = 512, 0
+RENAMED = {"person": "pedestrian", "rider": "driver", "bicycle": "bike", "motorcycle": "motorbike"}  # LC-MSM's code
+SYNONYMS = {
+    "road": ("road", "street", "asphalt"), "sidewalk": ("sidewalk", "pavement", "footpath"),
+    "building": ("building", "house", "facade"), "wall": ("wall", "free-standing wall"), "fence": ("fence", "railing"),
+    "pole": ("pole", "lamp post"), "traffic light": ("traffic light",), "traffic sign": ("traffic sign", "road sign"),
+    "vegetation": ("vegetation", "tree", "bush"), "terrain": ("grass", "soil", "verge"), "sky": ("sky", "clouds"),
+    "person": ("person", "pedestrian"), "rider": ("rider", "cyclist", "motorcyclist"), "car": ("car",),
+    "truck": ("truck", "lorry"), "bus": ("bus", "coach"), "train": ("train", "tram"),
+    "motorcycle": ("motorcycle", "scooter"), "bicycle": ("bicycle", "bike")}
+STREET_TEMPLATES = tuple(f"{medium} {scene}" for medium in ("a photo of", "a video game image of") for scene in (
+    "a {}.", "a {} in a street scene.", "a {} seen from a car.", "many {}."))  # half real, half synthetic
+PROMPTS = {  # name: (templates, names to put into them for a class)
+    "paper": (("a photo of a {}.",), lambda name: (RENAMED.get(name, name),)),
+    "plain": (("a photo of a {}.",), lambda name: (name,)),
+    "ensemble": (STREET_TEMPLATES, lambda name: (name,)),
+    "concepts": (STREET_TEMPLATES, lambda name: SYNONYMS.get(name, (name,)))}
+
+
+class TextError(ValueError):
+    """A text bank that is missing, damaged or for other classes; the message names it and the remedy."""
+
+
+def text_cache():
+    """Folder of the banks that were encoded here."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanouda", "text")
+
+
+def read_bank(path, class_names):
+    """Check and read an .npz bank (emb (K,D), names, kind): names in the classes' order, unit rows, finite values."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            bank = {key: file[key] for key in file.files}
+        rows, kind = torch.tensor(bank["emb"], dtype=torch.float32), str(bank["kind"])
+        names, wanted = tuple(map(str, bank["names"])), tuple(class_names)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise TextError(f"{path}: not a text bank ({error}); make one with: python model.py text") from None
+    if names != wanted:
+        pair = next((pair for pair in zip(names, wanted) if pair[0] != pair[1]), ("-", "-"))
+        raise TextError(f"{path}: its {len(names)} classes are not the run's {len(wanted)} in their order (first "
+                        f"difference: {pair[0]} for {pair[1]}); make a bank for --classes")
+    if rows.ndim != 2 or len(rows) != len(names) or not ((rows.norm(dim=1) - 1).abs() < 1e-2).all():
+        raise TextError(f"{path}: its rows {tuple(rows.shape)} are not {len(names)} finite unit vectors")
+    if "sha256" in bank and str(bank["sha256"]) != bank_hash(bank):
+        raise TextError(f"{path}: its sha256 does not belong to its content; make it again")
+    return TextBank(rows, names, kind)
+
+
+def bank_hash(bank):
+    """sha256 over what a bank was made from and over its rows."""
+    text = repr([bank[key].tolist() for key in ("names", "templates", "model", "pretrained")])
+    return hashlib.sha256(text.encode() + np.ascontiguousarray(bank["emb"], np.float32).tobytes()).hexdigest()
+
+
+def text_bank(spec, class_names):
+    """One unit vector per class -> TextBank(embeddings float32 (K,D) as stored, names, kind). Nothing is centred.
+
+    spec: FILE.npz | clip:MODEL/TAG[:PROMPTS] (OpenCLIP; TAG is a tag, for which the network is used once, or a file;
+    PROMPTS: paper, plain, ensemble, concepts; encoded once, then cached) | stub (seeded orthonormal rows, no language)
+    | learned (vectors that the student trains) | none (no vectors) | shuffled:FILE (each class has another one's row) |
+    auto (a cached bank of these classes, else the stub, said loudly; never the network). Raises TextError.
+    """
+    names, (kind, _, rest) = tuple(class_names), str(spec).partition(":")
+    if kind == "clip":
+        return encode_bank(rest, names)
+    if kind == "shuffled":
+        bank = read_bank(rest, names)
+        shift = 1 + np.random.RandomState(TEXT_SEED).randint(max(1, len(names) - 1))
+        return bank._replace(embeddings=bank.embeddings.roll(shift, 0), kind="shuffled")
+    if spec.endswith(".npz"):
+        return read_bank(spec, names)
+    if spec == "auto":
+        for path in sorted(glob.glob(os.path.join(text_cache(), "*.npz"))):
+            with contextlib.suppress(TextError):
+                return read_bank(path, names)
+        print("TEXT: no bank of these classes is cached, a STUB of orthonormal vectors stands in for it: expect no "
+              "gain from language. Remedy: --text FILE.npz or --text clip:MODEL/TAG", file=sys.stderr)
+        spec = "stub"
+    if spec not in ("stub", "learned", "none"):
+        raise TextError(f"--text {spec}: give FILE.npz, clip:MODEL/TAG, stub, learned, none, shuffled:FILE or auto")
+    random = torch.randn(max(STUB_DIM, len(names)), len(names), generator=torch.Generator().manual_seed(TEXT_SEED))
+    return TextBank(torch.linalg.qr(random)[0].T.contiguous(), names, spec)  # (D,K) -> (K,D)
+
+
+def encode_bank(spec, names):
+    """clip:MODEL/TAG[:PROMPTS]: the cached .npz, encoded first if there is none. Raises TextError."""
+    parts = spec.rsplit(":", 1)
+    body, prompts = parts if parts[-1] in PROMPTS else (spec, "paper")
+    architecture, _, tag = body.partition("/")
+    if tag in ("", "None", "none"):
+        raise TextError(f"--text clip:{spec}: needs MODEL/TAG, such as ViT-B-16/laion2b_s34b_b88k; a tower without "
+                        "weights knows no language")
+    templates, variants = PROMPTS[prompts]
+    texts = [[template.format(variant) for variant in variants(name) for template in templates] for name in names]
+    bank = {"names": np.array(names), "templates": np.array(sum(texts, [])), "model": np.array(architecture),
+            "pretrained": np.array(tag), "emb": np.zeros(0, np.float32)}
+    path = os.path.join(text_cache(), bank_hash(bank)[:16] + ".npz")
+    if not os.path.exists(path):
+        open_clip, tower = open_text_tower(architecture, tag)
+        tokenize = open_clip.get_tokenizer(architecture)
+        vectors = [F.normalize(encode_text(tower, tokenize(prompts)), dim=1).mean(0) for prompts in texts]  # K of (D,)
+        bank["emb"] = F.normalize(torch.stack(vectors), dim=1).numpy()
+        os.makedirs(text_cache(), exist_ok=True)
+        part = f"{path}.{os.getpid()}.npz"
+        np.savez(part, kind="clip", open_clip=open_clip.__version__, sha256=bank_hash(bank), **bank)
+        os.replace(part, path)
+    return read_bank(path, names)
+
+
+def open_text_tower(architecture, tag):
+    """(open_clip, frozen CLIP without its image tower). Raises TextError, in seconds also where there is no network."""
+    if not os.path.exists(tag) and "HF_HUB_OFFLINE" not in os.environ:
+        try:
+            host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
+            socket.create_connection((host, 443), timeout=3).close()
+        except OSError:  # without this open_clip retries for the better part of a minute
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        open_clip = import_optional("open_clip")
+        tower = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True)
+    except Exception as error:  # open_clip, huggingface_hub, torch and the file system each have their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise TextError(f"--text clip:{architecture}/{tag}: no weights ({reason}); name a tag while online, a local "
+                        "file as TAG, or a bank made elsewhere (FILE.npz)") from None
+    tower.visual = None
+    return open_clip, tower.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_text(tower, tokens):
+    """Text features float32 (N,D) of int64 tokens (N,77). The context is cut to the longest prompt: exact under CLIP's
+    causal mask, and several times faster. Towers of another kind encode the whole context."""
+    if not hasattr(tower, "positional_embedding") or getattr(tower, "text_pool_type", "argmax") != "argmax":
+        return tower.encode_text(tokens).float()
+    end = tokens.argmax(1)  # the end-of-text token has the largest id
+    length = int(end.max()) + 1
+    x = tower.token_embedding(tokens[:, :length]) + tower.positional_embedding[:length]  # (N,L,C)
+    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+    x, project = x[torch.arange(len(x)), end], tower.text_projection  # (N,L,C) -> (N,C)
+    return (project(x) if isinstance(project, nn.Linear) else x @ project).float()
+
+
+def similarity_table(bank):
+    """Cosines between classes as text, raw and after subtracting the mean row: a bank that makes sense has contrast."""
+    centred = F.normalize(bank.embeddings - bank.embeddings.mean(0), dim=1)
+    lines = []
+    for title, rows in (("raw", F.normalize(bank.embeddings, dim=1)), ("centred", centred)):
+        cosine = rows @ rows.T
+        others = cosine.clone().fill_diagonal_(-2)
+        rest = cosine[~torch.eye(len(cosine), dtype=torch.bool)]
+        lines.append(f"{title}: cosine of two classes {rest.min():.3f} to {rest.max():.3f}, mean {rest.mean():.3f}")
+        lines += [f"  {name:<16} closest to {bank.names[j]:<16} {others[i, j]:.3f}"
+                  for i, (name, j) in enumerate(zip(bank.names, others.argmax(1).tolist()))]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,10 +606,13 @@ class Segmenter(nn.Module):
 def ema_update(teacher, student, step, alpha):
     """teacher <- a * teacher + (1-a) * student with a = min(1 - 1/(step+1), alpha): a copy at step 0.
 
-    Parameters only, as in DAFormer: BatchNorm buffers are not averaged, the teacher keeps its own.
+    Parameters only, as in DAFormer: BatchNorm buffers are not averaged, the teacher keeps its own. The projection of
+    the text is not averaged either, student and teacher share the current one (LC-MSM's released code).
     """
     a = min(1 - 1 / (step + 1), alpha)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - a)
+    if teacher.language and teacher.text:
+        teacher.text.load_state_dict(student.text.state_dict())
 
 
 def pseudo_label(logits, size, threshold=0.0):
@@ -583,7 +828,34 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
     """The network that a checkpoint describes, with its student's or teacher's weights, in eval mode."""
     if checkpoint.get(weights) is None:
         raise CheckpointError(f"{path}: holds no {weights} (recipe {checkpoint['flags'].get('recipe')})")
-    flags = checkpoint["flags"]
-    net = Segmenter(flags["backbone"], flags["decoder"], len(checkpoint["classes"]), flags["channels"])
+    flags, names, text = checkpoint["flags"], checkpoint["classes"], checkpoint.get("text")
+    bank = TextBank(text["embeddings"], tuple(names), text["kind"]) if text else None
+    net = Segmenter(flags["backbone"], flags["decoder"], len(names), flags["channels"], flags["language"], bank,
+                    flags["spatial_depth"])
     load_weights(net, checkpoint[weights], path)
     return net.eval()
+
+
+def main(argv=None):
+    """python model.py text: make a bank, write it, print how similar its classes are; bad input: one line, exit 2."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("text",))
+    p.add_argument("--names", required=True, help="file with one class name a line, or names separated by commas")
+    p.add_argument("--text", required=True, metavar="SPEC", help="clip:MODEL/TAG[:PROMPTS], FILE.npz, stub, ...")
+    p.add_argument("--out", help="bank to write, .npz")
+    args = p.parse_args(argv)
+    text = open(args.names, encoding="utf-8").read() if os.path.isfile(args.names) else args.names.replace(",", "\n")
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    try:
+        bank = text_bank(args.text, names)
+    except TextError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    print(f"{bank.kind}: {len(names)} classes, {bank.embeddings.shape[1]} dimensions\n{similarity_table(bank)}")
+    if args.out:
+        np.savez(args.out, emb=bank.embeddings.numpy(), names=np.array(names), kind=bank.kind)
+        print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

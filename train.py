@@ -38,6 +38,12 @@ RECIPES = {
     "dacs": dict(mix=1.0, mask=0.0, fd=0.0, rcs=0.0),  # DACS, Tranheden et al., WACV 2021: self-training on ClassMix
     "daformer": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01),  # DAFormer, Hoyer et al., CVPR 2022
     "mic": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01),    # MIC, Hoyer et al., CVPR 2023
+    # LC-MSM, Kim et al., Pattern Recognition 2024: at MIC's width and length; then with the values of its released code
+    "lcmsm": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01, language="lcmsm", mask_views=["source", "mix"],
+                  teacher_head="language"),
+    "lcmsm_released": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01, language="lcmsm", mask_views=["source", "mix"],
+                           teacher_head="language", mask_block=32, mask_ratio=0.5, channels=512, steps=60_000,
+                           border=[0, 0], decoder="daformer"),
 }
 THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
           "SignSymbol", "Pedestrian", "Car", "Bicyclist"}  # the feature distance holds on to these (DAFormer)
@@ -75,12 +81,19 @@ def build_parser():
     a("--workers", type=int, default=0, help="loader processes per domain; 0 is right where the data are cached")
     # network
     a("--backbone", type=backbone, default="mit_b0", help="mit_b0..mit_b5 or timm:NAME")
-    a("--decoder", default="segformer", choices=model.DECODERS, help="daformer is the published one, slow on a CPU")
+    a("--decoder", default="segformer", choices=model.FUSIONS, help="daformer is the published one, slow on a CPU")
     a("--channels", type=int, default=256, help="width of the decoder")
     a("--init", default="none", help="pretrained weights: a file, hub (network), none, or a .pt of ours to go on from")
+    a("--language", choices=("lcmsm",), help="second decoder, conditioned on text (default: none)")
+    a("--text", default="auto", help="class vectors: FILE.npz, clip:MODEL/TAG, stub, learned, none, shuffled:FILE; auto"
+      " is a cached bank, else a stub that knows no language")
+    a("--spatial-depth", type=int, default=2, help="applications of LC-MSM's spatial block, 0 = off")
     # method
     a("--mix", type=float, default=1.0, help="weight of self-training on ClassMix images, 0 = off")
     a("--mask", type=float, default=1.0, help="weight of the consistency of masked target images (MIC), 0 = off")
+    a("--mask-views", nargs="+", default=["target"], choices=("source", "mix", "target"),
+      help="images that are masked: target in MIC, source and mix in LC-MSM; with --language its decoder sees them")
+    a("--teacher-head", default="plain", choices=("plain", "language"), help="decoder that makes the pseudo-labels")
     a("--mask-block", type=int,
       help="side of a masked block, pixels (default 32 from crops of 512 on, as published; else 16)")
     a("--mask-ratio", type=float, default=0.7, help="share of masked blocks")
@@ -148,9 +161,11 @@ def parameter_groups(net, lr, head_lr, decay=0.01):
     norms = {id(p) for m in net.backbone.modules() if "norm" in type(m).__name__.lower()
              for p in m.parameters(recurse=False)}
     backbone = list(net.backbone.parameters())
-    return [dict(params=[p for p in backbone if id(p) not in norms], peak=lr, weight_decay=decay),
+    heads = [p for name, p in net.named_parameters() if "decoder" in name.split(".")[0]]
+    text = list(net.text.parameters()) if net.language and net.text else []  # LC-MSM: the backbone's rate
+    return [dict(params=[p for p in backbone if id(p) not in norms] + text, peak=lr, weight_decay=decay),
             dict(params=[p for p in backbone if id(p) in norms], peak=lr, weight_decay=0.0),
-            dict(params=list(net.decoder.parameters()), peak=lr * head_lr, weight_decay=decay)]
+            dict(params=heads, peak=lr * head_lr, weight_decay=decay)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +176,7 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
     """The loss terms of one batch, in the order of the design's figure.
 
     f: flags; student: Segmenter, perhaps wrapped by DDP; teacher, imagenet: frozen Segmenters (imagenet or None);
-    source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: the same, its label being 255 on padding and 0
+    source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: the same, its label 255 on padding and 0
     elsewhere, or None; things: class indices of the feature distance; generator: CPU generator of this step;
     shard: (rank, world).
     Returns (terms: name -> 0-d tensor, views: name -> image or label tensor for the panel).
@@ -183,7 +198,8 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
     if f.mix or f.mask:  # pseudo-labels of the clean target; one weight q for the whole batch, over all processes
         with torch.no_grad():
             target, padding = target
-            pseudo, _, fraction = model.pseudo_label(teacher(target).logits, target.shape[2:], f.threshold)
+            logits = teacher(target, head=f.teacher_head).logits
+            pseudo, _, fraction = model.pseudo_label(logits, target.shape[2:], f.threshold)
             weight = mean_over_ranks(fraction) * (padding != 255)  # () * (B,S,S)
             weight[:, :f.border[0]] = 0
             weight[:, weight.shape[1] - f.border[1]:] = 0
@@ -197,11 +213,14 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
         terms["mix"] = f.mix * cross_entropy(student(mixed).logits, mixed_label, mixed_weight)
         views.update(mixed=mixed, mixed_label=mixed_label)
 
-    if f.mask:  # predict what blanked blocks hide from what surrounds them (MIC)
-        keep = data.block_mask(len(target), target.shape[2:], f.mask_block, f.mask_ratio, generator, shard).to(target)
-        masked = data.strong_augment(target, generator) * keep + teacher.pixel_mean * (1 - keep)
-        terms["mask"] = f.mask * cross_entropy(student(masked).logits, pseudo, weight)
-        views.update(masked=masked)
+    for name in f.mask_views if f.mask else ():  # predict what blanked blocks hide from what surrounds them
+        clear, answer, trust = {"source": lambda: (image, label, None), "target": lambda: (target, pseudo, weight),
+                                "mix": lambda: (mixed, mixed_label, mixed_weight)}[name]()
+        keep = data.block_mask(len(clear), clear.shape[2:], f.mask_block, f.mask_ratio, generator, shard).to(clear)
+        masked = data.strong_augment(clear, generator) * keep + teacher.pixel_mean * (1 - keep)
+        logits = student(masked, head="language" if f.language else "plain").logits  # LC-MSM, else MIC
+        terms["mask" if name == "target" else f"mask_{name}"] = f.mask * cross_entropy(logits, answer, trust)
+        views[f"masked_{name}"] = masked
     return terms, views
 
 
@@ -268,11 +287,13 @@ def batches(dataset, f, rare, labels, start, shard, device):
         yield image, batch["label"].to(device, non_blocking=True), [dataset.names[i] for i in batch["index"].tolist()]
 
 
-def open_networks(f, num_classes, device):
+def open_networks(f, classes, device):
     """Student, EMA teacher and, for the feature distance, a frozen ImageNet copy (or None)."""
     torch.manual_seed(f.seed)
     timm_hub = f.init == "hub" and f.backbone.startswith("timm:")
-    student = model.Segmenter(f.backbone, f.decoder, num_classes, f.channels, pretrained=timm_hub)
+    bank = model.text_bank(f.text, classes) if f.language else None
+    student = model.Segmenter(f.backbone, f.decoder, len(classes), f.channels, f.language, bank, f.spatial_depth,
+                              pretrained=timm_hub)
     if f.init.endswith(".pt"):
         model.load_weights(student, model.load_checkpoint(f.init)["student"], f.init)
     elif f.init != "none" and not timm_hub:
@@ -284,7 +305,7 @@ def open_networks(f, num_classes, device):
         print0("feature distance: off, --init gives no ImageNet weights to stay near to")
     elif f.fd:
         imagenet = copy.deepcopy(student).requires_grad_(False).eval()
-    return student, teacher, imagenet
+    return student, teacher, imagenet, bank
 
 
 def versions(device):
@@ -404,7 +425,7 @@ def run(argv=None):
     classes, source_set, target_set, val_set = open_data(f)
     rare = data.RareClassSampler(source_set.class_counts(), f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
     things = [i for i, name in enumerate(classes) if name in THINGS]
-    student, teacher, imagenet = open_networks(f, len(classes), device)
+    student, teacher, imagenet, bank = open_networks(f, classes, device)
     optimizer = torch.optim.AdamW(parameter_groups(student, f.lr, f.head_lr), fused=device.type in ("cuda", "cpu"))
     bf16 = f.dtype == "bf16" or f.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype, start, best = torch.bfloat16 if bf16 else None, 0, -1.0
@@ -425,11 +446,13 @@ def run(argv=None):
            f"{f.decoder}-{f.channels}; {world} x {f.batch} crops of {f.crop}, {'bf16' if bf16 else 'fp32'}; "
            f"{about['device']}, torch {about['torch']}")
 
+    text = bank and {"embeddings": bank.embeddings, "kind": bank.kind, "spec": f.text}
+
     def save(name, step):
         if rank == 0:
             model.save_checkpoint(out / name, {
                 "flags": flags, "classes": list(classes), "student": student.state_dict(), "step": step, "best": best,
-                "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about})
+                "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about, "text": text})
 
     sources = batches(source_set, f, rare, True, start, (rank, world), device)
     targets = batches(target_set, f, None, False, start, (rank, world), device) if target_set else None
@@ -478,7 +501,7 @@ def main(argv=None):
     """run(), with bad input as one line on stderr and exit status 1."""
     try:
         run(argv)
-    except (data.DataError, model.WeightsError, model.CheckpointError, FloatingPointError) as error:
+    except (data.DataError, model.WeightsError, model.CheckpointError, model.TextError, FloatingPointError) as error:
         print("error:", str(error).splitlines()[-1], file=sys.stderr)  # a loader process puts its traceback before it
         sys.exit(1)
     finally:
