@@ -530,7 +530,7 @@ CHECKPOINT_KEYS = ("flags", "classes", "student", "teacher", "optimizer", "step"
 def save_checkpoint(path, state):
     """Write `state` (tensors, str, int, float, bool, None, list, dict only) so that `path` is never half a file:
     temporary file, fsync, rename. Raises CheckpointError; the old file then stays and no temporary one is left."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"  # one name: what a killed run has left is overwritten
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -538,9 +538,10 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk surfaces as RuntimeError "unexpected pos"
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 2**20
-        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0][:100]}); {free:.0f} MB are free "
-                              f"there; the previous checkpoint is intact") from None
+        folder = os.path.dirname(os.path.abspath(path))
+        free = shutil.disk_usage(folder).free >> 20 if os.path.isdir(folder) else 0
+        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0][:100]}); {free} MB are free "
+                              "there; a previous checkpoint is intact") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -568,6 +569,15 @@ def load_checkpoint(path, map_location="cpu"):
     if missing:
         raise CheckpointError(f"{path}: not one of our checkpoints (no {', '.join(missing)}); backbones go to --init")
     return state
+
+
+def is_checkpoint(path):
+    """Whether a file is one of our checkpoints and whole."""
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def load_weights(module, state, path):
