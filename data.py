@@ -78,10 +78,18 @@ def class_names(spec):
         return CLASS_SPACES[spec]
     if not Path(spec).is_file():
         raise DataError(f"classes {spec!r}: neither a file nor one of {', '.join(CLASS_SPACES)}")
-    names = tuple(line.strip() for line in Path(spec).read_text(encoding="utf-8").splitlines() if line.strip())
+    names = _lines(spec)
     if not 1 <= len(names) < UNKNOWN or len(set(names)) < len(names):
         raise DataError(f"{spec}: needs 1 to {UNKNOWN - 1} different class names, one a line, not {len(names)} lines")
     return names
+
+
+def _lines(path):
+    """The lines of a text file that hold something, stripped -> tuple of str; DataError where it is no text."""
+    try:
+        return tuple(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8-sig").splitlines())))
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path}: no readable UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def class_index(name, classes):
@@ -196,7 +204,7 @@ def _listed(_, path):
     path, files = Path(path), []
     if not path.is_file():
         raise DataError(f"list:{path}: no such file; give a text file with an image and its label per line")
-    for line in filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())):
+    for line in _lines(path):
         names = line.split("\t") if "\t" in line else [line] if (path.parent / line).is_file() else line.rsplit(" ", 1)
         # A list may come from anywhere and must not reach outside; symbolic links are the user's own and are followed.
         if len(names) > 2 or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
@@ -364,6 +372,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if self.cached:
             pending = np.flatnonzero(self._maps[2] == 0)
             np.random.default_rng().shuffle(pending)                      # two runs then meet half-way
+            if len(pending):
+                print(f"{self.spec} {self.split}: {len(pending)} images go into {self._cache_file} "
+                      f"({self._cache_file.stat().st_size >> 20} MB), once", file=sys.stderr)
             _in_processes(self._fill, pending.tolist(), f"{self.spec} {self.split}: filling the cache")
 
     def class_counts(self):
@@ -389,32 +400,40 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return image.shape[1::-1], None if label is None else _pixels_per_class(label, len(self.classes)), None
 
     def _count(self, i):
-        return _pixels_per_class(self.arrays(i)[1], len(self.classes))
+        label = self.arrays(i)[1] if self.cached else self._resize(self._read_label(i), Image.Resampling.NEAREST)
+        return _pixels_per_class(label, len(self.classes))
+
+    def _resize(self, array, how):
+        if self.size is None or array.shape[1::-1] == self.size:
+            return array
+        return np.asarray(Image.fromarray(array).resize(self.size, how))
+
+    def _read_label(self, i):
+        """Label of item i at its own size, mapped to class indices."""
+        path = self.files[i][1]
+        raw = (read_png16 if self.kind == "synthia" else read_label)(path)
+        label = (self.train_table if "labelTrainIds" in path.name else self.table)[raw]
+        if (unknown := np.unique(raw[label == UNKNOWN])).size:
+            raise DataError(f"{path}: ids {_some(unknown.tolist())} are not in the table of {self.kind} "
+                            f"({len(self.classes)} classes); correct the mask or the classes (255 is 'ignore')")
+        return label
 
     def _read(self, i):
-        """Image and label (or None) of item i at their own size, the label mapped to class indices."""
-        (path, label_path), label = self.files[i], None
-        image = read_image(path)
-        if label_path:
-            raw = (read_png16 if self.kind == "synthia" else read_label)(label_path)
-            label = (self.train_table if "labelTrainIds" in label_path.name else self.table)[raw]
-            if (unknown := np.unique(raw[label == UNKNOWN])).size:
-                raise DataError(f"{label_path}: ids {_some(unknown.tolist())} are not in the table of {self.kind} "
-                                f"({len(self.classes)} classes); correct the mask or the classes (255 is 'ignore')")
-            if image.shape[:2] != label.shape:
-                (h, w), (label_h, label_w) = image.shape[:2], label.shape
-                raise DataError(f"{path} is {w}x{h} but {label_path} is {label_w}x{label_h}; make them equal")
+        """Image and label (or None) of item i at their own size."""
+        path, label_path = self.files[i]
+        image, label = read_image(path), self._read_label(i) if label_path else None
+        if label is not None and image.shape[:2] != label.shape:
+            (h, w), (label_h, label_w) = image.shape[:2], label.shape
+            raise DataError(f"{path} is {w}x{h} but {label_path} is {label_w}x{label_h}; make them equal")
         return image, label
 
     def _load(self, i):
         if self.files is None:
             return render_street(STREETS_SEED, self.indices[i], self.kind == "streets:shifted", self.size)
         image, label = self._read(i)
-        if self.size and image.shape[1::-1] != self.size:
-            image = np.asarray(Image.fromarray(image).resize(self.size, Image.Resampling.BILINEAR))
-            if label is not None and self.split == "train":
-                label = np.asarray(Image.fromarray(label).resize(self.size, Image.Resampling.NEAREST))
-        return image, label
+        if label is not None and self.split == "train":
+            label = self._resize(label, Image.Resampling.NEAREST)
+        return self._resize(image, Image.Resampling.BILINEAR), label
 
     def _key(self, *extra):
         """Name of a cache file: the data set and a hash of everything that the bytes in the file depend on."""
@@ -500,7 +519,7 @@ class RareClassSampler:
         self.images = [np.flatnonzero(column > min_pixels) for column in counts.T]
         drawn = np.array([len(images) > 0 for images in self.images])
         if not drawn.any():
-            raise DataError(f"no image has more than {min_pixels:.0f} pixels of any class; see: python data.py SPEC")
+            raise DataError(f"no image has over {min_pixels:.0f} pixels of a class; use --rcs 0 or a smaller --crop")
         score = np.where(drawn, (1 - counts.sum(0) / counts.sum()) / temperature, -np.inf)
         self.probabilities = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
 
@@ -612,13 +631,13 @@ def class_mix(source, source_label, target, target_label, target_weight, present
             torch.where(mask, 1.0, target_weight), mask[:, None])
 
 
-def block_mask(batch, size, block, ratio, generator, shard=(0, 1), device="cpu"):
+def block_mask(batch, size, block, ratio, generator, shard=(0, 1)):
     """
     1 (keep) or 0 (hide) per block, float32 (B,1,H,W): round(H/block) x round(W/block) cells, kept where u > ratio.
     Source: MIC (Hoyer et al., CVPR 2023), section 3.2.
     """
     cells = uniform((batch, 1, *(max(1, round(side / block)) for side in size)), generator, shard) > ratio
-    return F.interpolate(cells.float().to(device, non_blocking=True), size=tuple(size))   # nearest: -> (B,1,H,W)
+    return F.interpolate(cells.float(), size=tuple(size))   # nearest: (B,1,h,w) -> (B,1,H,W)
 
 
 def strong_augment(image, generator):
@@ -707,7 +726,8 @@ def main():
     sizes = Counter("{}x{}".format(*size) for size, _, _ in checked if size)
     print(f"{args.spec} {args.split}: {len(dataset)} images, {'labelled' if dataset.labeled else 'without labels'}: "
           + _some(dataset.names))
-    print("sizes: " + ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5)))
+    print("sizes: " + ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5))
+          + (f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""))
     notes = list(dataset.notes)
     counts = np.array([count for _, count, _ in checked if count is not None]).reshape(-1, len(dataset.classes))
     if dataset.labeled:

@@ -359,7 +359,7 @@ def submit(model, dataset, folder, window=None, flip=False, head="plain"):
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
          2.120, 2.110, 2.101, 2.093, 2.086)  # Student's t, two-sided 95 %, 1 to 20 degrees of freedom
-COMPARABLE = ("val", "classes", "size", "crop", "steps", "backbone", "decoder")  # flags that runs of a table share
+COMPARABLE = ("target", "val", "classes", "size", "crop", "batch", "steps", "backbone", "decoder", "channels", "init")
 
 
 def spread(values):
@@ -473,7 +473,9 @@ def run(args):
     size, window = args.size or flags["size"], flags["crop"] if args.slide else None
     if args.adabn:
         model = adapt_batchnorm(model, open_dataset(args.adabn, "train", classes, size, flags["cache"]))
-    spec = args.data or flags["val"] or flags["target"]
+    spec = args.data or flags["val"]
+    if spec == "none" and not args.images:
+        raise DataError(f"{args.checkpoint}: the run had no validation data; give --data SPEC or --images PATH")
     dataset = None if args.images else open_dataset(spec, args.split, classes, size, flags["cache"])
     begin = time.perf_counter()
     if args.images:

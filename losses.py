@@ -25,7 +25,7 @@ def cross_entropy(logits, label, weight=None):
     """Cross-entropy with the convention of the DAFormer family: summed over the valid pixels, over the number of *all*.
 
     logits: float (B,K,h,w), upsampled on the way; label: uint8 (B,H,W), 255 ignored; weight: float (B,H,W) or None.
-    F.cross_entropy would divide by the number of valid pixels (methods: DAFormer, `cross_entropy_loss.py`).
+    F.cross_entropy would divide by the number of valid pixels (so in the released code of DAFormer).
     """
     return upsample_cross_entropy(logits, label, weight, IGNORE)
 

@@ -775,7 +775,7 @@ CHECKPOINT_KEYS = ("flags", "classes", "student", "teacher", "optimizer", "step"
 def save_checkpoint(path, state):
     """Write `state` (tensors, str, int, float, bool, None, list, dict only) so that `path` is never half a file:
     temporary file, fsync, rename. Raises CheckpointError; the old file then stays and no temporary one is left."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"  # one name: what a killed run has left is overwritten
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -783,9 +783,10 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk surfaces as RuntimeError "unexpected pos"
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 2**20
-        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0][:100]}); {free:.0f} MB are free "
-                              f"there; the previous checkpoint is intact") from None
+        folder = os.path.dirname(os.path.abspath(path))
+        free = shutil.disk_usage(folder).free >> 20 if os.path.isdir(folder) else 0
+        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0][:100]}); {free} MB are free "
+                              "there; a previous checkpoint is intact") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -815,6 +816,15 @@ def load_checkpoint(path, map_location="cpu"):
     return state
 
 
+def is_checkpoint(path):
+    """Whether a file is one of our checkpoints and whole."""
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def load_weights(module, state, path):
     """Strict load_state_dict that forgives the prefixes of DDP and torch.compile; raises CheckpointError."""
     state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
@@ -830,8 +840,8 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
         raise CheckpointError(f"{path}: holds no {weights} (recipe {checkpoint['flags'].get('recipe')})")
     flags, names, text = checkpoint["flags"], checkpoint["classes"], checkpoint.get("text")
     bank = TextBank(text["embeddings"], tuple(names), text["kind"]) if text else None
-    net = Segmenter(flags["backbone"], flags["decoder"], len(names), flags["channels"], flags["language"], bank,
-                    flags["spatial_depth"])
+    net = Segmenter(flags["backbone"], flags["decoder"], len(names), flags["channels"], flags.get("language"), bank,
+                    flags.get("spatial_depth", 2))
     load_weights(net, checkpoint[weights], path)
     return net.eval()
 

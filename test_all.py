@@ -1277,7 +1277,7 @@ def test_command_line_refuses_bad_input_in_one_line(tmp_path, capsys):
     checkpoint, spec = str(made_checkpoint(tmp_path / "last.pt")), made_folders(tmp_path)
     (tmp_path / "text.pt").write_text("no checkpoint")
     cases = [([str(tmp_path / "none.pt")], "none.pt"), ([str(tmp_path / "text.pt")], "text.pt"),
-             ([checkpoint, "--data", f"folder:{tmp_path / 'images'}"], "no labels"), ([checkpoint], "'none'"),
+             ([checkpoint, "--data", f"folder:{tmp_path / 'images'}"], "no labels"), ([checkpoint], "--data SPEC"),
              ([checkpoint, "--weights", "teacher"], "teacher"), ([checkpoint, "--data", "camvid:nowhere"], "nowhere"),
              ([checkpoint, "--images", str(tmp_path / "nothing.jpg")], "nothing.jpg"),
              ([checkpoint, "--data", spec, "--submit", str(tmp_path / "up")], "--submit needs"),
@@ -1629,12 +1629,13 @@ def test_parameter_groups_are_the_published_ones():
 
 
 def test_recipes_and_derived_flags(capsys):
-    flags = train.parse_flags("--recipe dacs --mask 0.5 --steps 40000 --init x.pth --crop 512".split())
+    flags = train.parse_flags("--recipe daformer --fd 0 --mask 0.5 --steps 40000 --init x.pth --crop 512".split())
     assert (flags.mix, flags.mask, flags.fd, flags.alpha, flags.warmup, flags.lr, flags.head_lr, flags.mask_block) == (
         1.0, 0.5, 0.0, 0.999, 1500, 6e-5, 10.0, 32)
     assert train.parse_flags(["--recipe", "oracle"]).source == "streets:shifted"
     bad = [["--recipe", "none"], ["--nonsense"], ["--crop", "0"], ["--batch", "x"], ["--target", "none"],
-           ["--size", "12"], ["--decoder", "x"], ["--steps", "-1"], ["--source", "none"]]
+           ["--size", "12"], ["--decoder", "x"], ["--steps", "-1"], ["--source", "none"], ["--stop-at", "9999"],
+           ["--stop-at", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--mask-ratio", "2"], ["--seed", "-1"]]
     for argv in bad:
         with pytest.raises(SystemExit) as caught:
             train.parse_flags(argv)
@@ -1675,6 +1676,30 @@ def test_one_pseudo_label_weight_for_the_batch_and_border_rows_without(monkeypat
     assert pasted.any() and (mixed_weight[pasted] == 1).all()  # source pixels weigh 1, in the border rows too
 
 
+def test_terms_carry_their_weights_and_the_mask_hides_blocks():
+    torch.manual_seed(0)
+    net = Segmenter("mit_b0", "segformer", 3, 8).eval()
+    teacher, imagenet = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
+    with torch.no_grad():
+        for p in imagenet.parameters():
+            p.add_(0.05)
+    values = []
+    for weight in ("1", "0.25"):
+        flags = train.parse_flags(["--mix", weight, "--mask", weight, "--fd", weight, "--threshold", "0.2",
+                                   "--mask-ratio", "0.5", "--no-augment-source"])
+        (image, label), target = step_inputs(2)
+        label[:, :, :40] = 1
+        generator = torch.Generator().manual_seed(0)
+        terms, views = train.step_terms(flags, net, teacher, imagenet, (image, label), target, [1], generator, (0, 1))
+        values.append({name: float(value.detach()) for name, value in terms.items()})
+    for name in ("mix", "mask", "fd"):
+        assert values[0][name] > 0 and values[1][name] == pytest.approx(values[0][name] / 4)
+    assert values[0]["source"] == values[1]["source"] and torch.equal(views["source"], image)
+    hidden = (views["masked"] == net.pixel_mean).all(1)  # (2,64,64): whole blocks of 16 in the mean colour
+    blocks = hidden.unfold(1, 16, 16).unfold(2, 16, 16).flatten(3)
+    assert torch.equal(blocks.all(3), blocks.any(3)) and 0 < blocks.float().mean() < 1
+
+
 def write_pairs(root, count=5, size=(56, 40), classes=3, name="train"):
     """A folder pair of made images: three coloured stripes and noise."""
     rng = np.random.default_rng(len(name))
@@ -1693,7 +1718,7 @@ def small_run(tmp_path):
     """A command line of a tiny run on made data; further flags are added by the tests."""
     labelled, _ = write_pairs(tmp_path, name="source")
     val, unlabelled = write_pairs(tmp_path, name="target")
-    (tmp_path / "names.txt").write_text("sky\nwall\nground\n")
+    (tmp_path / "names.txt").write_text("sky\nwall\ncar\n")
     return ["--source", labelled, "--target", unlabelled, "--val", val, "--classes", str(tmp_path / "names.txt"),
             *"--crop 32 --batch 2 --channels 8 --steps 6 --log-every 1 --panel-every 100".split(),
             "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
@@ -1750,6 +1775,8 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(small_run, tmp_path):
     terms = [[{k: e[k] for k in ("step", "source", "mix", "mask", "grad_norm")} for e in events(out, "step")]
              for out in (straight, halves)]
     assert terms[0] == terms[1] and len(terms[0]) == 6
+    for e in events(straight, "step"):
+        assert e["lr"] == pytest.approx(train.learning_rate(e["step"] - 1, 1e-3, 6, 0))
     assert events(halves, "result")[0]["student"]["iou"] == events(straight, "result")[0]["student"]["iou"]
     assert len(list((tmp_path / "halves/panels").glob("*.png"))) == 2 and "student mIoU" in done.stdout
     again = run_train([*small_run, "--out", halves])
@@ -1794,7 +1821,9 @@ def test_non_finite_gradient_stops_before_the_optimiser(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["source", "oracle", "dacs", "daformer"])
-def test_recipes_run(recipe, small_run, tmp_path):
+def test_recipes_run(recipe, small_run, tmp_path, monkeypatch):
+    drawn, real = [], data.RareClassSampler.__init__
+    monkeypatch.setattr(data.RareClassSampler, "__init__", lambda *a: (drawn.append(a), real(*a))[1])
     _, target = small_run[3], small_run[5]
     argv = [*small_run, "--recipe", recipe, "--steps", "2", "--accum", "2", "--target", target, "--workers", "1",
             "--eval-every", "1"]
@@ -1803,6 +1832,9 @@ def test_recipes_run(recipe, small_run, tmp_path):
     step = events(tmp_path / "out", "step")[-1]
     assert expected[recipe] == {"source", "mix", "mask", "fd"} & step.keys()
     assert (tmp_path / "out/best.pt").exists() and len(events(tmp_path / "out", "eval")) == 2
+    assert (recipe == "daformer") == bool(drawn)  # rare classes are sampled by this recipe alone
+    state = load_checkpoint(tmp_path / "out/best.pt")
+    assert state["teacher"]["decoder.bn.running_var"].ne(1).all()  # its statistics are of images, not of the start
 
 
 def test_feature_distance_runs_from_pretrained_weights_and_init_takes_our_checkpoint(small_run, tmp_path):
@@ -1891,9 +1923,17 @@ def test_a_dying_rank_ends_the_job(small_run, tmp_path):
     assert (tmp_path / "out/last.pt").read_bytes() == before
 
 
+def test_a_failing_final_evaluation_loses_nothing(small_run, tmp_path):
+    broken = tmp_path / "target/images/003.png"
+    argv = [*small_run, "--recipe", "source", "--target", "none", "--steps", "2"]
+    broken.write_bytes(broken.read_bytes()[:200])
+    done = run_train(argv, check=False)
+    assert done.returncode == 1 and "003.png" in done.stderr and load_checkpoint(tmp_path / "out/last.pt")["step"] == 2
+
+
 @pytest.mark.parametrize("change, words", [
     (("--source", "folder:/nonexistent:/nonexistent"), "check the folder"), (("--source", "moon"), "moon"),
-    (("--init", "/nonexistent.pth"), "no such weights file"), (("--init", "/nonexistent.pt"), "no such checkpoint"),
+    (("--init", "/nonexistent.pth"), "no such weights file"), (("--init", "/nonexistent.pt"), "no such weights file"),
     (("--classes", "/nonexistent.txt"), "neither a file"), (("--backbone", "mit_b9"), "mit_b9")])
 def test_wrong_inputs_of_training_are_one_clear_line(change, words, small_run):
     done = run_train([*small_run, *change], check=False)

@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
+import PIL
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -35,7 +37,7 @@ from losses import cross_entropy, feature_distance, mean_over_ranks
 RECIPES = {
     "source": dict(mix=0.0, mask=0.0, fd=0.0, rcs=0.0),  # the labelled source only: what adaptation starts from
     "oracle": dict(source="target", mix=0.0, mask=0.0, fd=0.0, rcs=0.0),  # the target's training labels: the ceiling
-    "dacs": dict(mix=1.0, mask=0.0, fd=0.0, rcs=0.0),  # DACS, Tranheden et al., WACV 2021: self-training on ClassMix
+    "dacs": dict(mix=1.0, mask=0.0, fd=0.0, rcs=0.0, alpha=0.99),  # DACS, Tranheden et al., WACV 2021: ClassMix
     "daformer": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01),  # DAFormer, Hoyer et al., CVPR 2022
     "mic": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01),    # MIC, Hoyer et al., CVPR 2023
     # LC-MSM, Kim et al., Pattern Recognition 2024: at MIC's width and length; then with the values of its released code
@@ -48,12 +50,10 @@ RECIPES = {
 THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
           "SignSymbol", "Pedestrian", "Car", "Bicyclist"}  # the feature distance holds on to these (DAFormer)
 FREE_ON_RESUME = {"stop_at", "out", "eval_every"}
-
-
-def size(text):
-    """'512x256' -> (512, 256), width first."""
-    width, height = (int(side) for side in text.lower().split("x"))
-    return width, height
+LIMITS = dict(crop=(1, 1e5), batch=(1, 1e5), steps=(1, 1e9), accum=(1, 1e4), save_every=(1, 1e9), log_every=(1, 1e9),
+              panel_every=(1, 1e9), eval_every=(0, 1e9), channels=(1, 1e5), workers=(0, 1e3), seed=(0, 2**31),
+              lr=(0, 10), head_lr=(0, 1e3), alpha=(0, 1), mix=(0, 1e3), mask=(0, 1e3), fd=(0, 1e3), rcs=(0, 1e3), spatial_depth=(0, 9),
+              mask_ratio=(0, 1), mask_block=(1, 1e5), threshold=(0, 2), warmup=(0, 1e9))  # least and most
 
 
 def backbone(text):
@@ -71,10 +71,10 @@ def build_parser():
     # data
     a("--recipe", default="mic", choices=RECIPES, help="a named set of flag values; every flag given here overrides it")
     a("--source", default="streets", help="labelled data, SPEC as in data.py; 'target' trains on the target's labels")
-    a("--target", default="streets:shifted", help="unlabelled data, SPEC or none; its training labels are never read")
+    a("--target", default="streets:shifted", help="unlabelled data, SPEC or none; its training labels are never used")
     a("--val", help="labelled validation data, SPEC (default: the target's val split)")
     a("--classes", default="cityscapes19", help="cityscapes19, cityscapes16, camvid11 or a file with one name a line")
-    a("--size", type=size, help="WxH to which every image is resized (default: each data set's published size)")
+    a("--size", type=data.parse_size, help="WxH that every image is resized to (default: each set's published size)")
     a("--crop", type=int, default=128, help="side of the square training crop, pixels (published: 512)")
     a("--batch", type=int, default=4, help="images per process and domain (published: 2)")
     a("--cache", help="directory of the decoded uint8 images (default ~/.cache/nanouda, and there only sets < 2 GiB)")
@@ -101,7 +101,8 @@ def build_parser():
     a("--rcs", type=float, default=0.01, help="temperature of rare-class sampling, 0 = sample the source uniformly")
     a("--threshold", type=float, default=0.968, help="confidence counted in the pseudo-label weight q")
     a("--border", type=int, nargs=2, default=(0, 0), metavar=("TOP", "BOTTOM"),
-      help="rows of a target crop without pseudo-labels: 15 120 for GTA5/SYNTHIA -> Cityscapes, the hood of the car")
+      help="rows of a target crop without pseudo-labels: 15 120 for GTA5/SYNTHIA -> Cityscapes (the hood of the car), "
+      "where a crop is as high as the image")
     a("--alpha", type=float,
       help="EMA decay of the teacher (default 0.999 from 10,000 steps on, as published; else 0.99)")
     a("--augment-source", action=argparse.BooleanOptionalAction, default=True,
@@ -112,7 +113,7 @@ def build_parser():
     a("--warmup", type=int, help="steps of linear warm-up (default min(1500, steps / 20))")
     a("--lr", type=float, help="peak learning rate of the backbone (default 6e-5 with --init, as published, else 1e-3)")
     a("--head-lr", type=float, help="decoder's learning rate over the backbone's (default 10 with --init, else 1)")
-    a("--accum", type=int, default=1, help="batches per optimiser step, where memory is short")
+    a("--accum", type=int, default=1, help="batches per optimiser step, for small memory; q and ClassMix go by batch")
     a("--seed", type=int, default=0, help="every random draw is a function of it, the step and the sample")
     a("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 on GPUs that have it, else fp32")
     # run
@@ -130,7 +131,7 @@ def parse_flags(argv=None):
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[known.recipe])
     f = parser.parse_args(argv)
-    f.stop_at = f.stop_at or f.steps
+    f.stop_at = f.steps if f.stop_at is None else f.stop_at
     f.warmup = min(1500, f.steps // 20) if f.warmup is None else f.warmup
     f.alpha = (0.999 if f.steps >= 10_000 else 0.99) if f.alpha is None else f.alpha
     f.lr = (1e-3 if f.init == "none" else 6e-5) if f.lr is None else f.lr
@@ -142,11 +143,15 @@ def parse_flags(argv=None):
         f.source = f.target
     if f.target == "none" and (f.mix or f.mask):
         parser.error("--target none leaves nothing to adapt to: use --recipe source, or give a target")
+    if f.teacher_head == "language" and not f.language:
+        parser.error("--teacher-head language needs a language decoder: --language lcmsm")
+    if f.mask and "mix" in f.mask_views and not f.mix:
+        parser.error("--mask-views mix masks the ClassMix image, which --mix 0 leaves out")
     if f.source == "none":
         parser.error("--source none: these recipes need labelled images")
-    for name in ("crop", "batch", "steps", "accum", "save_every", "log_every", "panel_every"):
-        if getattr(f, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(f, name)}")
+    for name, (least, most) in (LIMITS | {"stop_at": (1, f.steps)}).items():
+        if not least <= getattr(f, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}, not {getattr(f, name)}")
     return f
 
 
@@ -173,7 +178,7 @@ def parameter_groups(net, lr, head_lr, decay=0.01):
 
 
 def step_terms(f, student, teacher, imagenet, source, target, things, generator, shard):
-    """The loss terms of one batch, in the order of the design's figure.
+    """The loss terms of one batch, in this order: source, feature distance, mix, mask.
 
     f: flags; student: Segmenter, perhaps wrapped by DDP; teacher, imagenet: frozen Segmenters (imagenet or None);
     source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: the same, its label 255 on padding and 0
@@ -202,7 +207,7 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
             pseudo, _, fraction = model.pseudo_label(logits, target.shape[2:], f.threshold)
             weight = mean_over_ranks(fraction) * (padding != 255)  # () * (B,S,S)
             weight[:, :f.border[0]] = 0
-            weight[:, weight.shape[1] - f.border[1]:] = 0
+            weight[:, max(0, weight.shape[1] - f.border[1]):] = 0
         views.update(target=target, pseudo=pseudo)
 
     if f.mix:  # paste half of the batch's source classes onto the target (ClassMix)
@@ -243,31 +248,39 @@ def setup():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:  # one process needs no group, and its gradients no averaging
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     return device, rank, world
 
 
-def open_training_set(f, spec, classes):
-    """A training split with its cache filled, by the first process where there are several."""
+def open_training_set(f, spec, classes, count=False):
+    """A training split with its cache filled and its classes counted, by the first process where there are several."""
     dataset = data.open_dataset(spec, "train", classes, f.size, f.cache)
     if int(os.environ.get("RANK", 0)) == 0:
         dataset.prepare()
+        if count and dataset.labeled:
+            dataset.class_counts()
     if dist.is_initialized():
         dist.barrier()
     return dataset
 
 
 def open_data(f):
-    """Class names, labelled source, unlabelled target (None where no term uses it), validation set (or None)."""
+    """Class names, labelled source, unlabelled target (or None), validation set (or None)."""
     classes = data.class_names(f.classes)
-    source_set = open_training_set(f, f.source, classes)
+    source_set = open_training_set(f, f.source, classes, count=f.rcs > 0)
     if not source_set.labeled:
         raise data.DataError(f"--source {f.source}: has no labels, and a source needs them")
-    target_set = open_training_set(f, f.target, classes) if f.mix or f.mask else None
+    target_set = None if f.target == "none" else open_training_set(f, f.target, classes)
     val_set = None if f.val == "none" else data.open_dataset(f.val, "val", classes, f.size, f.cache)
     if val_set and not val_set.labeled:
         raise data.DataError(f"--val {f.val}: has no labels; give --val a labelled set, or none")
     return classes, source_set, target_set, val_set
+
+
+def leave_signals_to_the_run(_):
+    """A launcher signals loader processes too: they must live until the step has ended and the run is saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset, f, rare, labels, start, shard, device):
@@ -281,28 +294,31 @@ def batches(dataset, f, rare, labels, start, shard, device):
     rounds = range(start * f.accum, f.steps * f.accum)
     order = [[(k * world + rank) * f.batch + b for b in range(f.batch)] for k in rounds]
     loader = torch.utils.data.DataLoader(crops, batch_sampler=order, num_workers=f.workers,
-                                         pin_memory=device.type == "cuda", persistent_workers=f.workers > 0)
+                                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_run)
     for batch in loader:
         image = batch["image"].to(device, non_blocking=True).float() / 255
         yield image, batch["label"].to(device, non_blocking=True), [dataset.names[i] for i in batch["index"].tolist()]
 
 
 def open_networks(f, classes, device):
-    """Student, EMA teacher and, for the feature distance, a frozen ImageNet copy (or None)."""
+    """Student, EMA teacher and, for the feature distance, a frozen ImageNet copy (or None); the text bank (or None)."""
     torch.manual_seed(f.seed)
     timm_hub = f.init == "hub" and f.backbone.startswith("timm:")
+    ours = f.init.endswith(".pt") and model.is_checkpoint(f.init)
     bank = model.text_bank(f.text, classes) if f.language else None
     student = model.Segmenter(f.backbone, f.decoder, len(classes), f.channels, f.language, bank, f.spatial_depth,
                               pretrained=timm_hub)
-    if f.init.endswith(".pt"):
+    if ours:
         model.load_weights(student, model.load_checkpoint(f.init)["student"], f.init)
     elif f.init != "none" and not timm_hub:
         model.load_backbone(student, f.init)
     student.to(device).train()
     teacher = model.teacher_mode(copy.deepcopy(student).requires_grad_(False))
     imagenet = None
-    if f.fd and (f.init == "none" or f.init.endswith(".pt")):
-        print0("feature distance: off, --init gives no ImageNet weights to stay near to")
+    if f.fd and (f.init == "none" or ours):
+        print0("feature distance: off, it needs ImageNet weights to stay near to (--init FILE or hub)")
+    elif f.fd and not THINGS & set(classes):
+        print0("feature distance: off, none of the classes is one of its things:", ", ".join(sorted(THINGS)))
     elif f.fd:
         imagenet = copy.deepcopy(student).requires_grad_(False).eval()
     return student, teacher, imagenet, bank
@@ -314,15 +330,20 @@ def versions(device):
     names = ("model.py", "train.py", "data.py", "losses.py", "kernels.py", "eval.py")
     sources = b"".join((here / name).read_bytes() for name in names)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "device": f"{device.type}: {name}",
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__,
+            "pillow": PIL.__version__, "device": f"{device.type}: {name}",
             "threads": torch.get_num_threads(), "source_sha256": hashlib.sha256(sources).hexdigest()[:16]}
 
 
-def check_resume(flags, saved, path):
-    """Refuse to go on from a checkpoint of other flags, naming each flag that differs."""
-    changed = [k for k in flags if k not in FREE_ON_RESUME and flags[k] != saved.get(k)]
+def check_resume(flags, classes, checkpoint, path):
+    """Refuse to go on from a checkpoint of other flags, classes or processes, naming each that differs."""
+    saved = checkpoint["flags"] | {"the names in --classes": checkpoint["classes"]}
+    changed = [(k, v) for k, v in (flags | {"the names in --classes": list(classes)}).items()
+               if k not in FREE_ON_RESUME and v != saved.get(k)]
     if changed:
-        what = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}, is {flags[k]}" for k in changed)
+        name = {"world": "the number of processes"}
+        what = ", ".join(f"{name.get(k, k if ' ' in k else '--' + k.replace('_', '-'))} was {saved.get(k)}, is {v}"
+                         for k, v in changed)
         raise model.CheckpointError(f"{path} was trained with other flags: {what}; repeat them, or give another --out")
 
 
@@ -344,7 +365,7 @@ class Log:
     def add(self, terms):
         self.steps += 1
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + value
 
     def report(self, bar, done, f, **values):
         """A line in the log, and on the bar or, where stderr is no terminal, on stdout."""
@@ -365,27 +386,30 @@ def average_buffers(*networks):
         buffer.copy_(mean_over_ranks(buffer))
 
 
-def finish(f, student, teacher, val_set, classes, log):
-    """The three read-outs of a finished run: student, EMA teacher, student with AdaBN on the target."""
+def settle_buffers(f, student, teacher):
+    """BatchNorm statistics as they are saved and evaluated: averaged over the processes; a teacher that sees no batch,
+    because no term needs it, has its student's."""
     average_buffers(student, teacher)
-    if not (f.mix or f.mask):  # the teacher has seen no batch, its BatchNorm statistics are those of the start
+    if not (f.mix or f.mask):
         for mine, theirs in zip(teacher.buffers(), student.buffers()):
             mine.copy_(theirs)
-    if val_set is None:
-        return
+
+
+def read_out(student, teacher, target_set, val_set, log, step):
+    """The three read-outs of a finished run: student, EMA teacher, student with AdaBN on the target."""
     results = {"student": evaluation.evaluate(student, val_set),
                "teacher": evaluation.evaluate(teacher, val_set), "adabn": None}
-    if f.target != "none" and any(isinstance(m, torch.nn.BatchNorm2d) for m in student.modules()):
-        adapted = evaluation.adapt_batchnorm(student, open_training_set(f, f.target, classes))
-        results["adabn"] = evaluation.evaluate(adapted, val_set)
-    log.write("result", step=f.steps, **results)
-    print0(evaluation.format_scores(results["student"]))
-    print0(*(f"{name} mIoU {result['miou']:.2f}  " for name, result in results.items() if result), f"on {f.val}, val")
+    if target_set and any(isinstance(m, torch.nn.BatchNorm2d) for m in student.modules()):
+        results["adabn"] = evaluation.evaluate(evaluation.adapt_batchnorm(student, target_set), val_set)
+    log.write("result", step=step, **results)
+    print0(f"student, {val_set.spec}, val:\n{evaluation.format_scores(results['student'])}")
+    print0(*(f"{name} mIoU {result['miou']:.2f}  " for name, result in results.items() if result),
+           "(adabn: the student with BatchNorm statistics of the target)")
 
 
 def accumulate(f, step, wrapped, teacher, imagenet, sources, targets, things, shard, dtype):
     """The gradient of one step, from f.accum batches. Returns (terms, views, file names) for log, panel and errors."""
-    generator, files = torch.Generator(), []
+    generator, files, total = torch.Generator(), [], {}
     for part in range(f.accum):
         *source, names = next(sources)
         *target, more = next(targets) if targets else [[]]
@@ -398,7 +422,8 @@ def accumulate(f, step, wrapped, teacher, imagenet, sources, targets, things, sh
             with torch.autocast(source[0].device.type, dtype, enabled=dtype is not None):
                 terms, views = step_terms(f, wrapped, teacher, imagenet, source, target, things, generator, shard)
             (sum(terms.values()) / f.accum).backward()
-    return terms, views, files
+        total = {name: total.get(name, 0) + value.detach() / f.accum for name, value in terms.items()}
+    return total, views, files
 
 
 def catch_signals():
@@ -417,10 +442,10 @@ def run(argv=None):
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(f).items()} | {"world": world}
     checkpoint = model.load_checkpoint(last) if last.exists() else None
     if checkpoint:
-        check_resume(flags, checkpoint["flags"], last)
+        check_resume(flags, data.class_names(f.classes), checkpoint, last)
         if checkpoint["step"] >= f.stop_at:
             return print0(f"{last} is at step {checkpoint['step']} of {f.steps}, nothing is left to do; "
-                          f"its scores: python eval.py {last}")
+                          f"use it with: python eval.py {last}{' --images PATH' if f.val == 'none' else ''}")
 
     classes, source_set, target_set, val_set = open_data(f)
     rare = data.RareClassSampler(source_set.class_counts(), f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
@@ -439,7 +464,8 @@ def run(argv=None):
 
     if rank == 0:
         (out / "panels").mkdir(parents=True, exist_ok=True)
-    images = (1 + (target_set is not None)) * f.batch * f.accum * world
+    adapts = bool(f.mix or f.mask)
+    images = (1 + adapts) * f.batch * f.accum * world
     about, log, signals = versions(device), Log(out / "log.jsonl", images, rank == 0), catch_signals()
     log.write("resume" if checkpoint else "start", step=start, flags=flags, classes=list(classes), versions=about)
     print0(f"{f.recipe}: {f.source} ({len(source_set)} images) -> {f.target}, {len(classes)} classes; {f.backbone} + "
@@ -455,7 +481,7 @@ def run(argv=None):
                 "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about, "text": text})
 
     sources = batches(source_set, f, rare, True, start, (rank, world), device)
-    targets = batches(target_set, f, None, False, start, (rank, world), device) if target_set else None
+    targets = batches(target_set, f, None, False, start, (rank, world), device) if adapts else None
     steps = tqdm(range(start, f.stop_at), f.recipe, f.stop_at, initial=start, disable=True if rank else None)
     for step in steps:
         for group in optimizer.param_groups:
@@ -479,21 +505,22 @@ def run(argv=None):
         if rank == 0 and (done % f.panel_every == 0 or finished):
             evaluation.training_panel(student, views, classes).save(out / "panels" / f"{done:06d}.png")
         if val_set and f.eval_every and done % f.eval_every == 0:
-            average_buffers(student)
+            settle_buffers(f, student, teacher)
             result = evaluation.evaluate(student, val_set)
             log.write("eval", step=done, student=result)
             print0(f"step {done}: student mIoU {result['miou']:.2f}")
             if result["miou"] > best:
                 best = result["miou"]
                 save("best.pt", done)
-        if done == f.steps:
-            finish(f, student, teacher, val_set, classes, log)
         leave = mean_over_ranks(torch.tensor(float(bool(signals)), device=device)) > 0
         if leave or finished or done % f.save_every == 0:
+            settle_buffers(f, student, teacher)
             save("last.pt", done)
         if leave:
             print0(f"stopped by a signal, {last} saved at step {done}; the same command goes on from there")
             sys.exit(130 if signal.SIGINT in signals else 0)
+    if val_set and f.stop_at == f.steps:
+        read_out(student, teacher, target_set, val_set, log, f.steps)
     print0(f"step {f.stop_at} of {f.steps}: checkpoint {last}, panels {out / 'panels'}, log {out / 'log.jsonl'}")
 
 
@@ -501,7 +528,8 @@ def main(argv=None):
     """run(), with bad input as one line on stderr and exit status 1."""
     try:
         run(argv)
-    except (data.DataError, model.WeightsError, model.CheckpointError, model.TextError, FloatingPointError) as error:
+    except (data.DataError, model.WeightsError, model.CheckpointError, model.TextError, FloatingPointError,
+            OSError) as error:
         print("error:", str(error).splitlines()[-1], file=sys.stderr)  # a loader process puts its traceback before it
         sys.exit(1)
     finally:
