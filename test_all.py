@@ -37,8 +37,8 @@ import losses
 import model
 import train
 from data import CLASS_SPACES, DataError
-from model import (CheckpointError, MixTransformer, Output, Segmenter, WeightsError, load_backbone, load_checkpoint,
-                   save_checkpoint)
+from model import (CheckpointError, MixTransformer, Output, Segmenter, TextBank, TextError, WeightsError, load_backbone,
+                   load_checkpoint, save_checkpoint, text_bank)
 
 HERE = str(Path(__file__).resolve().parent)
 
@@ -1597,13 +1597,13 @@ def test_any_image_size(size):
 def test_teacher_schedule():
     torch.manual_seed(0)
     student, teacher = Segmenter("mit_b0", "segformer", 3, 16), Segmenter("mit_b0", "segformer", 3, 16)
-    student.decoder.bn.running_mean.fill_(3.0)
+    student.decoder.fusion.bn.running_mean.fill_(3.0)
     for step, weight in ((0, 0.0), (1, 0.5), (3, 0.75), (10_000, 0.999)):
         before = [p.clone() for p in teacher.parameters()]
         model.ema_update(teacher, student, step, 0.999)
         for old, new, s in zip(before, teacher.parameters(), student.parameters()):
             torch.testing.assert_close(new, weight * old + (1 - weight) * s)
-    assert teacher.decoder.bn.running_mean.abs().max() == 0  # parameters only
+    assert teacher.decoder.fusion.bn.running_mean.abs().max() == 0  # parameters only
     model.teacher_mode(teacher)
     modes = {type(m).__name__: m.training for m in teacher.modules()}
     assert modes["BatchNorm2d"] and not modes["DropPath"] and not modes["Dropout2d"]
@@ -1820,7 +1820,7 @@ def test_terms_carry_their_weights_and_the_mask_hides_blocks():
     for name in ("mix", "mask", "fd"):
         assert values[0][name] > 0 and values[1][name] == pytest.approx(values[0][name] / 4)
     assert values[0]["source"] == values[1]["source"] and torch.equal(views["source"], image)
-    hidden = (views["masked"] == net.pixel_mean).all(1)  # (2,64,64): whole blocks of 16 in the mean colour
+    hidden = (views["masked_target"] == net.pixel_mean).all(1)  # (2,64,64): whole blocks of 16 in the mean colour
     blocks = hidden.unfold(1, 16, 16).unfold(2, 16, 16).flatten(3)
     assert torch.equal(blocks.all(3), blocks.any(3)) and 0 < blocks.float().mean() < 1
 
@@ -1959,7 +1959,7 @@ def test_recipes_run(recipe, small_run, tmp_path, monkeypatch):
     assert (tmp_path / "out/best.pt").exists() and len(events(tmp_path / "out", "eval")) == 2
     assert (recipe == "daformer") == bool(drawn)  # rare classes are sampled by this recipe alone
     state = load_checkpoint(tmp_path / "out/best.pt")
-    assert state["teacher"]["decoder.bn.running_var"].ne(1).all()  # its statistics are of images, not of the start
+    assert state["teacher"]["decoder.fusion.bn.running_var"].ne(1).all()  # of images, not of the start
 
 
 def test_feature_distance_runs_from_pretrained_weights_and_init_takes_our_checkpoint(small_run, tmp_path):
@@ -2064,6 +2064,175 @@ def test_wrong_inputs_of_training_are_one_clear_line(change, words, small_run):
     done = run_train([*small_run, *change], check=False)
     assert done.returncode not in (0, None) and "Traceback" not in done.stderr
     assert words in done.stderr.strip().splitlines()[-1]
+
+
+def made_bank(classes=3, dim=12, seed=0, kind="clip"):
+    rows = F.normalize(torch.randn(classes, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return TextBank(rows, tuple(f"class {i}" for i in range(classes)), kind)
+
+
+def write_bank(path, bank, **changes):
+    np.savez(path, **({"emb": bank.embeddings.numpy(), "names": np.array(bank.names), "kind": bank.kind} | changes))
+    return str(path)
+
+
+@pytest.mark.parametrize("channels, total, text, decoder", [
+    (512, 109_923_929, 524_800, 14_240_646), (256, 88_867_929, 262_400, None)])
+def test_published_parameter_counts_of_lcmsm(channels, total, text, decoder):
+    bank = made_bank(19, 1024)
+    with torch.device("meta"):
+        net = Segmenter("mit_b5", "daformer", 19, channels, "lcmsm", bank)
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+    assert count["text"] == text and sum(count.values()) == total + text
+    assert decoder is None or count["language_decoder"] == decoder
+
+
+def language_net(bank=None, depth=2, classes=3):
+    torch.manual_seed(0)
+    return Segmenter("mit_b0", "segformer", classes, 8, "lcmsm", bank or made_bank(classes), depth).eval()
+
+
+def test_correlation_is_bounded_and_the_plain_head_knows_no_text():
+    net, x = language_net(), torch.rand(2, 3, 64, 96)
+    features = net.language_decoder.fusion(net.encode(x))
+    scores = kernels.text_correlation(features, net.text(), net.language_decoder.scale)
+    assert scores.shape == (2, 3, 16, 24) and scores.abs().max() <= 1 / 0.07 + 1e-4
+    net.language_decoder(net.encode(x), net.text())[0].sum().backward()
+    assert net.text.projection.weight.grad.abs().max() > 0
+    net.zero_grad()
+    net(x).logits.sum().backward()
+    assert all(p.grad is None for p in net.text.parameters())  # no text gradient from the plain head
+    plain, language = net(x).logits, net(x, "language").logits
+    net.text.bank.copy_(made_bank(seed=1).embeddings)
+    assert torch.equal(net(x).logits, plain) and not torch.allclose(net(x, "language").logits, language)
+    with pytest.raises(ValueError, match="no 'language' head"):
+        Segmenter("mit_b0", "segformer", 3, 8)(x, "language")
+
+
+def test_permuting_the_bank_permutes_the_language_decoder():
+    net, x, order = language_net(), torch.rand(1, 3, 64, 64), torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        before = net(x, "language")
+        scores = kernels.text_correlation(before.features, net.text(), 1.0)
+        net.text.bank.copy_(net.text.bank[order])
+        torch.testing.assert_close(kernels.text_correlation(before.features, net.text(), 1.0), scores[:, order])
+        classifier = net.language_decoder.classifier
+        weight = classifier.weight[order]  # (K,C+K,1,1): rows, then the columns of the scores
+        classifier.weight.copy_(torch.cat([weight[:, :8], weight[:, 8:][:, order]], 1))
+        classifier.bias.copy_(classifier.bias[order])
+        torch.testing.assert_close(net(x, "language").logits, before.logits[:, order])
+
+
+def test_spatial_block_is_shared_by_classes_and_applications():
+    decoder, scores = language_net().language_decoder, torch.randn(2, 3, 5, 7)
+    once = torch.stack([decoder.spatial(scores[:, k:k + 1])[:, 0] for k in range(3)], 1) + scores.amax(1, keepdim=True)
+    once = once.relu()
+    twice = torch.stack([decoder.spatial(once[:, k:k + 1])[:, 0] for k in range(3)], 1) + once.amax(1, keepdim=True)
+    torch.testing.assert_close(decoder.refine(scores), twice)
+    assert torch.equal(language_net(depth=0).language_decoder.refine(scores), scores)
+
+
+def test_teacher_shares_the_text_projection():
+    student, teacher = language_net(), language_net()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1)
+    before = teacher.decoder.classifier.bias.clone()
+    model.ema_update(teacher, student, 9, 0.5)
+    assert same_tensors(dict(teacher.text.state_dict()), dict(student.text.state_dict()))
+    torch.testing.assert_close(teacher.decoder.classifier.bias, before + 0.5)
+
+
+def test_text_banks(tmp_path, monkeypatch, capsys):
+    bank = made_bank()
+    path = write_bank(tmp_path / "bank.npz", bank)
+    read = text_bank(path, bank.names)
+    assert torch.equal(read.embeddings, bank.embeddings) and read.kind == "clip" and read.names == bank.names
+    shuffled = text_bank("shuffled:" + path, bank.names)
+    assert shuffled.kind == "shuffled" and (shuffled.embeddings != bank.embeddings).any(1).all()
+    assert torch.equal(shuffled.embeddings.sort(0).values, bank.embeddings.sort(0).values)
+    stub = text_bank("stub", bank.names)
+    torch.testing.assert_close(stub.embeddings @ stub.embeddings.T, torch.eye(3))
+    assert torch.equal(stub.embeddings, text_bank("stub", bank.names).embeddings)
+    assert text_bank("learned", bank.names).kind == "learned" and capsys.readouterr().err == ""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert text_bank("auto", bank.names).kind == "stub" and "STUB" in capsys.readouterr().err
+    os.makedirs(model.text_cache())
+    write_bank(model.text_cache() + "/x.npz", bank)
+    assert text_bank("auto", bank.names).kind == "clip" and capsys.readouterr().err == ""
+    faults = {"order": (path, bank.names[::-1]), "number": (path, bank.names[:2]),
+              "absent": (str(tmp_path / "no.npz"), ("a",)),
+              "length": (write_bank(tmp_path / "l.npz", bank, emb=2 * bank.embeddings.numpy()), bank.names),
+              "nan": (write_bank(tmp_path / "n.npz", bank, emb=np.full((3, 4), np.nan, np.float32)), bank.names),
+              "hash": (write_bank(tmp_path / "h.npz", bank, sha256="0", templates=np.array(["{}"]), model="m",
+                                  pretrained="p"), bank.names),
+              "spec": ("moon", bank.names), "random tower": ("clip:ViT-B-32/", bank.names)}
+    for spec, names in faults.values():
+        with pytest.raises(TextError) as caught:
+            text_bank(spec, names)
+        assert "\n" not in str(caught.value) and spec.split(":")[-1] in str(caught.value)
+
+
+def test_openclip_encodes_prompts_once(tmp_path, monkeypatch):
+    """A tower with random weights stands in for one with real ones, as a local file; the cut context must be exact."""
+    open_clip = model.import_optional("open_clip")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", {
+        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}})
+    torch.manual_seed(0)
+    tower = open_clip.create_model("tiny")
+    torch.save(tower.state_dict(), tmp_path / "tiny.pt")
+    spec = f"clip:tiny/{tmp_path / 'tiny.pt'}"
+    bank = text_bank(spec, ("road", "person"))
+    tokens = open_clip.get_tokenizer("tiny")(["a photo of a road.", "a photo of a pedestrian."])
+    with torch.no_grad():
+        torch.testing.assert_close(bank.embeddings, F.normalize(tower.eval().encode_text(tokens), dim=1))
+    monkeypatch.setattr(model, "open_text_tower", None)  # the second time nothing is encoded
+    assert torch.equal(text_bank(spec, ("road", "person")).embeddings, bank.embeddings)
+    assert bank.kind == "clip" and text_bank("auto", ("road", "person")).kind == "clip"
+
+
+def test_openclip_without_network_fails_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    begin = time.time()
+    with pytest.raises(TextError, match="no weights.*FILE.npz"):
+        text_bank("clip:ViT-B-32/no_such_tag", ("road",))
+    assert time.time() - begin < 30
+
+
+def test_text_command(tmp_path, capsys):
+    path = write_bank(tmp_path / "bank.npz", made_bank())
+    model.main(["text", "--names", "class 0,class 1,class 2", "--text", path, "--out", str(tmp_path / "copy.npz")])
+    out = capsys.readouterr().out
+    assert "raw: cosine" in out and "centred: cosine" in out
+    assert text_bank(str(tmp_path / "copy.npz"), made_bank().names).kind == "clip"
+    with pytest.raises(SystemExit) as leave:
+        model.main(["text", "--names", "a,b", "--text", path])
+    assert leave.value.code == 2 and "bank.npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["FILE", "shuffled", "learned", "none", "auto"])
+def test_lcmsm_trains_and_evaluates_with_every_head(text, small_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bank = made_bank()._replace(names=("sky", "wall", "car"))
+    path = write_bank(tmp_path / "bank.npz", bank)
+    # blocks of 4: a crop that is hidden as a whole leaves a new network only zeros, whose LayerNorms explode backwards
+    argv = [*small_run, "--recipe", "lcmsm", "--steps", "3", "--mask-block", "4", "--text"]
+    argv.append({"FILE": path, "shuffled": "shuffled:" + path}.get(text, text))
+    done = run_train([*argv, "--stop-at", "2"])
+    assert ("STUB" in done.stderr) == (text == "auto")
+    run_train(argv)
+    step = events(tmp_path / "out", "step")[-1]
+    assert {"source", "mix", "mask_source", "mask_mix"} <= step.keys() and "mask" not in step
+    (tmp_path / "bank.npz").unlink()  # the checkpoint holds what evaluation needs
+    for head in ("plain", "language", "mean"):
+        scores = tmp_path / f"{head}.json"
+        evaluation.main([str(tmp_path / "out/last.pt"), "--head", head, "--json", str(scores)])
+        if head == "plain":
+            assert json.loads(scores.read_text())["iou"] == events(tmp_path / "out", "result")[0]["student"]["iou"]
 
 
 def test_default_command_on_the_rendered_streets(tmp_path, monkeypatch):

@@ -52,8 +52,9 @@ THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "b
 FREE_ON_RESUME = {"stop_at", "out", "eval_every"}
 LIMITS = dict(crop=(1, 1e5), batch=(1, 1e5), steps=(1, 1e9), accum=(1, 1e4), save_every=(1, 1e9), log_every=(1, 1e9),
               panel_every=(1, 1e9), eval_every=(0, 1e9), channels=(1, 1e5), workers=(0, 1e3), seed=(0, 2**31),
-              lr=(0, 10), head_lr=(0, 1e3), alpha=(0, 1), mix=(0, 1e3), mask=(0, 1e3), fd=(0, 1e3), rcs=(0, 1e3), spatial_depth=(0, 9),
-              mask_ratio=(0, 1), mask_block=(1, 1e5), threshold=(0, 2), warmup=(0, 1e9))  # least and most
+              lr=(0, 10), head_lr=(0, 1e3), alpha=(0, 1), mix=(0, 1e3), mask=(0, 1e3), fd=(0, 1e3), rcs=(0, 1e3),
+              spatial_depth=(0, 9), mask_ratio=(0, 1), mask_block=(1, 1e5), threshold=(0, 2),
+              warmup=(0, 1e9))  # least and most
 
 
 def backbone(text):
