@@ -1008,7 +1008,9 @@ class Pointwise(torch.nn.Module):
             self.conv.weight.copy_(torch.stack([0.2 * k * (classes - 1), rest, rest], 1)[..., None, None])  # (K,3,1,1)
             self.conv.bias.copy_(-0.1 * k ** 2)
 
-    def forward(self, x):
+    language = None
+
+    def forward(self, x, head="plain"):
         return Output(self.conv(x), x, [x])
 
 
@@ -1102,7 +1104,7 @@ def test_windows_equal_the_whole_image_for_a_pointwise_network(size, stride):
 
 def test_overlapping_windows_average_logits_and_stay_inside():
     class Counting(Pointwise):
-        def forward(self, x):
+        def forward(self, x, head="plain"):
             self.seen.append(tuple(x.shape[2:]))
             return Output(torch.full((1, 4, 1, 1), float(len(self.seen))), x, [x])
 
