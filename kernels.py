@@ -4,7 +4,8 @@
 
 backend="auto" takes Triton for CUDA tensors where the triton package imports, torch otherwise. Triton's interpreter
 (TRITON_INTERPRET=1, set before this file is imported) runs the same kernels on CPU tensors: slow, for tests.
-A *cell* is a position of the low-resolution logits (h, w), a *pixel* one of the full-resolution labels (H, W).
+A *cell* is a position of the low-resolution logits (h, w), a *pixel* one of the full-resolution labels (H, W); of
+text_correlation's features every position is a pixel.
 """
 import os
 import sys
@@ -26,6 +27,8 @@ except ImportError:                                             # no wheel for t
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TILE_PIXELS, TILE_CELLS = (1024, 256) if INTERPRET else (256, 64)       # the interpreter pays per tile, not per element
+EPS = 1e-6                      # of a cosine: every vector x is divided by sqrt(|x|^2 + EPS^2)
+RUNS = 64                       # partial sums of the text's gradient: fixed, so that results do not depend on the GPU
 
 
 def _use_triton(tensor, backend):
@@ -114,6 +117,48 @@ def _torch_pseudo_label(logits, size):
     return label, confidence
 
 
+# ---- torch path of the correlation: normalised after the dot, one chunk of pixels at a time ----
+
+def _feature_chunks(features):
+    """Yields an image, a slice of its rows, and their features as float32 (C,n): a view where they are float32."""
+    B, C, H, W = features.shape
+    r = max(1, (2**18 if features.device.type == "cpu" else 2**23) // (C * W))          # 2**18 floats fit a CPU's cache
+    for i in range(B):
+        for y in range(0, H, r):
+            yield i, slice(y, y + r), features[i, :, y:y + r].float().flatten(1)        # (C,r,W) -> (C,n)
+
+
+def _gradient_like(features):
+    layout = torch.channels_last if features.stride(1) == 1 else torch.contiguous_format
+    return torch.empty(features.shape, dtype=features.dtype, device=features.device, memory_format=layout)
+
+
+def _torch_correlation(features, rows):
+    """-> dot products with rows (K,C) over the norm: float32 (B,K,H,W), and the inverse norms, float32 (B,H,W)."""
+    (B, _, H, W), K = features.shape, len(rows)
+    value = torch.empty(B, K, H, W, dtype=torch.float32, device=features.device)
+    inverse = torch.empty(B, H, W, dtype=torch.float32, device=features.device)
+    for i, y, f in _feature_chunks(features):
+        r = inverse[i, y].flatten()                             # a view (n,), as value's below is one of (K,n)
+        torch.add((f * f).sum(0), EPS**2, out=r).rsqrt_()       # on a CPU 10x faster than vector_norm over planes
+        torch.mm(rows, f, out=value[i, :, y].flatten(1)).mul_(r)                # with out= autocast leaves it float32
+    return value, inverse
+
+
+def _torch_correlation_gradient(features, rows, value, inverse, upstream):
+    """-> gradients of (value * upstream).sum(): with respect to features, in their dtype, and to rows, float32."""
+    gradient, rows_gradient = _gradient_like(features), torch.zeros_like(rows)
+    for i, y, f in _feature_chunks(features):
+        r = inverse[i, y].flatten()                                                     # (r,W) -> (n,)
+        g = upstream[i, :, y].flatten(1) * r                                            # (K,r,W) -> (K,n)
+        along = (g * value[i, :, y].flatten(1)).sum(0).mul_(r)  # a step along the feature itself changes no cosine
+        rows_gradient.addmm_(g, f.t())
+        out = gradient[i, :, y].flatten(1)                                              # a view (C,n)
+        work = out if out.dtype == torch.float32 else torch.empty_like(f)
+        out.copy_(torch.mm(rows.t(), g, out=work).addcmul_(f, along, value=-1))         # onto itself: copies nothing
+    return gradient, rows_gradient
+
+
 # ---- Triton path: every program owns what it writes; no atomics, so results repeat bit for bit ----
 
 if triton is not None:
@@ -198,6 +243,65 @@ if triton is not None:
                 result += share[:, None] * (tl.exp(z - lse[:, None]) - tl.where(label[:, None] == k, 1.0, 0.0))
         tl.store(gradient + plane + cell[:, None], result, mask=owned[:, None] & (k < K))
 
+    @triton.jit
+    def _offset(pixel, W, at_y, at_x, channel, at_channel):
+        """-> (pixels, channels) int64: C*H*W may pass 2**31. Any strides: the features are never copied."""
+        plane = (pixel // W).to(tl.int64) * at_y + (pixel % W).to(tl.int64) * at_x
+        return plane[:, None] + channel.to(tl.int64)[None, :] * at_channel
+
+    @triton.jit
+    def _correlation_kernel(features, at_image, at_channel, at_y, at_x, rows, C, K, W, pixels, value, inverse,
+                            EPS2: tl.constexpr, PRECISION: tl.constexpr,
+                            TILE: tl.constexpr, TILE_C: tl.constexpr, TILE_K: tl.constexpr):
+        """A tile of pixels of one image in one sweep over the channels: dot products with all rows, and the norm."""
+        image = tl.program_id(1).to(tl.int64)
+        pixel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        k = tl.arange(0, TILE_K)
+        inside, known = (pixel < pixels)[:, None], (k < K)[None, :]
+        dots = tl.zeros([TILE, TILE_K], tl.float32)
+        square = tl.zeros([TILE], tl.float32)
+        for begin in range(0, C, TILE_C):
+            c = begin + tl.arange(0, TILE_C)
+            f = tl.load(features + image * at_image + _offset(pixel, W, at_y, at_x, c, at_channel),
+                        mask=inside & (c < C)[None, :], other=0)                        # (TILE, TILE_C)
+            row = tl.load(rows + k[None, :] * C + c[:, None], mask=(c < C)[:, None] & known, other=0)
+            exact = f.to(tl.float32)
+            square += tl.sum(exact * exact, 1)
+            dots = tl.dot(f.to(row.dtype), row, dots, input_precision=PRECISION)
+        r = tl.rsqrt(square + EPS2)
+        tl.store(inverse + image * pixels + pixel, r, mask=pixel < pixels)
+        tl.store(value + (image * K + k[None, :]) * pixels + pixel[:, None], dots * r[:, None], mask=inside & known)
+
+    @triton.jit
+    def _correlation_gradient_kernel(features, at_image, at_channel, at_y, at_x, rows, B, C, K, W, pixels,
+                                     value, inverse, upstream, gradient, to_image, to_channel, to_y, to_x, partial,
+                                     tiles, steps, PRECISION: tl.constexpr,
+                                     TILE: tl.constexpr, TILE_C: tl.constexpr, TILE_K: tl.constexpr):
+        """A few channels of every n-th tile of pixels, n programs: reads their features once, writes the gradient and
+        this program's share of the rows' gradient. tiles is the number of one image."""
+        c, k = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C), tl.arange(0, TILE_K)
+        owned = (k < K)[:, None] & (c < C)[None, :]
+        row = tl.load(rows + k[:, None] * C + c[None, :], mask=owned, other=0)          # (TILE_K, TILE_C)
+        share = tl.zeros([TILE_K, TILE_C], tl.float32)
+        for step in range(steps):
+            tile = step * tl.num_programs(1) + tl.program_id(1)
+            image = (tile // tiles).to(tl.int64)
+            pixel = tile % tiles * TILE + tl.arange(0, TILE)
+            inside = (pixel < pixels) & (image < B)
+            r = tl.load(inverse + image * pixels + pixel, mask=inside, other=0)
+            plane = (image * K + k[None, :]) * pixels + pixel[:, None]                  # (TILE, TILE_K)
+            known = inside[:, None] & (k < K)[None, :]
+            g = tl.load(upstream + plane, mask=known, other=0) * r[:, None]
+            along = tl.sum(g * tl.load(value + plane, mask=known, other=0), 1) * r      # as in the torch path
+            used = inside[:, None] & (c < C)[None, :]
+            f = tl.load(features + image * at_image + _offset(pixel, W, at_y, at_x, c, at_channel), mask=used, other=0)
+            g = g.to(row.dtype)
+            share = tl.dot(tl.trans(g), f.to(row.dtype), share, input_precision=PRECISION)
+            d = tl.dot(g, row, input_precision=PRECISION) - f.to(tl.float32) * along[:, None]
+            tl.store(gradient + image * to_image + _offset(pixel, W, to_y, to_x, c, to_channel),
+                     d.to(gradient.dtype.element_ty), mask=used)
+        tl.store(partial + (tl.program_id(1).to(tl.int64) * K + k[:, None]) * C + c[None, :], share, mask=owned)
+
 
 def _triton_cross_entropy(logits, labels, weight, ignore_index, with_gradient):
     """As _torch_cross_entropy."""
@@ -228,6 +332,43 @@ def _triton_pseudo_label(logits, size):
             logits.contiguous(), K, h, w, H, W, *row[:2], *column[:2], label, None, 255, confidence, None,
             LABELED=False, TILE=TILE_PIXELS)
     return label, confidence
+
+
+def _correlation_tiles(features, K):
+    """-> the dtype of the dot products' operands, and the options of both kernels."""
+    # bf16 goes to the tensor cores as it is; float16 could not hold the gradients, and is exact in tf32
+    operand = torch.bfloat16 if features.dtype == torch.bfloat16 and not INTERPRET else torch.float32
+    precision = "tf32" if features.dtype == torch.float16 else "tf32x3"                 # tf32x3: float32's accuracy
+    tile_k = max(16, triton.next_power_of_2(K))                 # 16 is the least that a tensor core takes
+    tile, tile_c = (32, 32) if tile_k > 64 else (128, 64) if operand == torch.bfloat16 else (64, 64)    # registers
+    return operand, {"PRECISION": precision, "TILE": tile, "TILE_C": tile_c, "TILE_K": tile_k,
+                     "num_warps": 8, "num_stages": 2}
+
+
+def _triton_correlation(features, rows):
+    """As _torch_correlation."""
+    (B, C, H, W), K = features.shape, len(rows)
+    operand, options = _correlation_tiles(features, K)
+    value = torch.empty(B, K, H, W, dtype=torch.float32, device=features.device)
+    inverse = torch.empty(B, H, W, dtype=torch.float32, device=features.device)
+    with torch.cuda.device_of(features):
+        _correlation_kernel[(triton.cdiv(H * W, options["TILE"]), B)](
+            features, *features.stride(), rows.to(operand), C, K, W, H * W, value, inverse, EPS2=EPS**2, **options)
+    return value, inverse
+
+
+def _triton_correlation_gradient(features, rows, value, inverse, upstream):
+    """As _torch_correlation_gradient."""
+    (B, C, H, W), K = features.shape, len(rows)
+    operand, options = _correlation_tiles(features, K)
+    gradient, tiles = _gradient_like(features), triton.cdiv(H * W, options["TILE"])
+    runs = min(RUNS, B * tiles)
+    partial = torch.empty(runs, K, C, dtype=torch.float32, device=features.device)
+    with torch.cuda.device_of(features):
+        _correlation_gradient_kernel[(triton.cdiv(C, options["TILE_C"]), runs)](
+            features, *features.stride(), rows.to(operand), B, C, K, W, H * W, value, inverse, upstream.contiguous(),
+            gradient, *gradient.stride(), partial, tiles, triton.cdiv(B * tiles, runs), **options)
+    return gradient, partial.sum(0)
 
 
 # ---- the public operators ----
@@ -294,7 +435,47 @@ def upsample_pseudo_label(logits, size, threshold, backend="auto"):
     return label, confidence, (confidence >= threshold).float().mean()
 
 
+class _TextCorrelation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, rows, sweep, gradient_sweep):
+        value, inverse = sweep(features, rows)
+        ctx.gradient_sweep = gradient_sweep
+        ctx.save_for_backward(features, rows, value, inverse)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return *ctx.gradient_sweep(*ctx.saved_tensors, upstream), None, None
+
+
+def text_correlation(features, text, scale, backend="auto"):
+    """scale * cosine of every pixel's feature with every class's text, without normalised features in memory.
+
+    features (B,C,H,W) and text (K,C) float, K <= 256, of any length, channels-last or any other strides; scale a number
+    or a 0-d tensor -> (B,K,H,W) float32 in [-scale, scale], computed in float32, also under autocast. (On a GPU the
+    products of bfloat16 features take text and upstream gradients in bfloat16 too, and sum in float32.)
+    Differentiable once, with respect to features, text and scale; gradients repeat bit for bit.
+    Every vector x is divided by sqrt(|x|^2 + 1e-6^2): a zero vector has the value 0 and a gradient that is finite but
+    large (times 1e6; in float16 it may overflow).
+    ValueError on wrong shapes, RuntimeError where backend="triton" cannot run.
+    The scores of LSeg (Li et al. 2022, arXiv:2201.03546) with its temperature as 1 / scale."""
+    if features.ndim != 4 or text.ndim != 2 or text.shape[1] != features.shape[1]:
+        raise ValueError(f"features {tuple(features.shape)}, text {tuple(text.shape)}: must be (B, C, H, W) and (K, C)")
+    if len(text) > 256:
+        raise ValueError(f"{len(text)} rows of text, 256 are the most")
+    paths = ((_triton_correlation, _triton_correlation_gradient) if _use_triton(features, backend) else
+             (_torch_correlation, _torch_correlation_gradient))
+    text = text.float()
+    rows = text * (text * text).sum(1, keepdim=True).add(EPS**2).rsqrt() * scale        # autograd's: K x C is little
+    return _TextCorrelation.apply(features, rows, *paths)
+
+
 # ---- python kernels.py ----
+
+def _plain_correlation(features, text, scale):
+    return scale * torch.einsum("bchw,kc->bkhw", F.normalize(features), F.normalize(text))
+
 
 def _plain_cross_entropy(logits, labels, weight):
     up = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
@@ -334,18 +515,22 @@ def main():
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     checked = (2, 19, (9, 13), (36, 52)), (1, 2, (7, 5), (57, 33)), (2, 11, (12, 9), (7, 20)), (1, 150, (5, 6), (9, 8))
     timed = (4, 19, (32, 32), (128, 128)), (2, 19, (64, 64), (256, 256)), (2, 19, (128, 128), (512, 512))
+    channels = {19: 256, 11: 33, 150: 320}                      # of text_correlation, by the number of classes
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; relative error against float64\n"
-          f"{'operator':24}{'logits -> size':36}{'backend':9}{'error':>7}{'ms':>9}{'plain':>9}")
+          f"{'operator':24}{'input -> size':38}{'backend':9}{'error':>7}{'ms':>9}{'plain':>9}")
     torch.manual_seed(0)
     worst = 0.0
     for B, K, low, full in checked + timed:
         logits, labels = 3 * torch.randn(B, K, *low, device=device), torch.randint(K, (B, *full), device=device)
         labels[:, :full[0] // 7] = 255
-        time_it = (B, K, low, full) in timed
-        for ours, plain, inputs in (
-                (upsample_cross_entropy, _plain_cross_entropy, (logits, labels, torch.rand(B, *full, device=device))),
-                (upsample_pseudo_label, _plain_pseudo_label, (logits, full, 0.5))):
-            exact = _run(plain, [x.double() if x is logits else x for x in inputs])
+        time_it, C = (B, K, low, full) in timed, channels.get(K, 64)
+        features, text = torch.randn(B, C, *low, device=device), torch.randn(K, C, device=device)
+        for ours, plain, inputs, title in (
+                (upsample_cross_entropy, _plain_cross_entropy, (logits, labels, torch.rand(B, *full, device=device)),
+                 f"{(B, K, *low)} -> {full}"),
+                (upsample_pseudo_label, _plain_pseudo_label, (logits, full, 0.5), f"{(B, K, *low)} -> {full}"),
+                (text_correlation, _plain_correlation, (features, text, 14.0), f"{(B, C, *low)} -> {(K, *low)}")):
+            exact = _run(plain, [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs])
             for backend in ["torch"] + ["triton"] * (triton is not None and not (time_it and INTERPRET)):
                 pairs = [(a.double(), b.double()) for a, b in zip(_run(ours, inputs, backend=backend), exact)
                          if a.is_floating_point()]                                      # labels may differ at ties
@@ -353,7 +538,7 @@ def main():
                 worst = max(worst, error)
                 sides = lambda: _run(ours, inputs, backend=backend), lambda: _run(plain, inputs)
                 times = "".join(f"{t:9.2f}" for t in _milliseconds(sides, finish)) if time_it else ""
-                print(f"{ours.__name__:24}{f'{(B, K, *low)} -> {full}':36}{backend:9}{error:7.0e}{times}", flush=True)
+                print(f"{ours.__name__:24}{title:38}{backend:9}{error:7.0e}{times}", flush=True)
     if not worst < 1e-5:
         sys.exit(f"a path is off by {worst:.0e} relative, the limit is 1e-5")
 

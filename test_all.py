@@ -865,6 +865,131 @@ def test_upsample_cross_entropy_memory_is_an_eighth_of_eager():
     assert 0 < 8 * ours <= plain, f"ours {ours} KB, eager {plain} KB"
 
 
+CORRELATIONS = [(2, 320, (3, 5), 19), (1, 33, (13, 7), 150), (2, 8, (9, 10), 1)]            # several tiles of each axis
+
+
+def exact_unit(x, dim):
+    return x / (x.square().sum(dim, keepdim=True) + 1e-12).sqrt()
+
+
+def plain_correlation(features, text, scale):
+    return scale * torch.einsum("bchw,kc->bkhw", exact_unit(features, 1), exact_unit(text, 1))
+
+
+def correlation_inputs(B, C, size, K, zeros=True):
+    generator = torch.Generator().manual_seed(C + K)
+    features, text = torch.randn(B, C, *size, generator=generator), torch.randn(K, C, generator=generator)
+    features *= torch.rand(B, 1, *size, generator=generator) + 0.1      # given lengths must not matter
+    if zeros:
+        features[-1, :, 1, 2] = 0
+        text[K // 2:K // 2 + (K > 1)] = 0
+    upstream = torch.randn(B, K, *size, generator=generator)
+    upstream += 5 * plain_correlation(features, text, 1.0)              # else the scale's gradient is cancellation only
+    return [x.to(DEVICE) for x in (features, text, torch.tensor(14.0), upstream)]
+
+
+def correlate(operator, features, text, scale, upstream, **options):
+    """-> value and the gradients to features, text and scale."""
+    leaves = [x.detach().requires_grad_() for x in (features, text, scale)]
+    value = operator(*leaves, **options)
+    return value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+
+
+def assert_correlations_near(ours, features, text, scale, upstream, limit=1e-5):
+    features, text = features.double(), text.double()
+    value, *gradients = correlate(plain_correlation, features, text, scale.double(), upstream)
+    assert_near(ours[0], value, limit)
+    assert ours[0].dtype == torch.float32
+    norms = [(x.square().sum(1, keepdim=True) + 1e-12).sqrt() for x in (features, text)]
+    for our, gradient, norm in zip(ours[1:], gradients, norms + [1]):   # a zero vector's is 1e6 times the others'
+        assert our.isfinite().all()
+        assert_near(our * norm, gradient * norm, limit)
+
+
+@each_backend
+@pytest.mark.parametrize("shape", CORRELATIONS, ids=str)
+def test_text_correlation_equals_float64(shape, backend, monkeypatch):
+    monkeypatch.setattr(kernels, "RUNS", 2)                     # a program has several tiles
+    inputs = correlation_inputs(*shape)
+    ours, again = (correlate(kernels.text_correlation, *inputs, backend=backend) for _ in range(2))
+    assert_correlations_near(ours, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again))                          # bit for bit
+    assert (ours[0][-1, :, 1, 2] == 0).all() and (shape[3] == 1 or (ours[0][:, shape[3] // 2] == 0).all())
+
+
+@each_backend
+def test_text_correlation_of_any_strides(backend):
+    features, *others = correlation_inputs(2, 24, (5, 6), 11)
+    wide = torch.full((2, 24, 7, 9), float("nan"), device=DEVICE)                       # read outside: NaN
+    wide[:, :, 1:6, 2:8] = features
+    for strided in (features.contiguous(memory_format=torch.channels_last), wide[:, :, 1:6, 2:8],
+                    wide.contiguous(memory_format=torch.channels_last)[:, :, 1:6, 2:8],
+                    features.transpose(2, 3).contiguous().transpose(2, 3), features[:1].expand(2, -1, -1, -1)):
+        ours = correlate(kernels.text_correlation, strided, *others, backend=backend)
+        assert_correlations_near(ours, strided, *others)
+        assert ours[1].is_contiguous(memory_format=torch.channels_last) == (strided.stride(1) == 1)
+
+
+def test_text_correlation_over_several_chunks():
+    inputs = correlation_inputs(2, 64, (100, 70), 5)
+    assert len(list(kernels._feature_chunks(inputs[0]))) > 2
+    assert_correlations_near(correlate(kernels.text_correlation, *inputs, backend="torch"), *inputs)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
+def test_text_correlation_of_16_bit_features(dtype, limit, backend):
+    features, *others = correlation_inputs(1, 40, (5, 6), 19, zeros=False)
+    ours = correlate(kernels.text_correlation, features.to(dtype), *others, backend=backend)
+    assert ours[1].dtype == dtype and ours[2].dtype == torch.float32
+    assert_correlations_near(ours, features.to(dtype), *others, limit=limit)
+    if DEVICE == "cpu":                                         # only the features and their gradient are rounded
+        assert_near(ours[0], plain_correlation(features.to(dtype).double(), *(x.double() for x in others[:2])))
+
+
+@each_backend
+def test_text_correlation_is_float32_under_autocast(backend):
+    inputs = correlation_inputs(1, 40, (5, 6), 19)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = correlate(kernels.text_correlation, *inputs, backend=backend)
+    assert_correlations_near(ours, *inputs)
+
+
+@each_backend
+def test_text_correlation_options(backend):
+    features, text, scale, _ = correlation_inputs(1, 40, (5, 6), 19)
+    value, order = kernels.text_correlation(features, text, scale, backend=backend), torch.randperm(19)
+    assert torch.equal(kernels.text_correlation(features, text, 14.0, backend=backend), value)
+    assert_near(kernels.text_correlation(features, text[order], scale, backend=backend), value[:, order], 1e-6)
+    assert value.abs().max() <= 14.0001
+    for arguments in ((features, text[:, 1:], 1), (features[0], text, 1), (features, text[0], 1),
+                      (features, text[:1].expand(257, -1), 1), (features, text, 1, "cuda")):
+        with pytest.raises(ValueError):
+            kernels.text_correlation(*arguments)
+
+
+def test_text_correlation_makes_no_feature_sized_temporary():
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [x for x in (args, result) for x in torch.utils._pytree.tree_leaves(x) if torch.is_tensor(x)]
+            made.extend(x.untyped_storage() for x in tensors if x.numel())
+            return result
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        features, *others = correlation_inputs(4, 64, (96, 96), 5)
+        features = features.contiguous(memory_format=layout).requires_grad_()
+        made.clear()
+        with Watch():
+            kernels.text_correlation(features, *others[:2], backend="torch").backward(others[2])
+        size = features.untyped_storage().nbytes()
+        known = {x.untyped_storage().data_ptr() for x in (features, features.grad)}
+        others = {x.data_ptr(): x.nbytes() for x in made if x.data_ptr() not in known}
+        assert features.grad.shape == features.shape and 0 < max(others.values()) <= size / 8
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # eval.py
 
