@@ -613,6 +613,19 @@ def present_classes(label, num_classes):
     return seen.scatter_(0, label.flatten().long(), True)[:num_classes]                   # (256,) -> (K,)
 
 
+def majority_label(label, size, num_classes, min_ratio=0.75):
+    """
+    Label of each cell of a coarse grid: its majority class where that covers `min_ratio` of the cell, else 255.
+
+    label uint8 (B,H,W); size (h,w) -> int64 (B,h,w). Ignored pixels count as a class of their own. Source: DAFormer
+    (Hoyer et al., CVPR 2022), whose 75 % SePiCo takes over.
+    """
+    index = torch.where(label == IGNORE, num_classes, label.long())
+    shares = F.one_hot(index, num_classes + 1).permute(0, 3, 1, 2).float()                # (B,H,W) -> (B,K+1,H,W)
+    ratio, winner = F.adaptive_avg_pool2d(shares, size).max(1)                            # (B,h,w)
+    return torch.where((ratio >= min_ratio) & (winner < num_classes), winner, IGNORE)
+
+
 def class_mix(source, source_label, target, target_label, target_weight, present, generator, shard=(0, 1)):
     """
     Pastes the source pixels of half of the classes onto the target.

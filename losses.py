@@ -30,26 +30,14 @@ def cross_entropy(logits, label, weight=None):
     return upsample_cross_entropy(logits, label, weight, IGNORE)
 
 
-def majority_label(label, size, num_classes, min_ratio):
-    """Label of each cell of a coarse grid: its majority class where that covers `min_ratio` of the cell, else 255.
-
-    label: uint8 (B,H,W); size: (h,w) -> int64 (B,h,w). Ignored pixels count as a class of their own.
-    """
-    index = torch.where(label == IGNORE, num_classes, label.long())
-    shares = F.one_hot(index, num_classes + 1).permute(0, 3, 1, 2).float()  # (B,H,W) -> (B,K+1,H,W)
-    ratio, winner = F.adaptive_avg_pool2d(shares, size).max(1)  # (B,h,w)
-    return torch.where((ratio >= min_ratio) & (winner < num_classes), winner, IGNORE)
-
-
-def feature_distance(features, reference, label, num_classes, things, min_ratio=0.75):
+def feature_distance(features, reference, label, things):
     """Thing-class feature distance (DAFormer, Hoyer et al., 2022): mean L2 norm of f - f_ImageNet over thing cells.
 
     features, reference: float (B,C,h,w), the last stage of the student and of the frozen ImageNet network;
-    label: uint8 (B,H,W); things: class indices. A grid without a thing cell gives 0 with a graph, where the
-    reference code gives NaN (and, summed into one backward, would lose the step).
+    label: int (B,h,w), 255 where no class has the majority; things: class indices. A grid without a thing cell gives 0
+    with a graph, where the reference code gives NaN (and, summed into one backward, would lose the step).
     """
-    cells = majority_label(label, features.shape[2:], num_classes, min_ratio)
-    keep = torch.isin(cells, torch.tensor(things, device=cells.device))
+    keep = torch.isin(label, torch.tensor(things, device=label.device))
     distance = torch.linalg.vector_norm(features.float() - reference.float(), dim=1)  # (B,C,h,w) -> (B,h,w)
     count = mean_over_ranks(keep.sum().float())
     return (distance * keep).sum() / count.clamp(min=1e-6)

@@ -1720,14 +1720,16 @@ def test_feature_distance():
     label[0, 32:42, :32] = 0  # only 22 of 32 rows: under 75 %
     features = torch.randn(1, 5, 2, 2, requires_grad=True)
     reference = torch.randn(1, 5, 2, 2)
-    value = losses.feature_distance(features, reference, label, 3, [2])
+    cells = data.majority_label(label, (2, 2), 3)
+    assert cells.tolist() == [[[2, 0], [255, 255]]]
+    value = losses.feature_distance(features, reference, cells, [2])
     torch.testing.assert_close(value, (features - reference)[0, :, 0, 0].norm())
     value.backward()
     assert features.grad[0, :, 0, 0].abs().min() > 0 and features.grad[0, :, 1].abs().max() == 0
     features.grad = None
-    for nothing in (losses.feature_distance(features, reference, torch.zeros_like(label), 3, [2]),
-                    losses.feature_distance(features, reference, label, 3, []),
-                    losses.feature_distance(features, features.detach(), label, 3, [2])):
+    for nothing in (losses.feature_distance(features, reference, torch.zeros_like(cells), [2]),
+                    losses.feature_distance(features, reference, cells, []),
+                    losses.feature_distance(features, features.detach(), cells, [2])):
         nothing.backward()
         assert nothing == 0 and torch.isfinite(features.grad).all() and features.grad.abs().max() == 0
 

@@ -199,7 +199,8 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
     if imagenet is not None:
         with torch.no_grad():
             reference = imagenet.encode(view)[-1]
-        terms["fd"] = f.fd * feature_distance(out.pyramid[-1], reference, label, num_classes, things)
+        cells = data.majority_label(label, reference.shape[2:], num_classes)
+        terms["fd"] = f.fd * feature_distance(out.pyramid[-1], reference, cells, things)
 
     if f.mix or f.mask:  # pseudo-labels of the clean target; one weight q for the whole batch, over all processes
         with torch.no_grad():
