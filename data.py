@@ -538,22 +538,26 @@ class Crops(torch.utils.data.Dataset):
     show its class. max_share re-crops until there are two classes and none covers that share of the labelled pixels
     (None: a plain crop). After RECROPS vain tries the last crop is taken. Flipped with probability 0.5. Small images
     are padded, labels with 255. Without labels (labels=False, or a set that has none) crops are plain, and the label is
-    0 on the image and 255 on the padding: a target's labels, where they exist, must not steer its crops.
+    0 on the image and 255 on the padding: a target's labels, where they exist, must not steer its crops. subset: the
+    indices that are drawn from, all by default; `rare` counts these.
     Source: DAFormer, section 3.3; max_share is mmsegmentation's cat_max_ratio.
     """
 
-    def __init__(self, dataset, crop, seed, rare=None, max_share=0.75, labels=True):
+    def __init__(self, dataset, crop, seed, rare=None, max_share=0.75, labels=True, subset=None):
         self.dataset, self.crop, self.rare, self.labels = dataset, crop, rare, labels and dataset.labeled
         self.max_share = max_share if self.labels else None
-        self.seed = (seed, zlib.crc32("\n".join((dataset.kind, *dataset.names)).encode()))
+        self.subset = range(len(dataset)) if subset is None else subset
+        names = dataset.names if subset is None else [f"labelled {labels}", *(dataset.names[i] for i in subset)]
+        self.seed = (seed, zlib.crc32("\n".join((dataset.kind, *names)).encode()))
 
     def __getitem__(self, k):
         rng, size, wanted = np.random.default_rng((*self.seed, 0, k)), self.crop, None
         if self.rare:
-            index, wanted = self.rare.draw(rng)
+            at, wanted = self.rare.draw(rng)
         else:
-            epoch, at = divmod(k, len(self.dataset))
-            index = int(np.random.default_rng((*self.seed, 1, epoch)).permutation(len(self.dataset))[at])
+            epoch, turn = divmod(k, len(self.subset))
+            at = np.random.default_rng((*self.seed, 1, epoch)).permutation(len(self.subset))[turn]
+        index = int(self.subset[at])
         image, label = self.dataset.arrays(index)
         if not self.labels:
             label = np.zeros(image.shape[:2], np.uint8)
@@ -596,6 +600,30 @@ def labeled_subset(names, n):
     return names[:n]
 
 
+def labeled_indices(dataset, spec):
+    """
+    Sorted indices of the labelled images of a data set. spec: N or all, by labeled_subset, or a file with an image per
+    line and, as in UniMatch's lists, perhaps its label behind a space; images by name or by the end of their path.
+    Raises DataError.
+    """
+    at = {name: i for i, name in enumerate(dataset.names)}
+    if spec == "all" or spec.isdecimal():
+        return sorted(at[name] for name in labeled_subset(dataset.names, len(at) if spec == "all" else int(spec)))
+    if not Path(spec).is_file():
+        raise DataError(f"--labeled {spec}: no such file; give a number, all, or a list with an image per line")
+    paths = ["/" + Path(image).as_posix() for image, _ in dataset.files or []]
+    found = []
+    for line in _lines(spec):
+        name = line.split("\t")[0].rsplit(" ", 1)[0] if line not in at else line
+        matches = [at[name]] if name in at else [i for i, path in enumerate(paths) if path.endswith("/" + name)]
+        if len(matches) != 1:
+            raise DataError(f"{spec}: {name!r} is {'no' if not matches else 'more than one'} image of {dataset.spec}")
+        found += matches
+    if len(set(found)) != len(found) or not found:
+        raise DataError(f"{spec}: {'an image is listed twice' if found else 'lists no image'}")
+    return sorted(found)
+
+
 # ---------------------------------------------------------------- on the device: batched, no host sync
 
 def uniform(shape, generator, shard=(0, 1)):
@@ -624,6 +652,28 @@ def majority_label(label, size, num_classes, min_ratio=0.75):
     shares = F.one_hot(index, num_classes + 1).permute(0, 3, 1, 2).float()                # (B,H,W) -> (B,K+1,H,W)
     ratio, winner = F.adaptive_avg_pool2d(shares, size).max(1)                            # (B,h,w)
     return torch.where((ratio >= min_ratio) & (winner < num_classes), winner, IGNORE)
+
+
+def cell_count(text):
+    """all, N or N/class, the cells that a contrast takes; raises ValueError on anything else."""
+    if text != "all" and not re.fullmatch(r"[1-9]\d*(/class)?", text):
+        raise ValueError(text)
+    return text
+
+
+def sample_cells(label, count, generator, shard=(0, 1)):
+    """
+    label, int (B,h,w), with all but `count` random cells of this process set to 255; count: all, N or N/class.
+    """
+    if count == "all":
+        return label
+    flat, draw = label.flatten(), uniform(label.shape, generator, shard).to(label.device, non_blocking=True).flatten()
+    number, _, each = count.partition("/")
+    order = (draw + (flat if each else flat == IGNORE)).argsort()                         # by class, else 255 last
+    ordered = flat[order]
+    rank = torch.arange(len(flat), device=flat.device) - (torch.searchsorted(ordered, ordered) if each else 0)
+    kept = torch.where(rank < int(number), ordered, IGNORE)
+    return torch.empty_like(flat).scatter_(0, order, kept).view_as(label)                 # (B*h*w,) -> (B,h,w)
 
 
 def class_mix(source, source_label, target, target_label, target_weight, present, generator, shard=(0, 1)):
@@ -692,6 +742,75 @@ def _blur(image, sigma, radius=4):
         # Slices instead of a convolution: several times faster on a CPU, and autocast does not touch them.
         image = sum(tap / sum(taps) * padded.narrow(axis, i, side) for i, tap in enumerate(taps))
     return image
+
+
+def fourier_restyle(image, style, beta=0.01):
+    """
+    Gives images the low-frequency amplitudes of others; phases, and with them shapes and labels, stay.
+
+    image, style: float (B,3,H,W) in [0,1] -> float32 same. Amplitudes of the (2b+1) x (2b+1) lowest frequencies are
+    replaced, b = floor(beta * min(H,W)). Source: FDA (Yang and Soatto, CVPR 2020).
+    """
+    H, W = image.shape[2:]
+    b = int(beta * min(H, W))
+    low = torch.zeros(H, W // 2 + 1, dtype=torch.bool, device=image.device)               # a real image's half spectrum
+    low[:b + 1, :b + 1] = True
+    low[H - b:, :b + 1] = True                                                            # negative vertical ones
+    ours, theirs = torch.fft.rfft2(image.float()), torch.fft.rfft2(style.float())
+    mixed = torch.polar(torch.where(low, theirs.abs(), ours.abs()), ours.angle())
+    return torch.fft.irfft2(mixed, (H, W)).clamp(0, 1)
+
+
+_XYZ = torch.tensor([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]])
+_LAB = torch.tensor([[0, 116., 0], [500, -500, 0], [0, 200, -200]]) # of f(X), f(Y), f(Z); L without its constant 16
+
+
+def lab_restyle(image, style):
+    """
+    Moves mean and standard deviation of each channel, in CIE Lab, to those of other images; both float (B,3,H,W) in
+    [0,1], sRGB -> float32 same. Source: Reinhard et al. 2001, "Color transfer between images".
+    """
+    matrix, cut = (_XYZ / _XYZ.sum(1, keepdim=True)).to(image.device), 6 / 29             # white of the display: XYZ 1
+
+    def channels(m, x):
+        return torch.einsum("ij,bjhw->bihw", m.to(x), x)
+
+    def to_lab(x):
+        x = torch.where(x <= 0.04045, x / 12.92, ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
+        x = channels(matrix, x)
+        return channels(_LAB, torch.where(x > cut ** 3, x.clamp(min=cut ** 3) ** (1 / 3), x / (3 * cut * cut) + 4 / 29))
+
+    a, b = to_lab(image.float()), to_lab(style.float())
+    (sa, ma), (sb, mb) = (torch.std_mean(x, (2, 3), keepdim=True) for x in (a, b))
+    x = channels(torch.linalg.inv(_LAB), (a - ma) / sa.clamp(min=1e-4) * sb + mb)
+    x = channels(torch.linalg.inv(matrix), torch.where(x > cut, x ** 3, 3 * cut * cut * (x - 4 / 29))).clamp(0, 1)
+    return torch.where(x <= 0.0031308, 12.92 * x, 1.055 * x.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
+
+
+STYLES = ("fourier", "lab", "jitter", "identity", "random")
+
+
+def restyle(image, style, how, betas, generator, shard=(0, 1)):
+    """
+    Source images in another look, float (B,3,H,W) in [0,1] -> float32 same; T2S-DA's pseudo-target.
+
+    style: images (B,3,H,W) to take the look from, each image draws one of them; how: one of STYLES. jitter and identity
+    are controls that need no other images; random, for domain generalisation, draws per step one of jitter and blur,
+    fourier with beta from 0.01..0.1, and a gain and a shift per image and channel. betas: fourier draws one per step.
+    """
+    pick = (uniform((len(image),), generator, shard) * len(style)).long().to(image.device, non_blocking=True)
+    choice, where = torch.rand(2, generator=generator).tolist()
+    if how == "identity":
+        return image.float()
+    if how == "lab":
+        return lab_restyle(image, style[pick])
+    if how == "jitter" or how == "random" and choice < 1 / 3:
+        return strong_augment(image, generator)
+    if how == "random" and choice < 2 / 3:
+        gain, shift = uniform((len(image), 2, 3, 1, 1), generator, shard).to(image.device, non_blocking=True).unbind(1)
+        return (image.float() * (0.6 + 0.8 * gain) + 0.4 * shift - 0.2).clamp(0, 1)
+    beta = 0.01 + 0.09 * where if how == "random" else betas[int(where * len(betas))]
+    return fourier_restyle(image, style[pick], beta)
 
 
 # ---------------------------------------------------------------- python data.py SPEC

@@ -153,7 +153,7 @@ def adapt_batchnorm(model, dataset, images=96, batch=8):
     for part in np.array_split(chosen, math.ceil(len(chosen) / batch)):
         loaded = [dataset[int(i)]["image"] for i in part]
         h, w = (min(image.shape[side] for image in loaded) for side in (1, 2))
-        for head in ("plain", "language") if model.language else ("plain",):
+        for head in model.heads:
             model(to_batch(torch.stack([image[:, :h, :w] for image in loaded]), model), head)
     return model.eval()
 

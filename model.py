@@ -176,7 +176,7 @@ class MixTransformer(nn.Module):
     """MiT encoder. `MixTransformer("mit_b0".."mit_b5")(x)`: float (B,3,H,W), H and W >= 29, normalised ->
     four maps (B,C_i,H/s,W/s) at strides s = 4, 8, 16, 32 (sizes rounded up)."""
 
-    min_size = 32  # below, the stride-8 reduction of stage one has nothing to reduce
+    min_size, multiple = 32, 1  # below 29, the stride-8 reduction of stage one has nothing to reduce
 
     def __init__(self, name="mit_b0", drop_path=0.1):
         super().__init__()
@@ -224,15 +224,24 @@ def check_backbone(name):
 
 
 class TimmBackbone(nn.Module):
-    """The last four feature maps of any timm model that has them; pixel statistics are the model's own."""
+    """The last four feature maps of any timm model that has them; of a transformer of one scale (CLIP, DINOv2, EVA)
+    those after each quarter of its blocks. Pixel statistics are the model's own. Images of any size: transformers
+    resample their position embeddings and pad to whole patches, pyramids get a rim up to whole cells of `multiple`."""
 
     min_size = 32
 
     def __init__(self, name, pretrained=False):
         super().__init__()
         timm = import_optional("timm")
-        self.name = name
-        self.net = timm.create_model(name, features_only=True, pretrained=pretrained)
+        self.name, options = name, {}
+        with torch.device("meta"):
+            probe = timm.create_model(name, features_only=True)
+        self.multiple = 32 if re.match("resnet.*clip", name) else 1  # its shortcuts do not fit odd maps
+        if len(set(probe.feature_info.reduction())) == 1:
+            depth = len(probe.model.blocks)
+            options = dict(dynamic_img_size=True, dynamic_img_pad=True,
+                           out_indices=[depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)])
+        self.net = timm.create_model(name, features_only=True, pretrained=pretrained, **options)
         self.first = max(0, len(self.net.feature_info) - 4)
         self.channels = tuple(self.net.feature_info.channels()[self.first:])
         self.strides = tuple(self.net.feature_info.reduction()[self.first:])
@@ -330,8 +339,9 @@ class Decoder(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         init_decoder(self)
 
-    def forward(self, pyramid):
+    def forward(self, pyramid, guidance=None):
         features = self.fusion(pyramid)
+        features = guidance(features) if guidance else features
         return self.classifier(self.dropout(features)), features
 
 
@@ -385,54 +395,102 @@ class TextProjection(nn.Module):
         return self.vectors if hasattr(self, "vectors") else self.projection(self.bank)
 
 
+class DenseLanguageGuidance(nn.Module):
+    """Features and class vectors attend to each other, and what they find is added to the features (DLG after
+    SemiDAViL, Basak and Yin, CVPR 2025, as reconstructed; its formulas are also those of M3Att, Liu et al., TIP 2023).
+
+    Float (B,C,h,w) -> same. Class names take the place of the paper's captions: with a single text token, as in the
+    released code, `vision` would be the same at every pixel. The output projection starts at zero, so that a network
+    without guidance is where training begins; the bank is centred. Kind "learned" of the bank: trained vectors.
+    """
+
+    def __init__(self, bank, channels):
+        super().__init__()
+        text = torch.randn(len(bank.names), channels)
+        if bank.kind == "learned":
+            self.bank = nn.Parameter(text)
+        else:
+            text = bank.embeddings - bank.embeddings.mean(0) if len(bank.names) > 1 else bank.embeddings
+            self.register_buffer("bank", F.normalize(text, dim=1))
+        self.norm, self.multimodal_norm = nn.LayerNorm(channels), nn.LayerNorm(len(text))
+        self.vision, self.language = nn.Linear(channels, 2 * channels), nn.Linear(text.shape[1], 2 * channels)
+        self.out = nn.Linear(channels + len(text), channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def attend(self, features):
+        """-> vision that has read language (B,P,C), multimodal feature (B,P,K), both float32; P = h*w."""
+        pixels = self.norm(features.flatten(2).transpose(1, 2))  # (B,C,h,w) -> (B,P,C)
+        scale = features.shape[1] ** -0.5
+        key_v, value_v = self.vision(pixels).float().chunk(2, 2)  # (B,P,C) each
+        key_l, value_l = self.language(self.bank).float().chunk(2, 1)  # (K,C) each
+        with torch.autocast(features.device.type, enabled=False):
+            affinity = key_v @ key_l.t() * scale  # (B,P,K)
+            vision = affinity.softmax(2) @ value_l  # (B,P,C)
+            language = affinity.softmax(1).transpose(1, 2) @ value_v  # (B,K,P) x (B,P,C) -> (B,K,C)
+            return vision, vision @ language.transpose(1, 2) * scale  # (B,P,K)
+
+    def forward(self, features):
+        vision, multimodal = self.attend(features)
+        out = self.out(torch.cat([vision, self.multimodal_norm(multimodal)], 2))  # (B,P,C+K) -> (B,P,C)
+        return features + out.transpose(1, 2).view_as(features)  # (B,P,C) -> (B,C,h,w)
+
+
 class Segmenter(nn.Module):
     """A backbone and a decoder; owns the pixel statistics, so that callers pass plain RGB in [0,1].
 
     backbone: mit_b0..mit_b5 | timm:NAME; decoder: segformer | daformer; channels: width of the decoder.
     language "lcmsm" adds a second, language-conditioned decoder; text is its TextBank: a frozen one is projected to the
     decoder's width by a trained linear layer, kind "learned" trains one vector a class and no text at all, kind "none"
-    leaves a second decoder without language; spatial_depth: applications of its spatial block.
+    leaves a second decoder without language; spatial_depth: applications of its spatial block. language "dlg" guides
+    the decoder's features by the bank instead, kind "none" leaves that out. projection adds the head through which
+    contrastive losses see the features: rows (N,C) -> (N,C), called as .projection by the training step.
     pretrained=True asks timm for the hub's weights (network). Raises ValueError on unknown names.
     """
 
     def __init__(self, backbone="mit_b0", decoder="segformer", num_classes=19, channels=256, language=None, text=None,
-                 spatial_depth=2, pretrained=False):
+                 spatial_depth=2, pretrained=False, projection=False):
         super().__init__()
         if decoder not in FUSIONS:
             raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(FUSIONS)}")
-        if language not in (None, "lcmsm"):
-            raise ValueError(f"unknown language module {language!r}; known: lcmsm")
+        if language not in (None, "lcmsm", "dlg"):
+            raise ValueError(f"unknown language module {language!r}; known: lcmsm, dlg")
         timm_name = check_backbone(backbone).removeprefix("timm:")
         self.backbone = MixTransformer(backbone) if timm_name in MIT else TimmBackbone(timm_name, pretrained)
         self.decoder = Decoder(decoder, self.backbone.channels, channels, num_classes)
         self.num_classes, self.stride, self.language = num_classes, self.backbone.strides[0], language
-        if language:
-            with_text = text.kind != "none"
+        self.heads = ("plain", "language") if language == "lcmsm" else ("plain",)
+        with_text = bool(language) and text.kind != "none"
+        self.guidance = DenseLanguageGuidance(text, channels) if language == "dlg" and with_text else None
+        self.text = None
+        if language == "lcmsm":
             self.language_decoder = LanguageDecoder(
                 decoder, self.backbone.channels, channels, num_classes, with_text, spatial_depth)
             self.text = TextProjection(text, channels) if with_text else None
+        self.projection = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(inplace=True),
+                                        nn.Linear(channels, channels)) if projection else nn.Identity()
         for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             value = torch.tensor(getattr(self.backbone, name, default))
             self.register_buffer("pixel_" + name, value.view(1, 3, 1, 1))
 
     def encode(self, x):
-        """Float (B,3,H,W), RGB in [0,1] -> the backbone's maps; images below its least size get a mean-coloured rim."""
-        x, least = (x - self.pixel_mean) / self.pixel_std, self.backbone.min_size
-        height, width = x.shape[2:]
-        if height < least or width < least:
-            x = F.pad(x, (0, max(0, least - width), 0, max(0, least - height)))
+        """Float (B,3,H,W), RGB in [0,1] -> the backbone's maps; sizes that it cannot take get a mean-coloured rim."""
+        x, least, cell = (x - self.pixel_mean) / self.pixel_std, self.backbone.min_size, self.backbone.multiple
+        height, width = (max(least, -(-side // cell) * cell) for side in x.shape[2:])
+        if (height, width) != x.shape[2:]:
+            x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         return self.backbone(x)
 
     def forward(self, x, head="plain"):
         """x: float (B,3,H,W), RGB in [0,1]; head: plain | language -> Output(logits (B,K,ceil(H/s),ceil(W/s)), features
         of that decoder on the same grid, pyramid of the backbone). Raises ValueError where there is no such head."""
-        if head == "language" and not self.language or head not in ("plain", "language"):
+        if head not in self.heads:
             raise ValueError(f"this network has no {head!r} head")
         pyramid = self.encode(x)
         if head == "language":
             out = self.language_decoder(pyramid, self.text() if self.text else None)
         else:
-            out = self.decoder(pyramid)
+            out = self.decoder(pyramid, self.guidance)
         h, w = (-(-side // self.stride) for side in x.shape[2:])
         logits, features = (t[..., :h, :w] for t in out)
         return Output(logits, features, pyramid)
@@ -611,7 +669,7 @@ def ema_update(teacher, student, step, alpha):
     """
     a = min(1 - 1 / (step + 1), alpha)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - a)
-    if teacher.language and teacher.text:
+    if teacher.text:
         teacher.text.load_state_dict(student.text.state_dict())
 
 
@@ -629,6 +687,21 @@ def teacher_mode(teacher):
         if "drop" in type(m).__name__.lower():
             m.eval()
     return teacher
+
+
+@contextlib.contextmanager
+def frozen_statistics(net):
+    """Inside, BatchNorm in train mode normalises by the batch as ever, but its running statistics stay: a teacher that
+    looks at source images keeps those of the target."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, momenta):
+            m.momentum = momentum
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -759,7 +832,8 @@ def load_timm(backbone, path):
               f"loaded in order", file=sys.stderr)
         state = dict(zip(full, state.values()))
     ours = backbone.net.state_dict()
-    used = {k: state.get(k, state.get(k.replace("_", ".", 1))) for k in ours}  # timm flattens stages.0 to stages_0
+    # timm flattens stages.0 to stages_0, and puts a transformer into .model
+    used = {k: state.get(k.removeprefix("model."), state.get(k.replace("_", ".", 1))) for k in ours}
     problem = differences(ours, {k: v for k, v in used.items() if v is not None})
     if problem:
         raise WeightsError(f"{path}: not the weights of {backbone.name}: {problem}")
@@ -841,7 +915,7 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
     flags, names, text = checkpoint["flags"], checkpoint["classes"], checkpoint.get("text")
     bank = TextBank(text["embeddings"], tuple(names), text["kind"]) if text else None
     net = Segmenter(flags["backbone"], flags["decoder"], len(names), flags["channels"], flags.get("language"), bank,
-                    flags.get("spatial_depth", 2))
+                    flags.get("spatial_depth", 2), projection=flags.get("projection", False))
     load_weights(net, checkpoint[weights], path)
     return net.eval()
 

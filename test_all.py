@@ -16,6 +16,7 @@ import copy
 import io
 import json
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -585,6 +586,71 @@ def test_draws_do_not_depend_on_the_number_of_processes():
     for seed in range(5):
         parts = torch.cat([data.strong_augment(source[i:i + 2], generator(seed)) for i in (0, 2)])
         assert torch.equal(data.strong_augment(source, generator(seed)), parts)
+
+
+def test_majority_labels_and_drawn_cells():
+    label = torch.full((1, 8, 8), 255, dtype=torch.uint8)
+    label[0, :4, :4], label[0, :4, 4:] = 2, 0
+    label[0, 3, :4] = 1  # 12 of 16 pixels are left: 75 %, just enough
+    label[0, 2:4, 4:] = 1  # half and half
+    label[0, 4:, :3] = 1  # 75 % of the cell, the rest ignored
+    assert data.majority_label(label, (2, 2), 3).tolist() == [[[2, 255], [1, 255]]]
+    cells = torch.randint(0, 4, (2, 9, 9), generator=generator())
+    cells[0, :4] = 255
+    assert data.sample_cells(cells, "all", generator()) is cells
+    for count, most in (("20", None), ("5/class", 5)):
+        drawn = [data.sample_cells(cells, count, generator(seed)) for seed in range(20)]
+        for kept in drawn:
+            taken = kept != 255
+            assert torch.equal(kept[taken], cells[taken]) and (most or taken.sum() == 20)
+            assert all((kept == c).sum() == 5 for c in range(4)) or most is None
+        share = torch.stack([kept != 255 for kept in drawn]).float().mean(0)[cells != 255]
+        assert share.max() < 0.6 and share.gt(0).float().mean() > 0.9  # any cell may be drawn
+    few = data.sample_cells(cells, "1000/class", generator())
+    assert torch.equal(few, cells) and torch.equal(data.sample_cells(cells, "1000", generator()), cells)
+    for wrong in ("0", "x", "4/image", "-3", ""):
+        with pytest.raises(ValueError):
+            data.cell_count(wrong)
+
+
+def amplitudes(image, b):
+    """Amplitudes of all frequencies, centred, and whether each is one of the (2b+1)^2 lowest."""
+    H, W = image.shape[2:]
+    spectrum = torch.fft.fftshift(torch.fft.fft2(image.double()), dim=(2, 3))
+    low = torch.zeros(H, W, dtype=torch.bool)
+    low[H // 2 - b:H // 2 + b + 1, W // 2 - b:W // 2 + b + 1] = True
+    return spectrum, low
+
+
+@pytest.mark.parametrize("size, beta, b", [((64, 48), 0.05, 2), ((33, 47), 0.09, 2), ((20, 20), 0.01, 0)])
+def test_fourier_restyle_exchanges_low_amplitudes_and_keeps_phases(size, beta, b):
+    torch.manual_seed(0)
+    image, style = 0.5 + 0.02 * torch.randn(2, 3, *size), 0.5 + 0.02 * torch.randn(2, 3, *size)  # nothing is clipped
+    out = data.fourier_restyle(image, style, beta)
+    assert out.dtype == torch.float32 and 0 < out.min() and out.max() < 1
+    (ours, low), (theirs, _), (mixed, _) = (amplitudes(x, b) for x in (image, style, out))
+    assert low.sum() == (2 * b + 1) ** 2
+    torch.testing.assert_close(mixed.abs()[..., low], theirs.abs()[..., low], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed[..., ~low], ours[..., ~low], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed / mixed.abs(), ours / ours.abs(), rtol=1e-2, atol=1e-2)  # phases
+    torch.testing.assert_close(data.fourier_restyle(image, image, beta), image, rtol=0, atol=1e-5)
+
+
+def test_styles():
+    torch.manual_seed(0)
+    image, dark = torch.rand(4, 3, 24, 32), 0.1 + 0.2 * torch.rand(4, 3, 24, 32)
+    torch.testing.assert_close(data.lab_restyle(image, image), image, rtol=0, atol=1e-4)
+    moved = data.lab_restyle(0.3 + 0.3 * image, dark)  # nothing is clipped: the channel moments arrive in Lab
+    again = data.lab_restyle(moved, 0.3 + 0.3 * image)
+    assert (moved.mean() - dark.mean()).abs() < 0.02
+    torch.testing.assert_close(again, 0.3 + 0.3 * image, rtol=0, atol=2e-3)  # and the way back is exact
+    grey = data.lab_restyle(torch.full((1, 3, 4, 4), 0.5), torch.full((1, 3, 4, 4), 0.2))  # an even image stays finite
+    torch.testing.assert_close(grey, torch.full((1, 3, 4, 4), 0.2), rtol=0, atol=1e-4)
+    assert torch.equal(data.restyle(image, dark, "identity", [0.01], generator()), image)
+    looks = {how: data.restyle(image, dark, how, [0.01, 0.09], generator(3)) for how in data.STYLES}
+    assert all(x.shape == image.shape and x.min() >= 0 and x.max() <= 1 for x in looks.values())
+    drawn = torch.stack([data.restyle(image, image, "random", [0.01], generator(seed)) for seed in range(30)])
+    assert len(drawn.flatten(1).unique(dim=0)) > 20
 
 
 def test_strong_augment():
@@ -1734,6 +1800,143 @@ def test_feature_distance():
         assert nothing == 0 and torch.isfinite(features.grad).all() and features.grad.abs().max() == 0
 
 
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def plain_cluda(rows, label, weight, tau):
+    """The per-positive loss, one anchor at a time, in float64."""
+    rows, total, counted = rows.double(), 0, 0
+    for i in range(len(rows)):
+        own = (label == label[i]) & (torch.arange(len(rows)) != i)
+        other = (label != label[i]) & (label != 255)
+        if label[i] == 255 or not own.any() or not other.any():
+            continue
+        s = rows @ rows[i] / tau
+        terms = -(s[own] - torch.logaddexp(s[own], s[other].logsumexp(0)))
+        total, counted = total + weight[i] * (weight[own] * terms).mean(), counted + 1
+    return total / counted
+
+
+def test_cluda():
+    rows, weight = unit(40, 6), torch.rand(40, generator=generator())
+    label = torch.randint(0, 4, (40,), generator=generator())
+    label[::5], label[3] = 255, 9  # 9 occurs once: it is nobody's positive
+    leaf = rows.clone().requires_grad_()
+    loss = losses.cluda(leaf, label, weight, 0.2)
+    reference = plain_cluda(rows, label, weight, 0.2)
+    torch.testing.assert_close(loss.double(), reference)
+    loss.backward()
+    assert leaf.grad[label == 255].abs().max() == 0 and leaf.grad[label != 255].abs().max(1)[0].gt(0).all()
+    for alone in (torch.full((40,), 2), torch.full((40,), 255)):
+        leaf.grad = None
+        losses.cluda(leaf, alone, weight, 0.2).backward()
+        assert leaf.grad.abs().max() == 0
+    # the released code's defects, each of which would pass unseen through the shapes alone
+    as_a_class = plain_cluda(rows, torch.where(label == 255, 7, label), weight, 0.2)  # 255 as one more class
+    assert (as_a_class - reference).abs() > 1e-3
+    everything_weighs = plain_cluda(rows, label, torch.ones(40), 0.2)
+    assert (everything_weighs - reference).abs() > 1e-3
+    same_group = torch.eq(label[:, None] // 2, label // 2)  # "thing or stuff": the mask that excludes no positive
+    assert same_group[torch.eq(label[:, None], label)].all()
+
+
+def test_contrast_rows_keep_their_labels_in_a_batch():
+    """With two images the released code pairs features in the order (y, x, image) with labels in (image, y, x)."""
+    flags = train.parse_flags(["--recipe", "cluda"])
+    net = Segmenter("mit_b0", "segformer", 5, 8)
+    label = torch.randint(0, 5, (2, 4, 6), generator=generator()).repeat_interleave(8, 1).repeat_interleave(8, 2).byte()
+    label[0, :8] = 255
+    weight = (label.float() + 1) / 10
+    features = F.one_hot(label[:, ::4, ::4].long().clamp(max=7), 8).permute(0, 3, 1, 2) * 3.0  # tells its place's class
+    rows, cells, weights = train.contrast_rows(flags, net, features, label, weight, generator(), (0, 1))
+    assert torch.equal(cells, label[:, ::8, ::8].flatten().long())
+    assert torch.equal(rows.argmax(1), cells.clamp(max=7)) and torch.equal(rows.norm(dim=1), torch.ones(48))
+    torch.testing.assert_close(weights, (cells + 1) / 10)
+    released = F.avg_pool2d(features, 2).permute(2, 3, 0, 1).flatten(0, 2)  # (B,C,h,w) -> (h*w*B,C): the defect
+    assert (released.argmax(1) == cells.clamp(max=7)).float().mean() < 0.5
+    with torch.no_grad():
+        flags.contrast_pixels = "7"
+        assert (train.contrast_rows(flags, net, features, label, weight, generator(), (0, 1))[1] != 255).sum() == 7
+    dead = train.contrast_rows(flags, net, torch.zeros_like(features), label, weight, generator(), (0, 1))
+    assert dead[0].abs().max() == 0  # and not nan
+
+
+def test_t2s():
+    queries, keys = unit(30, 6).requires_grad_(), unit(50, 6, seed=1).requires_grad_()
+    label, key_label = torch.randint(0, 5, (30,), generator=generator()), torch.arange(50) % 4  # class 4: no keys
+    label[:3], key_label[:5] = 255, 255
+    weight = torch.tensor([1.0, 0.25, 0.5, 0.1, 1.0, 0.7])  # class 5 does not occur
+    loss = losses.t2s(queries, label, keys, key_label, weight, 0.1)
+    s = queries.detach().double() @ keys.detach().double().t() / 0.1
+    means = []
+    for c in range(4):
+        rows = s[label == c][:, key_label != 255]
+        means.append((rows.logsumexp(1) - rows[:, key_label[key_label != 255] == c].mean(1)).mean())
+    expected = (weight[:4].double() * torch.stack(means)).sum() / weight[:4].sum()
+    torch.testing.assert_close(loss.double(), expected)
+    loss.backward()
+    assert keys.grad is None and queries.grad[label < 4].abs().max(1)[0].gt(0).all()
+    assert queries.grad[(label == 4) | (label == 255)].abs().max() == 0
+    # equal networks, identity: one orthonormal vector a class, n cells each, has the analytic value
+    rows, label = torch.eye(4, 6).repeat_interleave(5, 0), torch.arange(4).repeat_interleave(5)
+    value = losses.t2s(rows, label, rows, label, torch.ones(4), 0.5)
+    torch.testing.assert_close(value, torch.tensor(5 * np.exp(2) + 15).log().float() - 2)
+    nothing = losses.t2s(queries, torch.full((30,), 255), keys, key_label, weight, 0.1)
+    nothing.backward()
+    assert nothing == 0
+
+
+def test_class_confidence_and_weights():
+    running = losses.ClassConfidence(4, momentum=0.9)
+    running.update(torch.tensor([[0, 0, 1, 255]]), torch.tensor([[0.8, 0.6, 0.95, 0.1]]))
+    torch.testing.assert_close(running.confidence, torch.tensor([0.7, 0.95, 0, 0]))  # the first value is taken whole
+    running.update(torch.tensor([0, 2]), torch.tensor([0.5, 0.4]))
+    torch.testing.assert_close(running.confidence, torch.tensor([0.68, 0.95, 0.4, 0]))
+    weights = running.weights()
+    torch.testing.assert_close(weights, (torch.tensor([0.32, 0.05, 0.6, 0.6]) / 0.6).sqrt())
+    assert weights[3] == weights.max() == 1 and running.seen.tolist() == [True, True, True, False]
+    assert torch.equal(running.weights(0), torch.ones(4))
+    assert torch.equal(losses.ClassConfidence(3).weights(), torch.ones(3))  # before any prediction
+    sure = losses.ClassConfidence(2)
+    sure.update(torch.tensor([0, 1]), torch.ones(2))
+    assert torch.isfinite(sure.weights()).all()
+
+
+def test_sepico():
+    torch.manual_seed(0)
+    centers = unit(3, 8, seed=4)
+    rows = F.normalize(centers.repeat_interleave(200, 0) + 0.3 * torch.randn(600, 8), dim=1)
+    label = torch.arange(3).repeat_interleave(200)
+    gaussians = losses.ClassGaussians(5, 8, momentum=0.5)
+    for part in range(40):
+        pick = torch.randperm(600)[:500]
+        gaussians.update(rows[pick], label[pick])
+    mean, variance, known = gaussians.moments()
+    assert known.tolist() == [True] * 3 + [False] * 2
+    for c in range(3):
+        torch.testing.assert_close(mean[c], rows[label == c].mean(0), rtol=0, atol=0.02)
+        torch.testing.assert_close(variance[c], rows[label == c].var(0), rtol=0, atol=0.02)
+    once = losses.ClassGaussians(5, 8)
+    once.update(rows, label)  # corrected for its start
+    torch.testing.assert_close(once.moments()[0][:3], torch.stack([rows[label == c].mean(0) for c in range(3)]))
+    # the closed form is the expectation: a class's E exp(x.k / tau) over many samples of its Gaussian
+    x, tau = unit(6, 8, seed=7).requires_grad_(), 0.3
+    target = torch.tensor([0, 1, 2, 0, 255, 4])
+    value = losses.sepico(x, target, None, gaussians, tau)
+    k = mean[:3, None] + variance[:3, None].sqrt() * torch.randn(3, 200_000, 8)
+    expected = (torch.einsum("nd,cmd->ncm", x.detach(), k) / tau).exp().mean(2)  # (6,3)
+    sampled = expected.sum(1).log()[:4] - (x * mean[target.clamp(max=4)]).sum(1)[:4] / tau
+    torch.testing.assert_close(value, sampled.mean(), rtol=2e-2, atol=2e-2)
+    value.backward()
+    assert x.grad[4:].abs().max() == 0 and x.grad[:4].abs().max(1)[0].gt(0).all()
+    zero = losses.sepico(x, target, None, losses.ClassGaussians(5, 8), tau)
+    zero.backward()
+    assert zero == 0 and torch.isfinite(x.grad).all()
+    halved = losses.sepico(x, target, torch.full((6,), 0.5), gaussians, tau)
+    torch.testing.assert_close(halved, value / 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
 
@@ -1791,7 +1994,8 @@ def test_one_pseudo_label_weight_for_the_batch_and_border_rows_without(monkeypat
     seen = []
     real = train.cross_entropy
     monkeypatch.setattr(train, "cross_entropy", lambda *a: (seen.append(a), real(*a))[1])
-    terms, views = train.step_terms(flags, net, teacher, None, source, target, [], torch.Generator(), (0, 1))
+    networks = train.Networks(net, teacher, None, None, None)
+    terms, views = train.step_terms(flags, 0, networks, source, None, target, [], torch.Generator(), (0, 1))
     assert list(terms) == ["source", "mix", "mask"]
     with torch.no_grad():
         confidence = F.interpolate(teacher(target[0]).logits, size=(64, 64), mode="bilinear").softmax(1).amax(1)
@@ -1819,7 +2023,8 @@ def test_terms_carry_their_weights_and_the_mask_hides_blocks():
         (image, label), target = step_inputs(2)
         label[:, :, :40] = 1
         generator = torch.Generator().manual_seed(0)
-        terms, views = train.step_terms(flags, net, teacher, imagenet, (image, label), target, [1], generator, (0, 1))
+        networks = train.Networks(net, teacher, imagenet, None, None)
+        terms, views = train.step_terms(flags, 0, networks, (image, label), None, target, [1], generator, (0, 1))
         values.append({name: float(value.detach()) for name, value in terms.items()})
     for name in ("mix", "mask", "fd"):
         assert values[0][name] > 0 and values[1][name] == pytest.approx(values[0][name] / 4)
@@ -2000,8 +2205,9 @@ label[0, 9:], label[1, 40:] = 1, 2
 part = slice(rank, rank + 1) if world > 1 else slice(None)
 generator = torch.Generator().manual_seed(5)
 student = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-terms, _ = train.step_terms(flags, student, teacher, imagenet, (image[part], label[part]),
-                            (target[part], padding[part]), [1, 2], generator, (rank, world))
+networks = train.Networks(student, teacher, imagenet, None, None)
+terms, _ = train.step_terms(flags, 0, networks, (image[part], label[part]), None, (target[part], padding[part]),
+                            [1, 2], generator, (rank, world))
 assert set(terms) == {"source", "fd", "mix", "mask"}
 sum(terms.values()).backward()
 if rank == 0:
@@ -2237,6 +2443,103 @@ def test_lcmsm_trains_and_evaluates_with_every_head(text, small_run, tmp_path, m
         evaluation.main([str(tmp_path / "out/last.pt"), "--head", head, "--json", str(scores)])
         if head == "plain":
             assert json.loads(scores.read_text())["iou"] == events(tmp_path / "out", "result")[0]["student"]["iou"]
+
+
+def test_statistics_stay_where_the_teacher_looks_at_source():
+    net = model.teacher_mode(Segmenter("mit_b0", "segformer", 3, 8))
+    norm, image = net.decoder.fusion.bn, torch.rand(2, 3, 32, 32)
+    before = norm.running_mean.clone()
+    with torch.no_grad():
+        with model.frozen_statistics(net):
+            inside = net(image).logits
+        assert torch.equal(norm.running_mean, before) and norm.momentum == 0.1
+        assert torch.equal(net(image).logits, inside) and not torch.equal(norm.running_mean, before)
+
+
+CONTRASTS = {"cluda": ["cluda"], "cluda --pooled --projection --contrast-pixels 3/class": ["cluda"],
+             "t2sda": ["t2s"], "t2sda --restyle half --style lab --class-weights none --contrast-start 0": ["t2s"],
+             "t2sda --restyled 0.5 --mix 0": ["t2s", "restyled"], "sepico --contrast-pixels 9": ["sepico"],
+             "t2sda_dg --target none": ["t2s", "restyled"],
+             "mic --cluda 0.1 --t2s 0.1 --sepico 0.1 --language lcmsm --text stub": ["cluda", "t2s", "sepico", "mask"]}
+
+
+@pytest.mark.parametrize("flags", CONTRASTS)
+def test_contrasts_train_resume_and_leave_the_keys_alone(flags, small_run, tmp_path, monkeypatch):
+    argv = [*small_run, "--recipe", *flags.split(), "--crop", "64", "--steps", "4", "--mask-block", "4"]
+    real, calls = data.SegmentationDataset.arrays, []
+    monkeypatch.setattr(data.SegmentationDataset, "arrays", lambda self, i: (calls.append(self.spec), real(self, i))[1])
+    run_train([*argv, "--out", str(tmp_path / "straight"), "--val", "none"])
+    assert calls and ("dg" in flags) != any("target" in spec for spec in calls)  # not one target image was opened
+    run_train([*argv, "--out", str(tmp_path / "halves"), "--val", "none", "--stop-at", "2"])
+    run_train([*argv, "--out", str(tmp_path / "halves"), "--val", "none"])
+    a, b = (load_checkpoint(tmp_path / f"{out}/last.pt") for out in ("straight", "halves"))
+    for key in ("student", "teacher", "optimizer", "statistics"):
+        assert same_tensors(a[key], b[key]), key
+    for step in events(tmp_path / "straight", "step"):
+        assert set(CONTRASTS[flags]) == {"cluda", "t2s", "sepico", "restyled", "mask"} & step.keys()
+        assert ("t2s" in flags) == ("class_weights" in step)
+    assert a["statistics"]["confidence.seen"].any() == ("t2s" in flags)
+    assert any(step[name] > 0 for name in CONTRASTS[flags] for step in events(tmp_path / "straight", "step"))
+    has_head = any(name.startswith("projection.") for name in a["student"])
+    assert has_head == ("projection" in flags or flags.startswith(("t2sda", "sepico")))
+    evaluation.main([str(tmp_path / "straight/last.pt"), "--data", small_run[5]])
+
+
+def test_control_computes_contrasts_without_effect(small_run, tmp_path):
+    """Bit for bit, the teacher's statistics too: source images, which it sees for sepico, leave no trace in them."""
+    states = []
+    for flags in ("--recipe daformer", "--recipe cluda --control", "--recipe sepico --control", "--recipe cluda"):
+        run_train([*small_run, *flags.split(), "--crop", "64", "--val", "none", "--out", str(tmp_path / flags)])
+        state = load_checkpoint(tmp_path / flags / "last.pt")
+        states.append([{k: v for k, v in state[who].items() if not re.match(r"projection\.|.*num_batches_tracked", k)}
+                       for who in ("student", "teacher")])
+    assert same_tensors(states[0], states[1]) and same_tensors(states[0], states[2])
+    assert not same_tensors(states[1], states[3])
+    assert events(tmp_path / "--recipe cluda --control", "step")[-1]["cluda"] == 0
+
+
+def test_pull_moves_the_student_alone_and_starts_with_the_warm_up():
+    flags = train.parse_flags(["--recipe", "t2sda", "--mix", "0", "--warmup", "2"])
+    assert flags.contrast_start == 2 and train.parse_flags(["--recipe", "cluda"]).contrast_start == 0
+    torch.manual_seed(0)
+    student = Segmenter("mit_b0", "segformer", 3, 8, projection=True)
+    teacher = model.teacher_mode(copy.deepcopy(student))  # its weights could learn, if a gradient reached them
+    networks = train.Networks(student, teacher, None, losses.ClassConfidence(3), None)
+    source, target = step_inputs(2)
+    source[1].copy_((torch.arange(64) // 32)[None, :, None].expand(2, 64, 64))
+    for step in (1, 2):
+        terms, views = train.step_terms(flags, step, networks, source, None, target, [], generator(), (0, 1))
+        student.zero_grad()
+        terms["t2s"].backward()
+        moved = [p.grad.abs().max() > 0 for p in student.projection.parameters()]
+        assert all(moved) == any(moved) == (step == 2) and all(p.grad is None for p in teacher.parameters())
+    assert set(views) == {"source", "label", "restyled", "target", "pseudo"}
+    assert (views["restyled"] - source[0]).abs().mean() > 0
+
+
+def test_domain_generalisation_refuses_a_target(small_run, capsys):
+    for argv in (["--recipe", "t2sda_dg", "--target", small_run[3]], ["--recipe", "t2sda", "--style", "random"],
+                 ["--recipe", "source", "--target", "none", "--t2s", "1"]):
+        with pytest.raises(SystemExit) as caught:
+            train.parse_flags(argv)
+        assert caught.value.code == 2 and "--style random" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_init_takes_a_checkpoint_without_the_new_heads(small_run, tmp_path):
+    run_train([*small_run, "--recipe", "source", "--steps", "1", "--out", str(tmp_path / "first")])
+    argv = [*small_run, "--steps", "1", "--init", str(tmp_path / "first/last.pt"), "--lr", "0"]
+    run_train([*argv, "--recipe", "sepico", "--out", str(tmp_path / "second")])
+    first, second = (load_checkpoint(tmp_path / f"{out}/last.pt")["student"] for out in ("first", "second"))
+    assert set(second) - set(first) == {f"projection.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    assert torch.equal(first["decoder.classifier.weight"], second["decoder.classifier.weight"])
+    argv += ["--init", str(tmp_path / "second/last.pt"), "--out", str(tmp_path / "third")]
+    run_train([*argv, "--recipe", "mic"])
+
+
+def test_two_processes_contrast(small_run, tmp_path):
+    argv = [*small_run, *"--recipe t2sda --cluda 0.1 --sepico 0.1 --steps 3 --batch 1 --crop 64 --val none".split()]
+    run_train(argv, launcher=TORCHRUN, OMP_NUM_THREADS="1")
+    assert {"t2s", "cluda", "sepico"} <= events(tmp_path / "out", "step")[-1].keys()
 
 
 def test_default_command_on_the_rendered_streets(tmp_path, monkeypatch):

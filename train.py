@@ -19,17 +19,20 @@ import platform
 import signal
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy
 import PIL
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import eval as evaluation
+import losses
 import model
 from losses import cross_entropy, feature_distance, mean_over_ranks
 
@@ -46,6 +49,17 @@ RECIPES = {
     "lcmsm_released": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01, language="lcmsm", mask_views=["source", "mix"],
                            teacher_head="language", mask_block=32, mask_ratio=0.5, channels=512, steps=60_000,
                            border=[0, 0], decoder="daformer"),
+    # contrast between classes and domains, on the features before the classifier; released code: --cluda 1 --tau 1
+    "cluda": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01, cluda=0.1),  # CLUDA, Vayyat et al., 2022, at one resolution
+    "t2sda": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01, t2s=0.1, projection=True),  # after T2S-DA, Wang et al., 2023
+    "t2sda_dg": dict(target="none", mix=0.0, mask=0.0, fd=0.005, rcs=0.01, t2s=0.1, restyled=1.0, projection=True,
+                     style="random"),  # its domain generalisation: no target image at all
+    "sepico": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01, sepico=0.1, projection=True),  # Xie et al., TPAMI 2023
+    # after SemiDAViL, Basak and Yin, CVPR 2025, as reconstructed; --labeled N gives it target labels
+    "semidavil": dict(mix=0.0, mask=0.0, fd=0.0, rcs=0.0, consistency=1.0, dyce=True, language="dlg"),
+    # masking, language, contrast and pull together; restyled images take the place of every second source image
+    "all": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01, language="dlg", cluda=0.1, t2s=0.1, projection=True,
+                restyle="half"),
 }
 THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
           "SignSymbol", "Pedestrian", "Car", "Bicyclist"}  # the feature distance holds on to these (DAFormer)
@@ -54,7 +68,9 @@ LIMITS = dict(crop=(1, 1e5), batch=(1, 1e5), steps=(1, 1e9), accum=(1, 1e4), sav
               panel_every=(1, 1e9), eval_every=(0, 1e9), channels=(1, 1e5), workers=(0, 1e3), seed=(0, 2**31),
               lr=(0, 10), head_lr=(0, 1e3), alpha=(0, 1), mix=(0, 1e3), mask=(0, 1e3), fd=(0, 1e3), rcs=(0, 1e3),
               spatial_depth=(0, 9), mask_ratio=(0, 1), mask_block=(1, 1e5), threshold=(0, 2),
-              warmup=(0, 1e9))  # least and most
+              warmup=(0, 1e9), cluda=(0, 1e3), t2s=(0, 1e3), sepico=(0, 1e3), tau=(1e-3, 1e3), restyled=(0, 1e3),
+              contrast_start=(0, 1e9), hardest=(0, 1), omega=(0, 1), consistency=(0, 1e3),
+              confident=(0, 1))  # least and most
 
 
 def backbone(text):
@@ -71,8 +87,12 @@ def build_parser():
     a = p.add_argument
     # data
     a("--recipe", default="mic", choices=RECIPES, help="a named set of flag values; every flag given here overrides it")
-    a("--source", default="streets", help="labelled data, SPEC as in data.py; 'target' trains on the target's labels")
-    a("--target", default="streets:shifted", help="unlabelled data, SPEC or none; its training labels are never used")
+    a("--source", default="streets", help="labelled data, SPEC as in data.py; none trains on --labeled "
+      "alone, 'target' on all of the target's labels")
+    a("--target", default="streets:shifted", help="data to adapt to, SPEC or none; of its training labels those of "
+      "--labeled alone are used")
+    a("--labeled", default="0", help="target images with labels: N or all, by SemiDAViL's rule, or a list as "
+      "UniMatch's; the rest stay unlabelled")
     a("--val", help="labelled validation data, SPEC (default: the target's val split)")
     a("--classes", default="cityscapes19", help="cityscapes19, cityscapes16, camvid11 or a file with one name a line")
     a("--size", type=data.parse_size, help="WxH that every image is resized to (default: each set's published size)")
@@ -85,7 +105,8 @@ def build_parser():
     a("--decoder", default="segformer", choices=model.FUSIONS, help="daformer is the published one, slow on a CPU")
     a("--channels", type=int, default=256, help="width of the decoder")
     a("--init", default="none", help="pretrained weights: a file, hub (network), none, or a .pt of ours to go on from")
-    a("--language", choices=("lcmsm",), help="second decoder, conditioned on text (default: none)")
+    a("--language", choices=("lcmsm", "dlg"),
+      help="lcmsm: a second decoder, conditioned on text; dlg: text guides the features of the decoder (default: none)")
     a("--text", default="auto", help="class vectors: FILE.npz, clip:MODEL/TAG, stub, learned, none, shuffled:FILE; auto"
       " is a cached bank, else a stub that knows no language")
     a("--spatial-depth", type=int, default=2, help="applications of LC-MSM's spatial block, 0 = off")
@@ -108,6 +129,33 @@ def build_parser():
       help="EMA decay of the teacher (default 0.999 from 10,000 steps on, as published; else 0.99)")
     a("--augment-source", action=argparse.BooleanOptionalAction, default=True,
       help="colour jitter and blur on source images; the published recipes leave them clean: --no-augment-source")
+    # few target labels
+    a("--dyce", action=argparse.BooleanOptionalAction, default=False,
+      help="supervised loss on the hardest pixels, balanced by class, in place of the mean over all")
+    a("--hardest", type=float, default=0.2, help="--dyce: share of the labelled pixels")
+    a("--omega", type=float, default=0.5, help="--dyce: 1 weighs pixels alike, 0 classes")
+    a("--consistency", type=float, default=0.0,
+      help="weight of the consistency of unlabelled pixels of the ClassMix image with the teacher, 0 = off")
+    a("--confident", type=float, default=0.95, help="--consistency: least confidence of a pseudo-label that is learned")
+    # contrast: cells of stride 8, a class that covers 75 % of a cell is its label
+    a("--cluda", type=float, default=0.0, help="weight of the contrast among source and among mixed pixels, 0 = off")
+    a("--sepico", type=float, default=0.0, help="weight of the contrast with source classes' Gaussians, 0 = off")
+    a("--t2s", type=float, default=0.0, help="weight of the pull of restyled source pixels to clean ones, 0 = off")
+    a("--tau", type=float, default=0.1, help="temperature of the contrasts")
+    a("--contrast-pixels", type=data.cell_count, default="all", help="cells of a process and view: all, N or N/class")
+    a("--contrast-start", type=int, help="steps before which a contrast weighs nothing (default: 0, --t2s: --warmup)")
+    a("--pooled", action=argparse.BooleanOptionalAction, default=False,
+      help="--cluda: one contrast over source and mixed pixels together, with pairs across the images")
+    a("--projection", action=argparse.BooleanOptionalAction, default=False,
+      help="contrast behind a projection head of two layers, not on the features themselves")
+    a("--style", default="fourier", choices=data.STYLES, help="--t2s: how source images are restyled")
+    a("--beta", type=float, nargs="+", default=[0.01], help="fourier: share of the spectrum, one of these a step")
+    a("--restyle", default="extra", choices=("extra", "half"),
+      help="--t2s: restyled images are a pass of their own, or take the place of every second source image")
+    a("--restyled", type=float, default=0.0, help="--restyle extra: weight of the cross-entropy on restyled images")
+    a("--class-weights", default="confidence", choices=("confidence", "none"),
+      help="--t2s: classes that the teacher doubts weigh more, or all the same")
+    a("--control", action="store_true", help="compute all of a contrast's passes and heads, but give it no weight")
     # optimisation
     a("--steps", type=int, default=1000, help="length of the schedule (published: 40,000)")
     a("--stop-at", type=int, help="stop, and save, after this step of the schedule (default: --steps)")
@@ -138,22 +186,32 @@ def parse_flags(argv=None):
     f.lr = (1e-3 if f.init == "none" else 6e-5) if f.lr is None else f.lr
     f.head_lr = (1.0 if f.init == "none" else 10.0) if f.head_lr is None else f.head_lr
     f.mask_block = (32 if f.crop >= 512 else 16) if f.mask_block is None else f.mask_block
+    f.contrast_start = (f.warmup if f.t2s else 0) if f.contrast_start is None else f.contrast_start
     f.val = f.val or f.target
     f.border = list(f.border)
     if f.source == "target":
         f.source = f.target
-    if f.target == "none" and (f.mix or f.mask):
+    if f.source == "none" and f.labeled == "0" or f.target == "none" and f.labeled != "0":
+        parser.error(f"--source {f.source} --target {f.target} --labeled {f.labeled} leaves no label to learn from: "
+                     "--labeled counts labelled target images")
+    if f.target == "none" and (f.mix or f.mask or f.consistency):
         parser.error("--target none leaves nothing to adapt to: use --recipe source, or give a target")
-    if f.teacher_head == "language" and not f.language:
+    if f.teacher_head == "language" and f.language != "lcmsm":
         parser.error("--teacher-head language needs a language decoder: --language lcmsm")
-    if f.mask and "mix" in f.mask_views and not f.mix:
+    if f.mask and "mix" in f.mask_views and not (f.mix or f.consistency):
         parser.error("--mask-views mix masks the ClassMix image, which --mix 0 leaves out")
-    if f.source == "none":
-        parser.error("--source none: these recipes need labelled images")
+    if f.t2s and (f.style == "random") != (f.target == "none"):
+        parser.error("--style random is for domain generalisation: with it give no target (--target none), and without "
+                     "a target no other style")
     for name, (least, most) in (LIMITS | {"stop_at": (1, f.steps)}).items():
         if not least <= getattr(f, name) <= most:
             parser.error(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}, not {getattr(f, name)}")
     return f
+
+
+def adapts(f):
+    """Whether a step looks at target images."""
+    return bool(f.mix or f.mask or f.consistency or f.t2s and f.target != "none")
 
 
 def learning_rate(step, peak, steps, warmup):
@@ -167,8 +225,8 @@ def parameter_groups(net, lr, head_lr, decay=0.01):
     norms = {id(p) for m in net.backbone.modules() if "norm" in type(m).__name__.lower()
              for p in m.parameters(recurse=False)}
     backbone = list(net.backbone.parameters())
-    heads = [p for name, p in net.named_parameters() if "decoder" in name.split(".")[0]]
-    text = list(net.text.parameters()) if net.language and net.text else []  # LC-MSM: the backbone's rate
+    heads = [p for name, p in net.named_parameters() if not name.startswith(("backbone.", "text."))]
+    text = list(net.text.parameters()) if net.text else []  # LC-MSM: the backbone's rate
     return [dict(params=[p for p in backbone if id(p) not in norms] + text, peak=lr, weight_decay=decay),
             dict(params=[p for p in backbone if id(p) in norms], peak=lr, weight_decay=0.0),
             dict(params=heads, peak=lr * head_lr, weight_decay=decay)]
@@ -178,46 +236,85 @@ def parameter_groups(net, lr, head_lr, decay=0.01):
 # The method: the terms of one step
 
 
-def step_terms(f, student, teacher, imagenet, source, target, things, generator, shard):
-    """The loss terms of one batch, in this order: source, feature distance, mix, mask.
+# student, perhaps wrapped by DDP, and its frozen companions: EMA teacher, ImageNet copy (or None); running statistics
+Networks = namedtuple("Networks", "student teacher imagenet confidence gaussians")
 
-    f: flags; student: Segmenter, perhaps wrapped by DDP; teacher, imagenet: frozen Segmenters (imagenet or None);
-    source: (image float (B,3,S,S) in [0,1], label uint8 (B,S,S)); target: the same, its label 255 on padding and 0
-    elsewhere, or None; things: class indices of the feature distance; generator: CPU generator of this step;
-    shard: (rank, world).
+
+def contrast_rows(f, net, features, label, weight, generator, shard):
+    """What a contrast sees of a batch, all in the order image, row, column: unit rows (N,C) of the cells of stride 8
+    behind the projection head of `net`, their label int (N,), 255 outside the draw, and weight (N,), 1 where None."""
+    net = getattr(net, "module", net)
+    cells = data.majority_label(label, [max(1, side // 8) for side in label.shape[1:]], net.num_classes)  # (B,h,w)
+    cells = data.sample_cells(cells, f.contrast_pixels, generator, shard)
+    pooled = F.adaptive_avg_pool2d(features, cells.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)  # (B,C,h,w) -> (N,C)
+    rows = F.normalize(net.projection(pooled).float(), dim=1, eps=1e-3)  # eps: a dead cell has no direction to amplify
+    weight = torch.ones(label.shape, device=label.device) if weight is None else weight
+    return rows, cells.flatten(), F.adaptive_avg_pool2d(weight, cells.shape[1:]).flatten()
+
+
+def step_terms(f, step, networks, source, labeled, target, things, generator, shard):
+    """The loss terms of one batch, in this order: source, feature distance, mix, mask, contrasts.
+
+    f: flags; step: number of the step; networks: Networks; source: (image float (B,3,S,S) in [0,1], label uint8
+    (B,S,S)); labeled: the same of the target, or None; target: the same without labels, 255 on padding and 0 elsewhere,
+    or None; things: class indices of the feature
+    distance; generator: CPU generator of this step; shard: (rank, world).
     Returns (terms: name -> 0-d tensor, views: name -> image or label tensor for the panel).
     """
-    image, label = source
+    student, teacher, imagenet, confidence, gaussians = networks
+    (image, label), B = source, len(source[0])
     num_classes = teacher.num_classes
     terms, views = {}, {}
 
     view = data.strong_augment(image, generator) if f.augment_source else image
+    if f.t2s:
+        restyled = data.restyle(image, target[0] if target else image, f.style, f.beta, generator, shard)
+        views.update(restyled=restyled)
+        query_label = label
+        if f.restyle == "half":
+            swap = (data.uniform((B, 1, 1), generator, shard) < 0.5).to(image.device, non_blocking=True)
+            view = torch.where(swap[:, None], restyled, view)  # (B,1,1,1) against (B,3,S,S)
+            query_label = torch.where(swap, label, data.IGNORE)
+    donor, known_label = source, label  # whose classes ClassMix pastes; the labels of `view`
+    if labeled:  # joins the source in everything that asks for true labels
+        swap = (data.uniform((B, 1, 1), generator, shard) < 0.5).to(image.device, non_blocking=True)
+        donor = torch.where(swap[:, None], labeled[0], image), torch.where(swap, labeled[1], label)
+        clean = data.strong_augment(labeled[0], generator) if f.augment_source else labeled[0]
+        view, known_label = torch.cat([view, clean]), torch.cat([label, labeled[1]])  # (2B,3,S,S), (2B,S,S)
     out = student(view)
-    terms["source"] = cross_entropy(out.logits, label)
-    views.update(source=view, label=label)
+    terms["source"] = (losses.dyce(out.logits, known_label, f.hardest, f.omega) if f.dyce else
+                       cross_entropy(out.logits, known_label))
+    views.update(source=view, label=known_label)
 
     if imagenet is not None:
         with torch.no_grad():
             reference = imagenet.encode(view)[-1]
-        cells = data.majority_label(label, reference.shape[2:], num_classes)
+        cells = data.majority_label(known_label, reference.shape[2:], num_classes)
         terms["fd"] = f.fd * feature_distance(out.pyramid[-1], reference, cells, things)
 
-    if f.mix or f.mask:  # pseudo-labels of the clean target; one weight q for the whole batch, over all processes
+    if adapts(f):  # pseudo-labels of the clean target; one weight q for the whole batch, over all processes
         with torch.no_grad():
             target, padding = target
             logits = teacher(target, head=f.teacher_head).logits
-            pseudo, _, fraction = model.pseudo_label(logits, target.shape[2:], f.threshold)
-            weight = mean_over_ranks(fraction) * (padding != 255)  # () * (B,S,S)
-            weight[:, :f.border[0]] = 0
-            weight[:, max(0, weight.shape[1] - f.border[1]):] = 0
+            pseudo, certainty, fraction = model.pseudo_label(logits, target.shape[2:], f.threshold)
+            inside = padding != data.IGNORE  # (B,S,S)
+            inside[:, :f.border[0]] = False
+            inside[:, max(0, inside.shape[1] - f.border[1]):] = False
+            weight = mean_over_ranks(fraction) * inside
         views.update(target=target, pseudo=pseudo)
 
-    if f.mix:  # paste half of the batch's source classes onto the target (ClassMix)
-        present = mean_over_ranks(data.present_classes(label, num_classes).float()) > 0  # (K,), over all processes
-        mixed, mixed_label, mixed_weight, _ = data.class_mix(
-            image, label, target, pseudo, weight, present, generator, shard)
+    mixes = f.mix or f.consistency
+    if mixes:  # paste half of the batch's source classes onto the target (ClassMix)
+        present = mean_over_ranks(data.present_classes(donor[1], num_classes).float()) > 0  # (K,), over all processes
+        mixed, mixed_label, mixed_weight, pasted = data.class_mix(
+            *donor, target, pseudo, weight, present, generator, shard)
         mixed = data.strong_augment(mixed, generator)
-        terms["mix"] = f.mix * cross_entropy(student(mixed).logits, mixed_label, mixed_weight)
+        mixed_out = student(mixed)
+        if f.mix:
+            terms["mix"] = f.mix * cross_entropy(mixed_out.logits, mixed_label, mixed_weight)
+        if f.consistency:  # of the pixels that stay the target's, each trusted for itself
+            terms["consistency"] = f.consistency * losses.consistency(
+                mixed_out.logits, pseudo, certainty >= f.confident, inside & ~pasted[:, 0])
         views.update(mixed=mixed, mixed_label=mixed_label)
 
     for name in f.mask_views if f.mask else ():  # predict what blanked blocks hide from what surrounds them
@@ -225,9 +322,42 @@ def step_terms(f, student, teacher, imagenet, source, target, things, generator,
                                 "mix": lambda: (mixed, mixed_label, mixed_weight)}[name]()
         keep = data.block_mask(len(clear), clear.shape[2:], f.mask_block, f.mask_ratio, generator, shard).to(clear)
         masked = data.strong_augment(clear, generator) * keep + teacher.pixel_mean * (1 - keep)
-        logits = student(masked, head="language" if f.language else "plain").logits  # LC-MSM, else MIC
+        logits = student(masked, head=teacher.heads[-1]).logits  # "language" in LC-MSM, else "plain"
         terms["mask" if name == "target" else f"mask_{name}"] = f.mask * cross_entropy(logits, answer, trust)
         views[f"masked_{name}"] = masked
+
+    # contrasts, on what the passes above have seen, never on masked images: a hidden cell shows nothing of its class
+    live = 0.0 if f.control or step < f.contrast_start else 1.0
+    if f.t2s or f.sepico:  # the teacher's view of the clean source: where target features are to go
+        with torch.no_grad(), model.frozen_statistics(teacher):
+            known = teacher(image)
+            keys, key_label, _ = contrast_rows(f, teacher, known.features, label, None, generator, shard)
+    if f.cluda or f.sepico:
+        sides = [contrast_rows(f, student, out.features, known_label, None, generator, shard)]
+        if mixes:
+            sides.append(contrast_rows(f, student, mixed_out.features, mixed_label, mixed_weight, generator, shard))
+        if f.sepico:
+            gaussians.update(keys, key_label)
+            terms["sepico"] = live * f.sepico * sum(losses.sepico(*side, gaussians, f.tau) for side in sides)
+        if f.cluda:
+            pools = [[torch.cat(part) for part in zip(*sides)]] if f.pooled and mixes else sides
+            terms["cluda"] = live * f.cluda * sum(losses.cluda(*pool, f.tau) for pool in pools)
+    if f.t2s:
+        features, labels = [out.features[:B]], [query_label]
+        if f.restyle == "extra":
+            styled = student(restyled)
+            features = [styled.features]
+            if f.restyled:
+                terms["restyled"] = f.restyled * cross_entropy(styled.logits, label)
+        if labeled:  # true target pixels with true labels are the best queries of all
+            features.append(out.features[B:])
+            labels.append(labeled[1])
+        if f.target == "none":  # no target image: the teacher's confidence on source
+            pseudo, certainty, _ = model.pseudo_label(known.logits, label.shape[1:])
+        confidence.update(pseudo, certainty)
+        class_weight = confidence.weights(0.5 if f.class_weights == "confidence" else 0)
+        rows, cells, _ = contrast_rows(f, student, torch.cat(features), torch.cat(labels), None, generator, shard)
+        terms["t2s"] = live * f.t2s * losses.t2s(rows, cells, keys, key_label, class_weight, f.tau)
     return terms, views
 
 
@@ -267,16 +397,20 @@ def open_training_set(f, spec, classes, count=False):
 
 
 def open_data(f):
-    """Class names, labelled source, unlabelled target (or None), validation set (or None)."""
+    """Class names, labelled source (or None), target (or None), indices of its labelled images, validation set (or
+    None)."""
     classes = data.class_names(f.classes)
-    source_set = open_training_set(f, f.source, classes, count=f.rcs > 0)
-    if not source_set.labeled:
+    source_set = None if f.source == "none" else open_training_set(f, f.source, classes, count=f.rcs > 0)
+    if source_set and not source_set.labeled:
         raise data.DataError(f"--source {f.source}: has no labels, and a source needs them")
-    target_set = None if f.target == "none" else open_training_set(f, f.target, classes)
+    target_set = None if f.target == "none" else open_training_set(f, f.target, classes, count=not source_set and f.rcs)
+    labeled = [] if f.labeled == "0" else data.labeled_indices(target_set, f.labeled)
+    if labeled and not target_set.labeled:
+        raise data.DataError(f"--labeled {f.labeled}: {f.target} has no labels")
     val_set = None if f.val == "none" else data.open_dataset(f.val, "val", classes, f.size, f.cache)
     if val_set and not val_set.labeled:
         raise data.DataError(f"--val {f.val}: has no labels; give --val a labelled set, or none")
-    return classes, source_set, target_set, val_set
+    return classes, source_set, target_set, labeled, val_set
 
 
 def leave_signals_to_the_run(_):
@@ -285,14 +419,15 @@ def leave_signals_to_the_run(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def batches(dataset, f, rare, labels, start, shard, device):
-    """Batches from step `start` on; sample k of a run is the same whatever the number of processes.
+def batches(dataset, f, start, shard, device, rare=None, labels=True, subset=None):
+    """Batches of a data set or of a subset of its indices, from step `start` on; sample k of a run is the same whatever
+    the number of processes.
 
     Yields (image float (B,3,S,S) in [0,1], label uint8 (B,S,S), file names), image and label on the device. Without
     `labels` those of the data set are not looked at.
     """
     rank, world = shard
-    crops = data.Crops(dataset, f.crop, f.seed, rare, labels=labels)
+    crops = data.Crops(dataset, f.crop, f.seed, rare, labels=labels, subset=subset)
     rounds = range(start * f.accum, f.steps * f.accum)
     order = [[(k * world + rank) * f.batch + b for b in range(f.batch)] for k in rounds]
     loader = torch.utils.data.DataLoader(crops, batch_sampler=order, num_workers=f.workers,
@@ -302,16 +437,23 @@ def batches(dataset, f, rare, labels, start, shard, device):
         yield image, batch["label"].to(device, non_blocking=True), [dataset.names[i] for i in batch["index"].tolist()]
 
 
+def with_own_heads(state, student):
+    """A checkpoint's weights without the heads that the student has not, and with its new ones that they have not."""
+    own, optional = student.state_dict(), ("projection.", "language_decoder.", "text.", "guidance.")
+    kept = {k: v for k, v in state.items() if k in own or not k.startswith(optional)}
+    return {k: v for k, v in own.items() if k.startswith(optional) and k not in kept} | kept
+
+
 def open_networks(f, classes, device):
-    """Student, EMA teacher and, for the feature distance, a frozen ImageNet copy (or None); the text bank (or None)."""
+    """Networks, the student not wrapped, an ImageNet copy if the feature distance needs one; the text bank or None."""
     torch.manual_seed(f.seed)
     timm_hub = f.init == "hub" and f.backbone.startswith("timm:")
     ours = f.init.endswith(".pt") and model.is_checkpoint(f.init)
     bank = model.text_bank(f.text, classes) if f.language else None
     student = model.Segmenter(f.backbone, f.decoder, len(classes), f.channels, f.language, bank, f.spatial_depth,
-                              pretrained=timm_hub)
+                              timm_hub, f.projection)
     if ours:
-        model.load_weights(student, model.load_checkpoint(f.init)["student"], f.init)
+        model.load_weights(student, with_own_heads(model.load_checkpoint(f.init)["student"], student), f.init)
     elif f.init != "none" and not timm_hub:
         model.load_backbone(student, f.init)
     student.to(device).train()
@@ -323,7 +465,8 @@ def open_networks(f, classes, device):
         print0("feature distance: off, none of the classes is one of its things:", ", ".join(sorted(THINGS)))
     elif f.fd:
         imagenet = copy.deepcopy(student).requires_grad_(False).eval()
-    return student, teacher, imagenet, bank
+    gaussians = losses.ClassGaussians(len(classes), f.channels).to(device)
+    return Networks(student, teacher, imagenet, losses.ClassConfidence(len(classes)).to(device), gaussians), bank
 
 
 def versions(device):
@@ -392,7 +535,7 @@ def settle_buffers(f, student, teacher):
     """BatchNorm statistics as they are saved and evaluated: averaged over the processes; a teacher that sees no batch,
     because no term needs it, has its student's."""
     average_buffers(student, teacher)
-    if not (f.mix or f.mask):
+    if not adapts(f):
         for mine, theirs in zip(teacher.buffers(), student.buffers()):
             mine.copy_(theirs)
 
@@ -409,20 +552,23 @@ def read_out(student, teacher, target_set, val_set, log, step):
            "(adabn: the student with BatchNorm statistics of the target)")
 
 
-def accumulate(f, step, wrapped, teacher, imagenet, sources, targets, things, shard, dtype):
-    """The gradient of one step, from f.accum batches. Returns (terms, views, file names) for log, panel and errors."""
+def accumulate(f, step, networks, loaders, things, shard, dtype):
+    """The gradient of one step, from f.accum batches of the loaders of source, labelled target and target, None where
+    there is none. Returns (terms, views, file names) for log, panel and errors."""
     generator, files, total = torch.Generator(), [], {}
     for part in range(f.accum):
-        *source, names = next(sources)
-        *target, more = next(targets) if targets else [[]]
-        files += names + more
+        batch = []
+        for loader in loaders:
+            *images, names = next(loader) if loader else [[]]
+            batch.append(images or None)
+            files += names
         seed = int.from_bytes(hashlib.sha256(f"{f.seed} {step} {part}".encode()).digest()[:7], "big")
         generator.manual_seed(seed)  # draws for the joint batch: the same on every process
         torch.manual_seed(seed + shard[0])  # dropout and stochastic depth; after next(), which may draw a loader's seed
         local = part + 1 < f.accum and shard[1] > 1  # the processes average their gradients once
-        with wrapped.no_sync() if local else contextlib.nullcontext():
-            with torch.autocast(source[0].device.type, dtype, enabled=dtype is not None):
-                terms, views = step_terms(f, wrapped, teacher, imagenet, source, target, things, generator, shard)
+        with networks.student.no_sync() if local else contextlib.nullcontext():
+            with torch.autocast(batch[0][0].device.type, dtype, enabled=dtype is not None):
+                terms, views = step_terms(f, step, networks, *batch, things, generator, shard)
             (sum(terms.values()) / f.accum).backward()
         total = {name: total.get(name, 0) + value.detach() / f.accum for name, value in terms.items()}
     return total, views, files
@@ -449,10 +595,16 @@ def run(argv=None):
             return print0(f"{last} is at step {checkpoint['step']} of {f.steps}, nothing is left to do; "
                           f"use it with: python eval.py {last}{' --images PATH' if f.val == 'none' else ''}")
 
-    classes, source_set, target_set, val_set = open_data(f)
-    rare = data.RareClassSampler(source_set.class_counts(), f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
+    classes, source_set, target_set, labeled, val_set = open_data(f)
+    split = [target_set.names[i] for i in labeled]
+    split_hash = hashlib.sha256("\n".join(split).encode()).hexdigest()[:16]
+    known_set, known = (source_set, None) if source_set else (target_set, labeled)  # labelled images to learn from
+    counts = known_set.class_counts()[known or slice(None)] if f.rcs else None
+    rare = data.RareClassSampler(counts, f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
     things = [i for i, name in enumerate(classes) if name in THINGS]
-    student, teacher, imagenet, bank = open_networks(f, classes, device)
+    networks, bank = open_networks(f, classes, device)
+    student, teacher, *_ = networks
+    statistics = torch.nn.ModuleDict({"confidence": networks.confidence, "gaussians": networks.gaussians})
     optimizer = torch.optim.AdamW(parameter_groups(student, f.lr, f.head_lr), fused=device.type in ("cuda", "cpu"))
     bf16 = f.dtype == "bf16" or f.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype, start, best = torch.bfloat16 if bf16 else None, 0, -1.0
@@ -460,18 +612,23 @@ def run(argv=None):
         model.load_weights(student, checkpoint["student"], last)
         model.load_weights(teacher, checkpoint["teacher"], last)
         optimizer.load_state_dict(checkpoint["optimizer"])
+        model.load_weights(statistics, checkpoint.get("statistics", statistics.state_dict()), last)
         start, best = checkpoint["step"], checkpoint["best"]
     # every term goes into one backward, so no parameter is unused; buffers are averaged where they are needed
-    wrapped = DistributedDataParallel(student, broadcast_buffers=False) if world > 1 else student
+    if world > 1:
+        networks = networks._replace(student=DistributedDataParallel(student, broadcast_buffers=False))
 
     if rank == 0:
         (out / "panels").mkdir(parents=True, exist_ok=True)
-    adapts = bool(f.mix or f.mask)
-    images = (1 + adapts) * f.batch * f.accum * world
+    semi = bool(source_set and labeled)
+    images = (1 + adapts(f) + semi) * f.batch * f.accum * world
     about, log, signals = versions(device), Log(out / "log.jsonl", images, rank == 0), catch_signals()
-    log.write("resume" if checkpoint else "start", step=start, flags=flags, classes=list(classes), versions=about)
-    print0(f"{f.recipe}: {f.source} ({len(source_set)} images) -> {f.target}, {len(classes)} classes; {f.backbone} + "
-           f"{f.decoder}-{f.channels}; {world} x {f.batch} crops of {f.crop}, {'bf16' if bf16 else 'fp32'}; "
+    log.write("resume" if checkpoint else "start", step=start, flags=flags, classes=list(classes), versions=about,
+              **({"labeled": split, "labeled_sha256": split_hash} if split else {}))
+    print0(f"{f.recipe}: {f.source}{f' ({len(source_set)} images)' if source_set else ''} -> {f.target}"
+           f"{f' ({len(split)} images with labels, split {split_hash})' if split else ''}, {len(classes)} classes; "
+           f"{f.backbone} + {f.decoder}-{f.channels}; {world} x {f.batch} crops of {f.crop}, "
+           f"{'bf16' if bf16 else 'fp32'}; "
            f"{about['device']}, torch {about['torch']}")
 
     text = bank and {"embeddings": bank.embeddings, "kind": bank.kind, "spec": f.text}
@@ -480,17 +637,20 @@ def run(argv=None):
         if rank == 0:
             model.save_checkpoint(out / name, {
                 "flags": flags, "classes": list(classes), "student": student.state_dict(), "step": step, "best": best,
-                "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about, "text": text})
+                "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about, "text": text,
+                "statistics": statistics.state_dict(), "labeled": split})
 
-    sources = batches(source_set, f, rare, True, start, (rank, world), device)
-    targets = batches(target_set, f, None, False, start, (rank, world), device) if adapts else None
+    rest = sorted(set(range(len(target_set))) - set(labeled)) if labeled else None
+    place = f, start, (rank, world), device
+    loaders = (batches(known_set, *place, rare, subset=known),
+               batches(target_set, *place, subset=labeled) if semi else None,
+               batches(target_set, *place, labels=False, subset=rest or None) if adapts(f) else None)  # none rests: all
     steps = tqdm(range(start, f.stop_at), f.recipe, f.stop_at, initial=start, disable=True if rank else None)
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, group["peak"], f.steps, f.warmup)
         model.ema_update(teacher, student, step, f.alpha)
-        terms, views, files = accumulate(
-            f, step, wrapped, teacher, imagenet, sources, targets, things, (rank, world), dtype)
+        terms, views, files = accumulate(f, step, networks, loaders, things, (rank, world), dtype)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), float("inf"))  # measured, not clipped
         if not torch.isfinite(norm):
             parts = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
@@ -503,7 +663,8 @@ def run(argv=None):
 
         done, finished = step + 1, step + 1 == f.stop_at
         if done % f.log_every == 0 or finished:
-            log.report(steps, done, f, lr=group["lr"], grad_norm=round(norm.item(), 4))
+            doubts = {"class_weights": networks.confidence.weights().tolist()} if f.t2s else {}
+            log.report(steps, done, f, lr=group["lr"], grad_norm=round(norm.item(), 4), **doubts)
         if rank == 0 and (done % f.panel_every == 0 or finished):
             evaluation.training_panel(student, views, classes).save(out / "panels" / f"{done:06d}.png")
         if val_set and f.eval_every and done % f.eval_every == 0:
