@@ -242,13 +242,12 @@ class TimmBackbone(nn.Module):
             options = dict(dynamic_img_size=True, dynamic_img_pad=True,
                            out_indices=[depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)])
         self.net = timm.create_model(name, features_only=True, pretrained=pretrained, **options)
-        self.first = max(0, len(self.net.feature_info) - 4)
-        self.channels = tuple(self.net.feature_info.channels()[self.first:])
-        self.strides = tuple(self.net.feature_info.reduction()[self.first:])
+        self.channels, self.strides = (tuple(of()[-4:]) for of in (self.net.feature_info.channels,
+                                                                   self.net.feature_info.reduction))
         self.mean, self.std = self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"]
 
     def forward(self, x):
-        return self.net(x.contiguous(memory_format=torch.channels_last))[self.first:]
+        return self.net(x.contiguous(memory_format=torch.channels_last))[-4:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

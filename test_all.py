@@ -522,6 +522,41 @@ def test_labeled_subset():
         refused(lambda: data.labeled_subset(names, n), n, 2975)
 
 
+def test_labeled_images_by_number_or_list(tmp_path):
+    root = tmp_path / "leftImg8bit/train"
+    for i in range(6):
+        city = root / ("aachen" if i < 3 else "bremen")
+        city.mkdir(parents=True, exist_ok=True)
+        put(city / f"{city.name}_{i:06d}_000019_leftImg8bit.png", np.full((4, 4, 3), i, np.uint8))
+    dataset = data.open_dataset(f"folder:{root / 'aachen'}", "train", ("a", "b"))
+    assert data.labeled_indices(dataset, "all") == [0, 1, 2]
+    names = [dataset.names[i] for i in data.labeled_indices(dataset, "2")]
+    assert names == sorted(data.labeled_subset(dataset.names, 2))
+    split = tmp_path / "labeled.txt"
+    split.write_text("leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.png gtFine/train/aachen/x.png\n"
+                     "aachen_000000_000019\n")  # UniMatch's lines, or plain names
+    assert data.labeled_indices(dataset, str(split)) == [0, 2]
+    refused(lambda: data.labeled_indices(dataset, "4"), "--labeled 4", "3 images")
+    refused(lambda: data.labeled_indices(dataset, "/nonexistent.txt"), "/nonexistent.txt", "no such file")
+    for text, words in (("", "lists no image"), ("other.png x.png", "'other.png' is no image"),
+                        ("aachen_000000_000019\naachen_000000_000019", "twice"), (".png x", "no image")):
+        split.write_text(text)
+        refused(lambda: data.labeled_indices(dataset, str(split)), str(split), words)
+
+
+def test_crops_of_a_subset(tmp_path):
+    labelled, _ = write_pairs(tmp_path, count=7)
+    dataset = data.open_dataset(labelled, "train", ("sky", "wall", "car"))
+    seen = [data.Crops(dataset, 16, 0, subset=[1, 4, 6])[k]["index"] for k in range(30)]
+    assert sorted(seen) == [1] * 10 + [4] * 10 + [6] * 10 and len(set(map(tuple, np.split(np.array(seen), 10)))) > 1
+    counts = np.zeros((3, 3), int)
+    counts[1, 2] = 9
+    rare = data.RareClassSampler(counts)
+    assert {data.Crops(dataset, 16, 0, rare, subset=[1, 4, 6])[k]["index"] for k in range(9)} == {4}
+    other = data.Crops(dataset, 16, 0, labels=False, subset=[1, 4, 6])
+    assert [other[k]["index"] for k in range(30)] != seen  # drawn apart from the labelled ones
+
+
 # ---------------------------------------------------------------- data.py: on the device
 
 
@@ -1800,6 +1835,126 @@ def test_feature_distance():
         assert nothing == 0 and torch.isfinite(features.grad).all() and features.grad.abs().max() == 0
 
 
+def dyce_inputs(seed=0, shape=(2, 5, 4, 5), full=(8, 10)):
+    g = generator(seed)
+    label = torch.randint(0, shape[1] - 1, (shape[0], *full), generator=g).byte()  # the last class does not occur
+    label[:, :2] = 255
+    return (2 * torch.randn(shape, generator=g, dtype=torch.float64)), label
+
+
+def plain_dyce(logits, label, hardest, omega):
+    """Eq. 9, written class by class, divided by K^(1-omega)."""
+    up = F.interpolate(logits, label.shape[1:], mode="bilinear", align_corners=False)
+    values = F.cross_entropy(up, label.long(), ignore_index=255, reduction="none")[label != 255]
+    ids = label[label != 255]
+    chosen = values.argsort(descending=True)[:int(np.ceil(hardest * len(values)))]
+    values, ids = values[chosen], ids[chosen]
+    total = sum(values[ids == c].sum() / (ids == c).sum() ** (1 - omega) for c in ids.unique())
+    return total / len(values) ** omega / len(ids.unique()) ** (1 - omega)
+
+
+@pytest.mark.parametrize("hardest, omega", [(1, 1), (1, 0), (0.2, 0.5), (0.37, 0), (0.2, 1), (1e-4, 0.5)])
+def test_dyce_equals_the_equation(hardest, omega):
+    for seed in range(3):
+        logits, label = dyce_inputs(seed)
+        reference, gradient = loss_and_gradient(plain_dyce, logits, label, hardest, omega)
+        value, ours = loss_and_gradient(losses.dyce, logits.float(), label, hardest, omega)
+        torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-6)
+        assert_near(ours, gradient)
+
+
+def test_dyce_limits_bounds_and_nothing_to_learn():
+    logits, label = dyce_inputs()
+    up = F.interpolate(logits.float(), (8, 10), mode="bilinear", align_corners=False)
+    values = F.cross_entropy(up, label.long(), ignore_index=255, reduction="none")
+    torch.testing.assert_close(losses.dyce(logits.float(), label, 1.0, 1.0), values[label != 255].mean())
+    classes = torch.stack([values[label == c].mean() for c in range(4)])
+    torch.testing.assert_close(losses.dyce(logits.float(), label, 1.0, 0.0), classes.mean())
+    even = losses.dyce(torch.zeros(2, 5, 4, 5), label, 0.2, 0.5)  # one cross-entropy e everywhere: all tie, all count
+    e, share = np.log(5), [(label == c).sum().item() / (label != 255).sum().item() for c in range(4)]
+    assert even == pytest.approx(e * sum(s ** 0.5 for s in share) / 2, rel=1e-5)
+    assert e / 4 ** 0.5 <= even <= e * 1.00001  # e <= L <= e K^(1-omega) before the division
+    leaf = logits.float().requires_grad_()
+    losses.dyce(leaf, torch.full_like(label, 255)).backward()
+    assert leaf.grad.abs().max() == 0
+    ours = torch.autograd.grad(losses.dyce(leaf, label, 0.3, 0.5), leaf)[0]
+    i, step = (0, 1, 2, 3), 1e-5  # finite differences, of the reference in float64
+    moved = []
+    for sign in (1, -1):
+        other = logits.clone()
+        other[i] += sign * step
+        moved.append(plain_dyce(other, label, 0.3, 0.5))
+    assert ours[i].item() == pytest.approx(((moved[0] - moved[1]) / (2 * step)).item(), rel=1e-3)
+
+
+def test_consistency_learns_trusted_pixels_over_valid_ones():
+    logits, pseudo = dyce_inputs()
+    logits, pseudo = logits.float(), pseudo.clamp(max=4)
+    trusted, valid = torch.rand(2, 2, 8, 10, generator=generator()) < 0.6
+    values = F.cross_entropy(F.interpolate(logits, (8, 10), mode="bilinear", align_corners=False), pseudo.long(),
+                             reduction="none")
+    expected = values[trusted & valid].sum() / valid.sum()
+    torch.testing.assert_close(losses.consistency(logits, pseudo, trusted, valid), expected)
+    for nothing in ((trusted & False, valid), (trusted, valid & False)):
+        leaf = logits.clone().requires_grad_()
+        zero = losses.consistency(leaf, pseudo, *nothing)
+        zero.backward()
+        assert zero == 0 and leaf.grad.abs().max() == 0
+
+
+def guided_net(bank, **options):
+    torch.manual_seed(0)
+    return Segmenter("mit_b0", "segformer", 3, 8, "dlg", bank, **options).eval()
+
+
+def test_guidance_begins_as_no_guidance_and_then_learns():
+    torch.manual_seed(0)
+    plain, image = Segmenter("mit_b0", "segformer", 3, 8).eval(), torch.rand(2, 3, 64, 96)
+    net = guided_net(made_bank())
+    net.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(net(image).logits, plain(image).logits)  # the output projection is zero
+    assert guided_net(made_bank()._replace(kind="none")).guidance is None
+    for _ in range(2):
+        net.zero_grad()
+        net(image).logits.square().sum().backward()
+        with torch.no_grad():
+            net.guidance.out.weight -= 0.1 * net.guidance.out.weight.grad
+    for name in ("vision", "language"):
+        keys, values = getattr(net.guidance, name).weight.grad.chunk(2)
+        assert keys.abs().max() > 0 and values.abs().max() > 0, name
+    assert not torch.equal(net(image).logits, plain(image).logits)
+    with pytest.raises(ValueError, match="no 'language' head"):
+        net(image, head="language")
+
+
+def test_guidance_formulas():
+    torch.manual_seed(0)
+    bank = made_bank()
+    block, features = model.DenseLanguageGuidance(bank, 8), torch.randn(2, 8, 4, 5)
+    vision, multimodal = block.attend(features)
+    text = bank.embeddings - bank.embeddings.mean(0)
+    text = text / text.norm(dim=1, keepdim=True)
+    rows = block.norm(features.permute(0, 2, 3, 1).reshape(2, 20, 8))
+    kv, vv = block.vision(rows).split(8, 2)
+    kl, vl = block.language(text).split(8, 1)
+    a = kv @ kl.t() / 8 ** 0.5
+    torch.testing.assert_close(vision, a.softmax(2) @ vl)
+    read = a.transpose(1, 2).softmax(2) @ vv  # (2,3,8): the text that has read vision
+    torch.testing.assert_close(multimodal, vision @ read.transpose(1, 2) / 8 ** 0.5)
+    swapped = model.DenseLanguageGuidance(bank._replace(embeddings=bank.embeddings[[2, 0, 1]]), 8)
+    with torch.no_grad():
+        swapped.load_state_dict(block.state_dict() | {"bank": block.bank[[2, 0, 1]]})
+        again = swapped.attend(features)
+    torch.testing.assert_close(again[0], vision)
+    torch.testing.assert_close(again[1], multimodal[:, :, [2, 0, 1]])  # permuting the bank permutes the channels
+    # one vector for the whole caption, as in the released code: every pixel reads the same
+    single = model.DenseLanguageGuidance(TextBank(bank.embeddings[:1], ("caption",), "clip"), 8)
+    constant = single.attend(features)[0]
+    assert (constant - constant[:, :1]).abs().max() < 1e-6 and (vision - vision[:, :1]).abs().max() > 1e-3
+    learned = model.DenseLanguageGuidance(bank._replace(kind="learned"), 8)
+    assert isinstance(learned.bank, torch.nn.Parameter)
+
+
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=1)
 
@@ -2540,6 +2695,100 @@ def test_two_processes_contrast(small_run, tmp_path):
     argv = [*small_run, *"--recipe t2sda --cluda 0.1 --sepico 0.1 --steps 3 --batch 1 --crop 64 --val none".split()]
     run_train(argv, launcher=TORCHRUN, OMP_NUM_THREADS="1")
     assert {"t2s", "cluda", "sepico"} <= events(tmp_path / "out", "step")[-1].keys()
+
+
+@pytest.mark.parametrize("flags", [
+    "semidavil --labeled 0", "semidavil --labeled 2", "semidavil --labeled all --text learned", "all --labeled 1",
+    "semidavil --source none --labeled 2 --text none", "source --labeled 3",
+    "source --source none --labeled 2 --rcs 0.01", "all"])
+def test_few_target_labels(flags, small_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = small_run[5]  # the target with its labels
+    argv = [*small_run, "--target", given, "--recipe", *flags.split(), "--steps", "4", "--crop", "64",
+            "--confident", "0.3", "--mask-block", "4", "--contrast-start", "0", "--accum", "2"]
+    real, drawn = data.Crops.__getitem__, []
+    monkeypatch.setattr(data.Crops, "__getitem__", lambda self, k: (item := real(self, k), drawn.append(
+        (self.dataset.spec, self.labels, self.dataset.names[item["index"]])))[0])
+    done = run_train([*argv, "--stop-at", "2"])
+    state, start = load_checkpoint(tmp_path / "out/last.pt"), events(tmp_path / "out", "start")[0]
+    run_train(argv)
+    number = {"labeled 0": 0, "labeled 1": 1, "labeled 2": 2, "labeled 3": 3, "labeled all": 5}
+    wanted = next((n for text, n in number.items() if text in flags), 0)
+    assert len(state["labeled"]) == wanted and start.get("labeled", []) == state["labeled"]
+    assert wanted == 0 or start["labeled_sha256"] in done.stdout
+    with_labels = {name for spec, labels, name in drawn if spec == given and labels}
+    without = {name for spec, labels, name in drawn if spec == given and not labels}
+    assert with_labels <= set(state["labeled"]) and bool(with_labels) == bool(wanted)  # no other label was looked at
+    assert bool(without) == (not flags.startswith("source")) and (wanted == 5 or not without & with_labels)
+    assert ("--source none" in flags) != any(spec == small_run[1] for spec, _, _ in drawn)
+    terms = {"semidavil": {"source", "consistency"}, "all": {"source", "mix", "mask", "cluda", "t2s"},
+             "source": {"source"}}
+    step = events(tmp_path / "out", "step")[-1]
+    assert terms[flags.split()[0]] == {"source", "fd", "mix", "mask", "consistency", "cluda", "t2s"} & step.keys()
+    evaluation.main([str(tmp_path / "out/last.pt")])
+
+
+def test_semi_supervised_needs_labels(small_run, capsys):
+    for argv in (["--source", "none"], ["--target", "none", "--recipe", "source", "--labeled", "3"]):
+        with pytest.raises(SystemExit) as caught:
+            train.parse_flags(argv)
+        assert caught.value.code == 2 and "no label to learn from" in capsys.readouterr().err.splitlines()[-1]
+    done = run_train([*small_run, "--labeled", "2"], check=False)  # the target has none
+    assert done.returncode == 1 and "has no labels" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_true_target_labels_join_the_supervised_loss_and_the_queries():
+    flags = train.parse_flags(["--recipe", "t2sda", "--contrast-start", "0", "--no-augment-source", "--labeled", "2"])
+    torch.manual_seed(0)
+    student = Segmenter("mit_b0", "segformer", 3, 8, projection=True).eval()
+    teacher = copy.deepcopy(student)
+    networks = train.Networks(student, teacher, None, losses.ClassConfidence(3), None)
+    source, target = step_inputs(2)
+    source[1].copy_((torch.arange(64) // 32)[None, :, None].expand(2, 64, 64))
+    labeled = torch.rand(2, 3, 64, 64, generator=generator()), source[1].flip(1)
+    terms, views = train.step_terms(flags, 0, networks, source, labeled, target, [], generator(), (0, 1))
+    with torch.no_grad():
+        logits = student(torch.cat([source[0], labeled[0]])).logits
+        expected = losses.cross_entropy(logits, torch.cat([source[1], labeled[1]]))
+    torch.testing.assert_close(terms["source"], expected)
+    seen = []
+    real = losses.t2s
+    losses.t2s = lambda queries, *rest: (seen.append(len(queries)), real(queries, *rest))[1]
+    try:
+        train.step_terms(flags, 0, networks, source, labeled, target, [], generator(), (0, 1))
+    finally:
+        losses.t2s = real
+    assert seen == [4 * 8 * 8]  # cells of two restyled and of two labelled target images
+
+
+@pytest.mark.parametrize("name, strides, mean", [
+    ("vit_base_patch32_clip_224", (32,) * 4, 0.48145466), ("resnet50_clip", (4, 8, 16, 32), 0.48145466),
+    ("vit_small_patch14_dinov2", (14,) * 4, 0.485), ("eva02_tiny_patch14_224", (14,) * 4, 0.48145466)])
+def test_vision_language_towers_take_any_size(name, strides, mean, tmp_path):
+    torch.manual_seed(0)
+    net = Segmenter(f"timm:{name}", "segformer", 3, 8).eval()
+    assert net.backbone.strides == strides and net.pixel_mean[0, 0].item() == pytest.approx(mean)
+    for size in ((64, 96), (50, 70), (33, 47)):
+        with torch.no_grad():
+            out = net(torch.rand(1, 3, *size))
+        assert out.logits.shape[2:] == tuple(-(-side // strides[0]) for side in size)
+    timm = model.import_optional("timm")
+    other = timm.create_model(name)
+    torch.save(other.state_dict(), tmp_path / "tower.pth")
+    load_backbone(net, str(tmp_path / "tower.pth"))
+    mine = dict(net.backbone.net.named_parameters())
+    for key, value in other.state_dict().items():
+        match = mine.get(f"model.{key}", mine.get(key.replace(".", "_", 1)))
+        assert match is None or torch.equal(match, value)
+    assert sum(f"model.{key}" in mine or key.replace(".", "_", 1) in mine for key in other.state_dict()) > 100
+
+
+@pytest.mark.parametrize("name", ["resnet50_clip", "vit_base_patch32_clip_224"])
+def test_vision_language_towers_train_and_evaluate_offline(name, small_run, tmp_path):
+    argv = [*small_run, "--backbone", f"timm:{name}", "--steps", "2", "--batch", "2", "--init", "none"]
+    done = run_train([*argv, "--recipe", "source"])
+    assert "random weights" in done.stdout
+    evaluation.main([str(tmp_path / "out/last.pt")])
 
 
 def test_default_command_on_the_rendered_streets(tmp_path, monkeypatch):

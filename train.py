@@ -454,7 +454,9 @@ def open_networks(f, classes, device):
                               timm_hub, f.projection)
     if ours:
         model.load_weights(student, with_own_heads(model.load_checkpoint(f.init)["student"], student), f.init)
-    elif f.init != "none" and not timm_hub:
+    elif f.init == "none":
+        print0(f"{f.backbone}: random weights; --init takes pretrained ones")
+    elif not timm_hub:
         model.load_backbone(student, f.init)
     student.to(device).train()
     teacher = model.teacher_mode(copy.deepcopy(student).requires_grad_(False))
