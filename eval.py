@@ -5,7 +5,8 @@
     python eval.py out/last.pt --adabn camvid:DIR                   BatchNorm statistics of unlabelled target images
     python eval.py out/last.pt --images photo.jpg --save pictures   any image, or a folder of them
     python eval.py out/last.pt --data cityscapes:DIR --split test --submit upload
-    python eval.py --table runs/*                                   mean, spread and paired differences over seeds
+    python eval.py out/last.pt --alignment streets                  distance of the domains in feature space, per class
+    python eval.py --table runs/* [--against ROW]                   mean, spread and paired differences over seeds
 """
 import argparse
 import contextlib
@@ -28,7 +29,8 @@ from PIL import Image, ImageDraw
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from data import CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, open_dataset, palette, parse_size, read_image
+from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, majority_label, open_dataset, palette,
+                  parse_size, read_image)
 from model import CheckpointError, WeightsError, build_segmenter, load_checkpoint, pseudo_label
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,6 +242,83 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Alignment of two domains in feature space
+
+ROUNDING = 1e-9  # margins and variances of unit vectors below it are what float32 leaves of zero
+
+
+@torch.no_grad()
+def alignment(model, source, target, head="plain"):
+    """How near two labelled data sets of the same K classes lie in one decoder's features -> dict of plain numbers.
+
+    Features (C,h,w) of the whole image are averaged over 2 x 2 positions, stride 8 where they have 4, and scaled to
+    length 1; such a cell counts where one class covers 75 % of it. A class's centroid is the mean of its cells.
+    classes: {name: source_cells, target_cells, distance (1 - cosine of the two centroids, 0..2), nearest_accuracy (% of
+    the target cells whose nearest source centroid, by cosine, is their own class's)}; distance, nearest_class_accuracy:
+    means over classes; nearest_accuracy: over cells; margin, margin_source: mean 1 - cosine of two classes' centroids,
+    0 where they collapse; ratio: distance / margin; absent: classes without a cell in one of the domains, left out of
+    all these. effective_rank, effective_rank_source: exp of the entropy of the normalised eigenvalues of all cells'
+    covariance, 1..C (Roy & Vetterli 2007, "The Effective Rank"); the other measures are ours. None where undefined.
+    Raises DataError without labels or cells, and on head "mean", which has no features of its own.
+    """
+    if head == "mean":
+        raise DataError("alignment is measured in the features of one decoder: --head plain or language, not mean")
+    if bare := [d for d in (source, target) if not d.labeled]:
+        raise DataError(f"{bare[0].spec}: no labels in split {bare[0].split}; alignment needs those of both domains")
+    K, domains = len(target.classes), []
+    for data in (source, target):
+        sums, second, count, hits = 0, 0, torch.zeros(K).double(), torch.zeros(K).double()
+        with eval_mode(model):
+            for item in tqdm(read_ahead(data, range(len(data))), "alignment", len(data), disable=None, leave=False):
+                features = model(to_batch(item["image"], model), head).features.float()
+                size = [-(-side // 2) for side in features.shape[2:]]
+                unit = F.normalize(F.adaptive_avg_pool2d(features, size), dim=1)[0].flatten(1).T  # (1,C,h,w) -> (n,C)
+                label = majority_label(item["label"][None].to(unit.device), size, K).flatten().cpu()  # (1,h,w) -> (n,)
+                unit, label = unit.cpu().double()[label != IGNORE], label[label != IGNORE]  # MPS has no float64
+                member = F.one_hot(label, K).double()  # (n,K)
+                sums, second, count = sums + member.T @ unit, second + unit.T @ unit, count + member.sum(0)
+                for mu, known, _ in domains:  # the source's, in the target's turn
+                    nearest = (unit @ mu.T).masked_fill(known == 0, -2).argmax(1)  # (n,K) -> (n,)
+                    hits += member[nearest == label].sum(0)
+        if not (n := count.sum()):
+            raise DataError(f"{data.spec}: no cell of split {data.split} has a class; do labels and classes match?")
+        center = sums.sum(0) / n  # (K,C) -> (C,)
+        spectrum = torch.linalg.eigvalsh(second / n - center.outer(center)).clamp(min=0)
+        entropy = torch.special.entr(spectrum / spectrum.sum()).sum()
+        domains.append((F.normalize(sums, dim=1), count, entropy.exp().item() if spectrum.sum() > ROUNDING else None))
+    (near, n_source, rank_source), (far, n_target, rank) = domains
+    both = (n_source > 0) & (n_target > 0)
+    P = int(both.sum())
+    margin, margin_source = (max(0.0, 1 - ((mu[both] @ mu[both].T).sum().item() - P) / (P * (P - 1))) if P > 1 else None
+                             for mu in (far, near))  # the sum without its P ones: pairs of different classes
+    distances, accuracies = ([v if there else None for v, there in zip(values.tolist(), both)] for values in (
+        (1 - (near * far).sum(1)).clamp(min=0), 100 * hits / n_target))
+    rows = zip(target.classes, n_source.int().tolist(), n_target.int().tolist(), distances, accuracies)
+    distance = mean(distances)
+    return {"source": source.spec, "target": target.spec, "head": head, "absent": [
+                name for name, there in zip(target.classes, both) if not there],
+            "classes": {name: dict(zip(("source_cells", "target_cells", "distance", "nearest_accuracy"), row))
+                        for name, *row in rows},
+            "distance": distance, "margin": margin, "margin_source": margin_source,
+            "ratio": distance / margin if P > 1 and margin > ROUNDING else None,
+            "nearest_accuracy": 100 * (hits[both].sum() / n_target[both].sum()).item() if P else None,
+            "nearest_class_accuracy": mean(accuracies), "effective_rank": rank, "effective_rank_source": rank_source}
+
+
+def format_alignment(result):
+    """The alignment as text: one class a line, then the means."""
+    source, target, head, absent, classes, *_ = result.values()
+    width, forms = max(map(len, classes)), ("", "", ".3f", ".2f")
+    titles = "source cells", "target cells", "distance", "nearest %"
+    lines = [f"alignment: source {source}, target {target}, features of the {head} decoder",
+             " " * width + "".join(f"{title:>14}" for title in titles)]
+    lines += [f"{name:<{width}}" + "".join(f"{number(v, form):>14}" for v, form in zip(row.values(), forms))
+              for name, row in classes.items()]
+    lines.append("  ".join(f"{key.replace('_', ' ')} {number(v, '.3f')}" for key, v in [*result.items()][5:]))
+    return "\n".join(lines + ["without a cell in one of the domains, left out: " + ", ".join(absent)] * bool(absent))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures: uint8 arrays (h,w,3) until they are saved
 
 
@@ -360,6 +439,10 @@ def submit(model, dataset, folder, window=None, flip=False, head="plain"):
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
          2.120, 2.110, 2.101, 2.093, 2.086)  # Student's t, two-sided 95 %, 1 to 20 degrees of freedom
 COMPARABLE = ("target", "val", "classes", "size", "crop", "batch", "steps", "backbone", "decoder", "channels", "init")
+UNNAMED = {"recipe", "seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
+           "panel_every", "world", *COMPARABLE}  # flags that give no row a name
+# Flags whose default is not "off", as runs did whose logs are older than the flag.
+OLD = {"text": "auto", "spatial_depth": 2, "mask_views": ["target"], "teacher_head": "plain"}
 
 
 def spread(values):
@@ -388,39 +471,73 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def table(paths):
-    """Markdown: mIoU of each recipe's read-outs over seeds, paired differences to source-only AdaBN, then the IoUs.
+def row_names(runs):
+    """Flags of runs -> the name of each one's row: its recipe, then, as typed, what differs among that recipe's runs.
 
-    AdaBN is the fair reference, because the BatchNorm of an adapted teacher has seen the target too. Raises DataError
-    on a file that is no finished log, on a second run of a recipe and seed, and on runs that are not comparable.
+    None, False, 0, "" and a flag that the log lacks are the same, unless OLD knows better. A path loses its folders
+    where it stays unique.
     """
-    runs, first = defaultdict(dict), None
-    for path in paths:
-        flags, result = read_run(path)
-        recipe, seed, first = flags["recipe"], flags["seed"], first or flags
+    def value(flags, key):
+        v = flags.get(key, OLD.get(key))
+        return (" ".join(map(str, v)) if isinstance(v, list) else v) or None
+
+    def short(v):
+        return re.sub("(^|:)[^:]*/(?=[^:])", r"\1", v) if isinstance(v, str) and not v.startswith("clip:") else v
+
+    def typed(key, v, values):
+        flag, like = "--" + key.replace("_", "-"), next(filter(None, values))
+        if isinstance(like, bool):
+            return f" {flag}" if v else f" --no{flag[1:]}"
+        if v is None:
+            return "" if isinstance(like, str) else f" {flag} 0"
+        return f" {flag} {v if [*map(short, values)].count(short(v)) > 1 else short(v)}"
+
+    names = []
+    for flags in runs:
+        same = [other for other in runs if other["recipe"] == flags["recipe"]]
+        found = {key: {value(other, key) for other in same} for other in same for key in other if key not in UNNAMED}
+        told = (typed(key, value(flags, key), values) for key, values in found.items() if len(values) > 1)
+        names.append(flags["recipe"] + "".join(told))
+    return names
+
+
+def table(paths, against=None):
+    """Markdown: mIoU of each row's read-outs over seeds, paired differences, then the IoUs. Rows: see row_names.
+
+    The differences are to the same read-out of the row `against`, without it to source-only AdaBN: the fair reference,
+    because the BatchNorm of an adapted teacher has seen the target too. Raises DataError on a file that is no finished
+    log, a second run of a row and seed, runs that are not comparable, and where there is no row `against`.
+    """
+    runs, logs = defaultdict(dict), [read_run(path) for path in paths]
+    for path, (flags, result), row in zip(paths, logs, row_names([flags for flags, _ in logs])):
+        seed, first = flags["seed"], logs[0][0]
         if differs := [k for k in COMPARABLE if flags.get(k) != first.get(k)]:
             what = ", ".join(f"{k} {flags.get(k)} instead of {first.get(k)}" for k in differs)
             raise DataError(f"{path}: not comparable with {paths[0]}: {what}")
-        if seed in runs[recipe]:
-            raise DataError(f"{path}: a second run of {recipe} with seed {seed}")
-        runs[recipe][seed] = result
+        if seed in runs[row]:
+            raise DataError(f"{path}: a second run of {row} with seed {seed}")
+        runs[row][seed] = result
+    if against and against not in runs:
+        raise DataError(f"--against {against!r}: no such row; there are: {', '.join(runs)}")
     seeds = sorted({seed for results in runs.values() for seed in results})
-    names, reference = list(result["student"]["iou"]), ("source", "adabn")
-    base = {seed: r["adabn"]["miou"] for seed, r in runs.get("source", {}).items() if r["adabn"]}
+    names = list(result["student"]["iou"])
     means, classes = [], []
-    for recipe, readout in ((r, o) for r in runs for o in ("student", "teacher", "adabn")):
-        found = {seed: r[readout] for seed, r in runs[recipe].items() if r[readout]}
+    for row, readout in ((r, o) for r in runs for o in ("student", "teacher", "adabn")):
+        found = {seed: r[readout] for seed, r in runs[row].items() if r[readout]}
         if not found:
             continue
         center, deviation, _ = spread([r["miou"] for r in found.values()])
+        reference = (against, readout) if against else ("source", "adabn")
+        base = {seed: r[reference[1]]["miou"] for seed, r in runs.get(reference[0], {}).items() if r[reference[1]]}
         pairs = [r["miou"] - base[seed] for seed, r in found.items() if seed in base]
-        gain, _, half = spread(pairs) if pairs and (recipe, readout) != reference else (None, None, None)
-        means.append([recipe, readout, *(number(found[s]["miou"] if s in found else None, ".1f") for s in seeds),
+        gain, _, half = spread(pairs) if pairs and (row, readout) != reference else (None, None, None)
+        means.append([row, readout, *(number(found[s]["miou"] if s in found else None, ".1f") for s in seeds),
                       f"{center:.1f} ± {number(deviation, '.1f')}",
-                      "reference" if (recipe, readout) == reference else number(gain, "+.1f"),
+                      "reference" if (row, readout) == reference else number(gain, "+.1f"),
                       "-" if half is None else f"{gain - half:+.1f} to {gain + half:+.1f}", str(len(pairs))])
-        classes.append([recipe, readout, *(number(mean(r["iou"][n] for r in found.values()), ".1f") for n in names)])
-    header = [*(f"seed {s}" for s in seeds), "mean ± sd", "minus source AdaBN", "95 % interval", "pairs"]
+        classes.append([row, readout, *(number(mean(r["iou"][n] for r in found.values()), ".1f") for n in names)])
+    header = [*(f"seed {s}" for s in seeds), "mean ± sd", f"minus {against or 'source AdaBN'}",
+              "95 % interval", "pairs"]
     return (markdown(["recipe", "read-out", *header], means) + "\n\nIoU, mean over seeds\n\n"
             + markdown(["recipe", "read-out", *names], classes))
 
@@ -448,6 +565,8 @@ def arguments(argv):
     task.add_argument("--images", metavar="PATH", help="predict an image file or a folder of images instead")
     task.add_argument("--submit", metavar="DIR", help="write ids for the benchmark's server there instead")
     task.add_argument("--table", nargs="+", metavar="RUN", help="tabulate run directories or log.jsonl files instead")
+    task.add_argument("--alignment", metavar="SPEC", help="also compare features with this source, its val split")
+    a("--against", metavar="ROW", help="row of the table that the others are compared with (default: source, AdaBN)")
     a("--save", metavar="DIR", help="folder for panels (default: none; with --images: predictions)")
     a("--slide", action="store_true", help="windows of the training crop, half overlapping (HRDA, MIC)")
     a("--flip", action="store_true", help="average with the mirror image")
@@ -462,6 +581,8 @@ def arguments(argv):
         p.error("give a checkpoint, or --table with runs")
     if args.images and args.data:
         p.error("--images and --data both name what to predict: give one of them")
+    if args.against and not args.table:
+        p.error("--against names a row of --table")
     return args
 
 
@@ -470,6 +591,8 @@ def run(args):
     checkpoint = load_checkpoint(args.checkpoint)
     flags, classes = checkpoint["flags"], tuple(checkpoint["classes"])
     model = build_segmenter(checkpoint, args.weights, args.checkpoint).to(args.device)
+    if args.head != "plain" and not model.language:
+        raise CheckpointError(f"{args.checkpoint}: --head {args.head} needs a language decoder, and it has none")
     size, window = args.size or flags["size"], flags["crop"] if args.slide else None
     if args.adabn:
         model = adapt_batchnorm(model, open_dataset(args.adabn, "train", classes, size, flags["cache"]))
@@ -477,6 +600,8 @@ def run(args):
     if spec == "none" and not args.images:
         raise DataError(f"{args.checkpoint}: the run had no validation data; give --data SPEC or --images PATH")
     dataset = None if args.images else open_dataset(spec, args.split, classes, size, flags["cache"])
+    source = args.alignment and open_dataset(args.alignment, "val", classes, size, flags["cache"])
+    aligned = {"alignment": alignment(model, source, dataset, args.head)} if source else {}
     begin = time.perf_counter()
     if args.images:
         folder = args.save or "predictions"
@@ -493,8 +618,10 @@ def run(args):
         what = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights, "data": spec,
                 "split": args.split, "adabn": args.adabn, "slide": args.slide, "flip": args.flip}
         print(", ".join(f"{k} {v}" for k, v in what.items() if v), format_scores(result), sep="\n")
+        if aligned:
+            print(format_alignment(aligned["alignment"]))
         if args.json:
-            Path(args.json).write_text(json.dumps(what | result, indent=1) + "\n")
+            Path(args.json).write_text(json.dumps(what | result | aligned, indent=1) + "\n")
         count = result["images"]
     peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if args.device.type == "cuda" else ""
     print(f"{count} images, {count / (time.perf_counter() - begin):.1f} images/s{peak}")
@@ -504,7 +631,7 @@ def main(argv=None):
     """run(), with bad input as one line on stderr and exit status 2."""
     args = arguments(argv)
     try:
-        print(table(args.table)) if args.table else run(args)
+        print(table(args.table, args.against)) if args.table else run(args)
     except (DataError, CheckpointError, WeightsError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

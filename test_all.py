@@ -1411,12 +1411,12 @@ def test_images_of_any_kind_are_predicted_at_their_own_size(tmp_path):
         evaluation.predict_images(model, tmp_path / "empty", names, tmp_path / "out")
 
 
-def made_log(folder, recipe, seed, student, teacher, adabn, step=20, finished=True):
+def made_log(folder, recipe, seed, student, teacher, adabn, step=20, finished=True, **flags):
     """A run directory with a log of the given mIoUs (None where a read-out is missing)."""
     def scored(value):
         return None if value is None else {"miou": value, "iou": {"a": value + 10, "b": value - 10, "c": None}}
     events = [{"event": "start", "flags": {"recipe": recipe, "seed": seed, "source": "s", "target": "t", "val": "t",
-                                           "steps": step}},
+                                           "steps": step} | flags},
               {"event": "step", "step": 1}]
     if finished:
         events.append({"event": "result", "step": step, "student": scored(student), "teacher": scored(teacher),
@@ -1461,6 +1461,201 @@ def test_table_of_few_runs_and_wrong_logs(tmp_path):
         assert str(bad) in str(error.value) and "\n" not in str(error.value)
 
 
+def table_rows(text):
+    """Cells of the first of a table's parts, keyed by row and read-out."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()]
+    return {tuple(row[:2]): row[2:] for row in cells}
+
+
+def test_table_rows_are_variants(tmp_path):
+    changes = [dict(text="../banks/photo.npz"), dict(text="shuffled:/x/banks/photo.npz"), dict(text="stub"),
+               dict(text="clip:ViT-B-32/openai"), dict(text="stub", fd=0.0), dict(text="stub", rare=True, fd=0.01),
+               dict(text="stub", mask_views=["source", "mix"], fd=0.01, out="elsewhere", world=2)]
+    made = [made_log(tmp_path / f"{i}-{seed}", "lcmsm", seed, 40 + i + seed * i, None, None,
+                     **dict(fd=0.01, rare=False) | flags)
+            for i, flags in enumerate(changes) for seed in (0, 1)]
+    names = ["lcmsm --fd 0.01 --no-rare --text photo.npz", "lcmsm --fd 0.01 --no-rare --text shuffled:photo.npz",
+             "lcmsm --fd 0.01 --no-rare --text stub", "lcmsm --fd 0.01 --no-rare --text clip:ViT-B-32/openai",
+             "lcmsm --fd 0 --no-rare --text stub", "lcmsm --fd 0.01 --rare --text stub",
+             "lcmsm --fd 0.01 --no-rare --text stub --mask-views source mix"]
+    rows = table_rows(evaluation.table(made))
+    assert [row for row, _ in rows][2:] == [n if "views" in n else n + " --mask-views target" for n in names]
+    rows = table_rows(evaluation.table(made[:6]))
+    assert [row for row, _ in rows][2:] == ["lcmsm --text photo.npz", "lcmsm --text shuffled:photo.npz",
+                                            "lcmsm --text stub"]
+    assert rows["lcmsm --text stub", "student"][:3] == ["42.0", "44.0", "43.0 ± 1.4"]
+    alike = [made_log(tmp_path / f"alike{i}", "lcmsm", 0, 40, None, None, text=text)
+             for i, text in enumerate(("a/photo.npz", "b/photo.npz", "b/other.npz"))]
+    assert [row for row, _ in table_rows(evaluation.table(alike))][2:] == [
+        "lcmsm --text a/photo.npz", "lcmsm --text b/photo.npz", "lcmsm --text other.npz"]
+    with pytest.raises(DataError, match="second run of lcmsm --text stub with seed 0"):
+        evaluation.table([*made[:6], made_log(tmp_path / "twice", "lcmsm", 0, 1, 1, 1, text="stub", fd=0.01)])
+
+
+def test_table_keeps_logs_from_before_a_flag_in_their_row(tmp_path):
+    off = dict(language=None, text="auto", spatial_depth=2, mask_views=["target"], teacher_head="plain", extra=0.0,
+               fast=False, note="")
+    old, new = made_log(tmp_path / "old", "mic", 0, 40, 41, 42), made_log(tmp_path / "new", "mic", 1, 40, 41, 42, **off)
+    assert [row for row, _ in table_rows(evaluation.table([old, new]))][2:] == ["mic"] * 3
+    on = made_log(tmp_path / "on", "mic", 1, 50, None, None, **off | dict(language="lcmsm", extra=0.5, fast=True))
+    assert {row for row, _ in table_rows(evaluation.table([new, old, on]))} == {
+        "recipe", "---", "mic --extra 0 --no-fast", "mic --language lcmsm --extra 0.5 --fast"}
+    published = sorted((Path(HERE) / "assets/logs").glob("streets-mic-?.jsonl"))  # seed 2's log has more flags
+    assert [row for row, _ in table_rows(evaluation.table(published))][2:] == ["mic"] * 3
+
+
+def test_table_against_a_row(tmp_path, capsys):
+    runs = [made_log(tmp_path / f"{text}{s}", "lcmsm", s, 41 + s, 45 + gain * s, None, text=text)
+            for text, gain in (("stub", 1), ("bank", 3)) for s in (0, 1, 2)]
+    runs.append(made_log(tmp_path / "source", "source", 0, 40, None, 42))
+    evaluation.main(["--table", *map(str, runs), "--against", "lcmsm --text stub"])
+    rows = table_rows(capsys.readouterr().out)
+    assert rows["recipe", "read-out"][4] == "minus lcmsm --text stub"
+    assert rows["lcmsm --text stub", "student"][4:] == ["reference", "-", "3"]
+    assert rows["lcmsm --text stub", "teacher"][4:] == ["reference", "-", "3"]
+    # teacher 45, 48, 51 against 45, 46, 47: differences 0, 2, 4; sd 2; 4.303 * 2 / sqrt(3) = 4.97
+    assert rows["lcmsm --text bank", "teacher"][4:] == ["+2.0", "-3.0 to +7.0", "3"]
+    assert rows["source", "student"][4:] == ["-1.0", "-", "1"] and rows["source", "adabn"][4:] == ["-", "-", "0"]
+    assert table_rows(evaluation.table(runs))["source", "adabn"][4] == "reference"
+    for argv, words in ((["--table", *map(str, runs), "--against", "lcmsm"], "'lcmsm': no such row; there are: lcmsm "
+                         "--text stub, lcmsm --text bank, source"), (["x.pt", "--against", "mic"], "--table")):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(argv)
+        assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+class Painted(MadeImages):
+    """Blocks of one class in its colour (K,3), 0..255, plus noise; labels of twice the size, some pixels 255."""
+
+    def __init__(self, colours, n=3, noise=0, size=(24, 32), seed=0, classes=(0, 1, 2), **rest):
+        super().__init__(n, size=size, **{"names": ("a", "b", "c"), **rest})
+        self.colours, self.noise, self.seed, self.used = np.array(colours), noise, seed, classes
+
+    def __getitem__(self, i):
+        (h, w), rng = self.size, np.random.default_rng([self.seed, i])
+        blocks = np.resize(np.roll(self.used, i), (-(-h // 8), -(-w // 8)))  # every class in every image
+        label = blocks.repeat(8, 0).repeat(8, 1)[:h, :w]
+        image = self.colours[label % len(self.colours)] + rng.integers(-self.noise, self.noise + 1, (h, w, 3))
+        label = label.repeat(2, 0).repeat(2, 1).astype(np.uint8)
+        label[:, :5 * bool(self.noise)] = 255
+        return {"image": torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(2, 0, 1),  # (h,w,3) -> (3,h,w)
+                "label": torch.from_numpy(label) if self.labeled else None, "name": self.names[i]}
+
+
+AXES = 255 * np.eye(3, dtype=int)  # red, green, blue: what Pointwise passes on as three orthogonal features
+
+
+def plain_cells(dataset, classes):
+    """Unit vectors (n,C) and classes (n,) of a data set's cells under Pointwise: loops over windows, all stored."""
+    def windows(length, n):
+        return [(i * length // n, -(-(i + 1) * length // n)) for i in range(n)]
+    units, labels = [], []
+    for item in (dataset[i] for i in range(len(dataset))):
+        image, label = item["image"].numpy() / 255, item["label"].numpy()
+        grid = [-(-side // 2) for side in image.shape[1:]]
+        for (y0, y1), (v0, v1) in zip(windows(image.shape[1], grid[0]), windows(label.shape[0], grid[0])):
+            for (x0, x1), (u0, u1) in zip(windows(image.shape[2], grid[1]), windows(label.shape[1], grid[1])):
+                share = [(label[v0:v1, u0:u1] == c).mean() for c in range(classes)]
+                if max(share) >= 0.75:
+                    vector = image[:, y0:y1, x0:x1].mean((1, 2))
+                    units.append(vector / np.linalg.norm(vector))
+                    labels.append(int(np.argmax(share)))
+    return np.array(units), np.array(labels)
+
+
+def test_alignment_equals_a_plain_computation_over_stored_cells():
+    colours = np.array([[200, 60, 40], [50, 190, 70], [60, 80, 180], [200, 190, 60], [120, 120, 120]])
+    names, shared = tuple("abcde"), [0, 1, 2]  # d only in the source, e only in the target
+    source = Painted(colours, 4, 60, (23, 31), 0, (0, 1, 2, 3, 1), names=names, spec="painted")
+    target = Painted(colours // 5 + [70, 80, 60], 3, 70, (25, 30), 1, (0, 1, 4, 2, 1), names=names)
+    net = Pointwise(5).train()
+    got = evaluation.alignment(net, source, target)
+    (s, ys), (t, yt) = plain_cells(source, 5), plain_cells(target, 5)
+    mu = {c: s[ys == c].mean(0) for c in {*ys}}
+    mu_t = {c: t[yt == c].mean(0) for c in {*yt}}
+
+    def distance(a, b):
+        return 1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    def rank(cells):
+        p = np.linalg.eigvalsh(np.cov(cells.T, bias=True))
+        return np.exp(-sum(x * np.log(x) for x in p / p.sum() if x > 0))
+
+    expected = {c: distance(mu[c], mu_t[c]) for c in shared}
+    nearest = np.array([min(mu, key=lambda c: distance(x, mu[c])) for x in t])
+    hits = {c: 100 * (nearest[yt == c] == c).mean() for c in shared}
+    assert 0 < min(hits.values()) < 100 and got["absent"] == ["d", "e"]
+    for c, row in enumerate(got["classes"].values()):
+        assert (row["source_cells"], row["target_cells"]) == ((ys == c).sum(), (yt == c).sum())
+        assert row["distance"] == (pytest.approx(expected[c], rel=1e-5) if c in shared else None)
+        assert row["nearest_accuracy"] == (pytest.approx(hits[c]) if c in shared else None)
+    margins = [np.mean([distance(m[a], m[b]) for a in shared for b in shared if a != b]) for m in (mu_t, mu)]
+    assert got["distance"] == pytest.approx(np.mean(list(expected.values())), rel=1e-5)
+    assert [got["margin"], got["margin_source"]] == pytest.approx(margins, rel=1e-5)
+    assert got["ratio"] == pytest.approx(np.mean(list(expected.values())) / margins[0], rel=1e-5)
+    assert got["nearest_accuracy"] == pytest.approx(100 * (nearest == yt)[np.isin(yt, shared)].mean())
+    assert got["nearest_class_accuracy"] == pytest.approx(np.mean(list(hits.values())))
+    assert [got["effective_rank"], got["effective_rank_source"]] == pytest.approx([rank(t), rank(s)], rel=1e-5)
+    assert (got["source"], got["target"], got["head"]) == ("painted", "made", "plain")
+    assert net.training and net.conv.training
+
+
+def test_alignment_of_known_domains():
+    net, source = Pointwise(3), Painted(AXES)
+    same = evaluation.alignment(net, source, source)
+    assert [same["distance"], same["ratio"]] == pytest.approx([0, 0], abs=1e-9)
+    assert same["absent"] == [] and same["nearest_accuracy"] == 100
+    assert same["margin"] == same["margin_source"] == pytest.approx(1)
+    # equally many cells on three orthogonal axes: the covariance I / 3 - 1 / 9 has the eigenvalues 1/3, 1/3 and 0
+    assert same["effective_rank"] == pytest.approx(2, abs=1e-5)
+    swapped = evaluation.alignment(net, source, Painted(AXES[[1, 0, 2]]))
+    assert [row["distance"] for row in swapped["classes"].values()] == pytest.approx([1, 1, 0])
+    assert [row["nearest_accuracy"] for row in swapped["classes"].values()] == [0, 0, 100]
+    assert swapped["margin"] == pytest.approx(1) and swapped["ratio"] == pytest.approx(2 / 3)
+    turned = evaluation.alignment(net, source, Painted([[153, 204, 0], *AXES[1:]], n=1))  # 0.6, 0.8: towards class b
+    assert [row["distance"] for row in turned["classes"].values()] == pytest.approx([0.4, 0, 0], abs=1e-7)
+    assert [row["nearest_accuracy"] for row in turned["classes"].values()] == [0, 100, 100]
+    assert turned["nearest_class_accuracy"] == pytest.approx(200 / 3)
+    assert turned["margin"] == pytest.approx(1 - 0.8 / 3) and turned["margin_source"] == pytest.approx(1)
+
+
+def test_alignment_sees_collapse():
+    class Changed(Pointwise):
+        def forward(self, x, head="plain"):
+            return Output(None, self.change(x), None)
+
+    net, source = Changed(3), Painted(AXES)
+    net.change = lambda x: (x[:, :1] - 0.5) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1)  # either way along one line
+    assert evaluation.alignment(net, source, source)["effective_rank"] == pytest.approx(1, abs=1e-5)
+    net.change = lambda x: x + 20  # near one point, and still apart
+    near = evaluation.alignment(net, source, source)
+    assert 0 < near["margin"] < 0.001 and near["nearest_accuracy"] == 100
+    net.change = torch.ones_like
+    point = evaluation.alignment(net, source, source)
+    assert [point["distance"], point["margin"]] == pytest.approx([0, 0], abs=1e-9)
+    assert point["ratio"] is point["effective_rank"] is None
+    assert point["nearest_class_accuracy"] == pytest.approx(100 / 3)
+
+
+def test_alignment_of_absent_classes_and_wrong_input():
+    net, source = Pointwise(3), Painted(AXES)
+    one = evaluation.alignment(net, source, Painted(AXES, classes=(1,)))
+    assert one["absent"] == ["a", "c"] and one["distance"] < 1e-9 and one["margin"] is one["ratio"] is None
+    none = evaluation.alignment(net, Painted(AXES, classes=(0,)), Painted(AXES, classes=(1,)))
+    assert none["absent"] == ["a", "b", "c"]
+    assert none["distance"] is none["nearest_accuracy"] is none["nearest_class_accuracy"] is None
+    assert "left out: a, b, c" in evaluation.format_alignment(none)
+    centred = Pointwise(3)
+    centred.forward = lambda x, head: Output(None, x - 0.5, None)
+    opposite = evaluation.alignment(centred, Painted(AXES, classes=(1,)), Painted(255 - AXES, classes=(1,)))
+    assert opposite["distance"] == pytest.approx(2) and opposite["nearest_accuracy"] == 100  # no other is known
+    bare, grey = Painted(AXES, labeled=False, spec="bare"), Painted(AXES, classes=(255,), spec="grey")
+    for arguments, words in (((bare, source), "bare: no labels"), ((source, bare), "bare: no labels"),
+                             ((source, source, "mean"), "not mean"), ((source, grey), "grey: no cell")):
+        with pytest.raises(DataError, match=words):
+            evaluation.alignment(net, *arguments)
+
+
 def made_checkpoint(path, **flags):
     """A checkpoint of an untrained network with three classes."""
     torch.manual_seed(0)
@@ -1499,6 +1694,40 @@ def test_command_line_scores_and_draws(tmp_path, capsys):
     again = made_checkpoint(tmp_path / "best.pt", val=spec)
     evaluation.main([str(again), "--size", "64x48"])
     assert spec in capsys.readouterr().out
+
+
+def test_command_line_compares_domains(tmp_path, capsys):
+    specs = {}
+    for domain, shade in (("near", 0), ("far", 90)):
+        painted = Painted(AXES, 2, 0, (48, 64))
+        for i, item in enumerate(map(painted.__getitem__, range(2))):
+            put(tmp_path / domain / "images" / f"{i}.png", (item["image"] // 2 + shade).permute(1, 2, 0).numpy())
+            put(tmp_path / domain / "labels" / f"{i}.png", item["label"][::2, ::2].numpy())
+        specs[domain] = f"folder:{tmp_path / domain / 'images'}:{tmp_path / domain / 'labels'}"
+    checkpoint = str(made_checkpoint(tmp_path / "last.pt", val=specs["far"], size=[64, 48]))
+    state = load_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "both.pt", state | {"teacher": {k: v * 2 for k, v in state["student"].items()}})
+    found = []
+    for argv in ([], ["--data", specs["near"]], ["--adabn", specs["far"]], ["--weights", "teacher"]):
+        report = tmp_path / "scores.json"
+        evaluation.main([str(tmp_path / "both.pt"), "--alignment", specs["near"], "--json", str(report), *argv])
+        out, stored = capsys.readouterr().out, json.loads(report.read_text())
+        found.append(stored["alignment"])
+        assert f"source {specs['near']}, target {argv[-1] if '--data' in argv else specs['far']}" in out
+        assert f"\ndistance {found[-1]['distance']:.3f}  margin {found[-1]['margin']:.3f}" in out and "mIoU" in out
+        assert "miou" in stored and set(found[-1]["classes"]) == set(stored["iou"])
+    assert found[1]["distance"] < 1e-9 and len({f["distance"] for f in found}) == 4  # of four networks and data sets
+    bare = f"folder:{tmp_path / 'near' / 'images'}"
+    near = ["--alignment", specs["near"]]
+    for argv, words in ((["--alignment", bare], "no labels"), ([*near, "--data", bare], "no labels"),
+                        ([*near, "--head", "mean"], "mean"), (["--alignment", "gta:x"], "'val' split"),
+                        (["--head", "language"], "needs a language decoder")):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main([checkpoint, *argv])
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and not captured.out
+    with pytest.raises(SystemExit):
+        evaluation.main([checkpoint, "--alignment", bare, "--images", "x"])
 
 
 def test_command_line_refuses_bad_input_in_one_line(tmp_path, capsys):
