@@ -1,5 +1,7 @@
 """The tests: python -m pytest -q test_all.py. On a CPU, without network, in a few minutes.
 
+    python test_all.py bench        times ours against named peers, where they are installed
+
 Comparisons with code that is not ours (transformers, scikit-learn) skip, and say so, where it is not installed.
 """
 import os
@@ -13,7 +15,9 @@ import argparse
 import colorsys
 import contextlib
 import copy
+import functools
 import io
+import itertools
 import json
 import pickle
 import re
@@ -30,6 +34,7 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
@@ -3037,3 +3042,407 @@ def test_runs_without_triton_and_open_clip(small_run, tmp_path):
     run_train([*small_run, "--steps", "1"], PYTHONPATH=str(tmp_path), TRITON_INTERPRET="0")
     help_text = run_train(["--help"], PYTHONPATH=str(tmp_path)).stdout
     assert "--recipe" in help_text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python test_all.py bench [NAME ...] [--json FILE]: ours against named peers, side by side in one process
+#
+# Every side first has to come near the reference (float64; for networks the peer in float32). Then the sides take
+# turns, so that a busy machine slows all of them alike, and the least time of each counts; where other programs keep
+# the cores busy, OMP_NUM_THREADS=1 steadies the ratios. "times ours" is a peer's time over ours: below 1 the peer wins.
+# Goals are those of the big shapes on a GPU, and of the networks on two free cores.
+
+BENCH_SHAPES = {  # name of what is timed: arguments of bench_NAME, one table or two each
+    "text_correlation": [(2, 512, 256, 19), (4, 512, 256, 150)] if DEVICE == "cuda" else [(2, 256, 64, 19)],
+    "upsample_cross_entropy": [(8, 19, 128), (4, 150, 256)] if DEVICE == "cuda" else [(2, 19, 64)],
+    "pixel_nce": ([(32768, 256, "per_positive"), (32768, 256, "supcon"), (32768, 256, "single"),
+                   (65536, 256, "per_positive")] if DEVICE == "cuda" else
+                  [(1024, 128, "per_positive"), (2048, 128, "per_positive"), (2048, 128, "supcon"),
+                   (1024, 128, "single")]),
+    "network": [(mode, *size) for mode, *size in [
+        ("training", 4, 128, 128), ("training", 2, 256, 256), ("inference", 1, 512, 1024), ("training", 8, 512, 512)]
+        if size[0] < 8 or DEVICE == "cuda"],
+    "uda_step": [(128,), (512,)] if DEVICE == "cuda" else [(128,)]}
+BENCH_SECONDS = 20 if DEVICE == "cuda" else 4  # of taking turns, per table
+COLUMNS = {"ms": "{:.3f}", "times ours": "{:.2f}", "goal": "{:g}", "error": "{:.0e}", "extra MB": "{:.1f}",
+           "%": "{:.0f}"}
+SCALE, TAU = 1 / 0.07, 0.1
+
+
+def seconds(call, repeats=1):
+    finish = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    finish()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    finish()
+    return (time.perf_counter() - began) / repeats
+
+
+@functools.lru_cache
+def best_rate(kind, dtype=torch.uint8):
+    """What this device does in this run: bytes read and written per second by a copy, FLOP/s of a matrix product."""
+    if kind == "copy":
+        a, b = torch.empty(2, 2**30 if DEVICE == "cuda" else 2**26, dtype=dtype, device=DEVICE)
+        return 2 * a.numel() / min(seconds(lambda: b.copy_(a)) for _ in range(100))
+    a = torch.randn(2 * [8192 if DEVICE == "cuda" else 1024], device=DEVICE).to(dtype)
+    return 2 * len(a) ** 3 / min(seconds(lambda: a @ a) for _ in range(100))
+
+
+def distances(found, exact):
+    """The relative errors of some tensors, of labels the share that differs; without exact ones: 0 where finite."""
+    if exact is None:
+        return [0.0 if t.isfinite().all() else float("inf") for t in found]
+    return torch.stack([(a.double() - b.double()).norm() / b.double().norm() if a.is_floating_point() else
+                        (a != b).double().mean() for a, b in zip(found, exact, strict=True)]).tolist()
+
+
+def complaint(error):
+    if isinstance(error, ImportError):
+        return f"not installed: {error.name}"
+    return f"fails: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:90]}"
+
+
+def compare(title, sides, exact=None, limit=1e-4, least=0, rate=1, repeats=True):
+    """One table, printed and returned. sides: (name, make, goal or None), ours first; make() -> a call -> tensors.
+
+    exact: tensors that every call must return within `limit` (one for all or one each), None: finite ones; least: bytes
+    or FLOP that a call needs, in % of the device's `rate`; repeats: whether ours must return the same bits ten times.
+    "extra MB": the peak of memory beyond what a call returns.
+    """
+    rows, timed = [{"name": name, "goal": goal, "note": ""} for name, _, goal in sides], {}
+    for row, (_, make, _) in zip(rows, sides):
+        found = None
+        try:
+            call = make()
+            found = call()  # compiles what is compiled
+            errors = distances(found, exact)
+            row["error"] = exact and max(errors)
+            limits = limit if isinstance(limit, tuple) else itertools.repeat(limit)
+            if not all(e <= most for e, most in zip(errors, limits)):
+                raise ArithmeticError(f"off by {', '.join(f'{e:.0e}' for e in errors)}, the limit is {limit}")
+            if row is rows[0] and repeats:
+                same = all(torch.equal(a, b) for _ in range(10) for a, b in zip(call(), found))
+                row["note"] = "ten repeats are equal bit for bit" if same else "REPEATS DIFFER"
+            returned, found = sum(t.numel() * t.element_size() for t in found), None
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                row["extra MB"] = max(0, torch.cuda.max_memory_allocated() - before - returned) / 1e6
+            timed[row["name"]] = call, 1 if DEVICE == "cpu" else max(1, min(20, int(0.01 / seconds(call)))), []
+        except Exception as error:  # not installed, unsupported here, out of memory, wrong: the row says so
+            row["note"] = complaint(error)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    began = time.perf_counter()
+    for turn in range(100):
+        for row in [row for row in rows if row["name"] in timed]:
+            call, inner, times = timed[row["name"]]
+            try:
+                times.append(seconds(call, inner))
+            except torch.OutOfMemoryError as error:  # beside what the others hold
+                row["note"] = complaint(error)
+                del timed[row["name"]]
+        if turn >= 4 and time.perf_counter() - began > BENCH_SECONDS:
+            break
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # or the next shape would be compiled for any shape, which is slower
+    for row in rows:
+        if row["name"] in timed:
+            row["ms"] = 1e3 * min(timed[row["name"]][2])
+            row["%"] = 1e5 * least / rate / row["ms"] or None
+            row["times ours"] = row["ms"] / rows[0]["ms"] if "ms" in rows[0] else None
+            if row["times ours"] and row["times ours"] < 1:
+                row["note"] = "faster than ours"
+    shown = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    print(f"\n### {title}\n\n| | {' | '.join(shown)} | |\n{'|---' * (len(shown) + 2)}|")
+    for row in rows:
+        cells = [COLUMNS[key].format(row[key]) if row.get(key) is not None else "" for key in shown]
+        print(f"| {' | '.join([row['name'], *cells, row['note']])} |", flush=True)
+    return {"title": title, "turns": turn + 1, "rows": rows}
+
+
+def with_gradients(function, leaves, upstream):
+    """-> a call: the function's value, and the leaves' gradients for an upstream gradient in the value's dtype."""
+    cast = functools.lru_cache(upstream.to)
+
+    def call():
+        value = function(*leaves)
+        return value.detach(), *torch.autograd.grad(value, leaves, cast(value.dtype))
+    return call
+
+
+def normalised_correlation(features, text):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=features.dtype == torch.bfloat16):
+        return SCALE * torch.einsum("bchw,kc->bkhw", F.normalize(features), F.normalize(text))
+
+
+def divided_correlation(features, text):  # the norms divide the scores, which are fewer than the features
+    scores = torch.einsum("bchw,kc->bkhw", features, (SCALE * F.normalize(text)).to(features.dtype))
+    return scores / torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
+
+
+def bench_text_correlation(B, C, side, K):
+    dtype, limit = (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float32, 1e-4)
+    leaves = [torch.randn(B, C, side, side, device=DEVICE).to(dtype).requires_grad_(),
+              torch.randn(K, C, device=DEVICE, requires_grad=True)]
+    upstream = torch.randn(B, K, side, side, device=DEVICE)
+    exact = with_gradients(normalised_correlation, [x.detach().double().requires_grad_() for x in leaves], upstream)()
+    functions = [("ours", lambda f, t: kernels.text_correlation(f, t, SCALE), None),
+                 ("F.normalize, einsum", normalised_correlation, 5), ("einsum, then divide", divided_correlation, 1.5),
+                 ("F.normalize, einsum, compiled", torch.compile(normalised_correlation, dynamic=False), 1.5),
+                 ("einsum, then divide, compiled", torch.compile(divided_correlation, dynamic=False), 1.5)]
+    least = 3 * leaves[0].numel() * leaves[0].element_size() + 3 * 4 * upstream.numel()  # F -> S; F, dS, S -> dF
+    yield compare(f"text_correlation forward + backward, {tuple(leaves[0].shape)} {dtype}, {K} classes; "
+                  "%: least bytes, of a copy's bandwidth (goal 60)",
+                  [(name, lambda f=f: with_gradients(f, leaves, upstream), goal) for name, f, goal in functions],
+                  exact, limit, least, best_rate("copy"))
+
+
+def bench_upsample_cross_entropy(B, K, low):
+    full, one = 4 * low, torch.ones((), device=DEVICE)
+    logits = (3 * torch.randn(B, K, low, low, device=DEVICE)).requires_grad_()
+    labels, weight = torch.randint(K, (B, full, full), device=DEVICE), torch.rand(B, full, full, device=DEVICE)
+    labels[:, :full // 7] = 255
+
+    def eager(z):
+        return plain_map(z, labels, weight).mean()
+
+    @torch.no_grad()
+    def pseudo(z):
+        confidence, label = F.interpolate(z, (full, full), mode="bilinear", align_corners=False).softmax(1).max(1)
+        return label, confidence, (confidence >= 0.5).float().mean()
+
+    compiled, compiled_pseudo = torch.compile(eager, dynamic=False), torch.compile(pseudo, dynamic=False)
+    title = f"({B}, {K}, {low}, {low}) -> {full} x {full} float32"
+    exact = with_gradients(eager, [logits.detach().double().requires_grad_()], one)()
+    functions = [("ours", lambda z: kernels.upsample_cross_entropy(z, labels, weight), None),
+                 ("F.interpolate, F.cross_entropy", eager, 5), ("the same, compiled", compiled, 2)]
+    yield compare(f"upsample_cross_entropy forward + backward, {title}; goal of extra MB: a tenth of eager's",
+                  [(name, lambda f=f: with_gradients(f, [logits], one), goal) for name, f, goal in functions], exact)
+    yield compare(f"upsample_pseudo_label, {title}", [
+        ("ours", lambda: lambda: kernels.upsample_pseudo_label(logits, (full, full), 0.5), None),
+        ("F.interpolate, softmax, max", lambda: lambda: pseudo(logits), 4),
+        ("the same, compiled", lambda: lambda: compiled_pseudo(logits), None)], pseudo(logits.double()))
+
+
+def scores_of(q, k):  # products of 16-bit vectors go on in float32
+    return (q @ k.T).to(torch.promote_types(q.dtype, torch.float32)) / TAU
+
+
+def published_nce(q, k, yq, yk, form):
+    """The way of ContrastiveSeg's and CLUDA's released codes: masks, exponentials and log-probabilities, all N x M."""
+    positive = (yq[:, None] == yk[None]).float()
+    s = scores_of(q, k)
+    s = s - s.amax(1, keepdim=True).detach()
+    power = s.exp()
+    total = (power * (1 - positive)).sum(1, keepdim=True) + power if form == "per_positive" else power.sum(1)[:, None]
+    return -((s - total.log()) * positive).sum(1) / positive.sum(1)
+
+
+def pull(q, k, yq, yk, form):
+    """The mean of s over a query's positives without N x M: one mean key a class, or the one key of that number."""
+    if form == "single":
+        return (q * k[yq - 256]).sum(1) / TAU
+    member = F.one_hot(yk, 19).to(torch.promote_types(k.dtype, torch.float32))  # (M,19)
+    return (q * (member.T @ k.to(member.dtype) / member.sum(0)[:, None])[yq]).sum(1) / TAU
+
+
+def tidy_nce(q, k, yq, yk, form):
+    s = scores_of(q, k)
+    if form != "per_positive":
+        return s.logsumexp(1) - pull(q, k, yq, yk, form)
+    same = yq[:, None] == yk[None]
+    loss = F.softplus(s.masked_fill(same, float("-inf")).logsumexp(1, keepdim=True) - s)
+    return loss.masked_fill(~same, 0).sum(1) / same.sum(1)
+
+
+def chunked_nce(q, k, yq, yk, form):
+    """Some rows at a time, computed again in the backward pass: little memory."""
+    n = 2048 if DEVICE == "cuda" else 256
+    return torch.cat([checkpoint(tidy_nce, a, k, b, yk, form, use_reentrant=False)
+                      for a, b in zip(q.split(n), yq.split(n))])
+
+
+def flex_nce(yq, yk, form):
+    """FlexAttention gives the logsumexp over all keys or those of other classes; positives are added class by class.
+    The order of the classes and the mask are made here, outside the timing, which favours it."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    attention, mask = torch.compile(flex_attention, dynamic=False), None
+    rows, keys = yq.argsort(), yk.argsort()
+    if form == "per_positive":
+        a, b, sizes = yq[rows], yk[keys], [y.bincount().tolist() for y in (yq, yk)]
+        mask = create_block_mask(lambda batch, head, i, j: a[i] != b[j], None, None, len(a), len(b), DEVICE)
+
+    def loss(q, k):
+        x, y = q[rows], k[keys]
+        _, z = attention(x[None, None], y[None, None], y.new_zeros(1, 1, len(y), 16), block_mask=mask, scale=1 / TAU,
+                         return_lse=True)
+        if mask is None:
+            return z[0, 0][rows.argsort()] - pull(q, k, yq, yk, form)
+        parts = zip(x.split(sizes[0]), y.split(sizes[1]), z[0, 0].split(sizes[0]))
+        return torch.cat([F.softplus(z[:, None] - scores_of(x, y)).mean(1) for x, y, z in parts])[rows.argsort()]
+    return loss
+
+
+def inf_cl_nce():
+    import inf_cl  # PyPI inf-cl: one positive per query, float32
+    if DEVICE == "cpu":
+        raise NotImplementedError("it needs a GPU")
+    return lambda q, k: inf_cl.cal_flash_loss(q, k, scale=1 / TAU)
+
+
+def bench_pixel_nce(N, C, form):
+    if not hasattr(kernels, "pixel_nce"):
+        return print("\npixel_nce: not in kernels.py") or ()
+    dtype, limit = (torch.bfloat16, 5e-2) if DEVICE == "cuda" else (torch.float32, 1e-4)
+    share = 0.65 ** torch.arange(19.0) + 0.02  # of the classes, about as uneven as in streets
+    labels = [torch.multinomial(share, N, True).to(DEVICE) for _ in range(2)]
+    centres = torch.randn(19, C, device=DEVICE)
+    leaves = [F.normalize(centres[y] + torch.randn(N, C, device=DEVICE)).to(dtype).requires_grad_() for y in labels]
+    if form == "single":
+        labels = 2 * [torch.arange(N, device=DEVICE) + 256]  # 255 would be ignored
+    (q, k), exact = [x.detach().double().requires_grad_() for x in leaves], []
+    for a, b in zip(q.split(1024), labels[0].split(1024)):  # the gradients of all rows add up
+        exact.append(tidy_nce(a, k, b, labels[1], form))
+        exact[-1].sum().div(N).backward()
+    exact = torch.cat(exact).detach(), q.grad, k.grad
+    ours = "per_positive" if form == "per_positive" else "supcon"
+    compiled = torch.compile(tidy_nce, dynamic=False)
+    sides = [("ours", lambda: lambda q, k: kernels.pixel_nce(q, k, *labels, tau=TAU, form=ours), None),
+             ("published form", lambda: lambda q, k: published_nce(q, k, *labels, form), 12),
+             ("tidy eager", lambda: lambda q, k: tidy_nce(q, k, *labels, form), 8),
+             ("tidy, compiled", lambda: lambda q, k: compiled(q, k, *labels, form), 1.8),
+             ("tidy, checkpointed chunks", lambda: lambda q, k: chunked_nce(q, k, *labels, form), None),
+             ("FlexAttention's logsumexp", lambda: flex_nce(*labels, form), 1.2), ("inf-cl", inf_cl_nce, 2.5)]
+    sides = sides[:1] if N > 32768 else sides if form == "single" else sides[:-1]
+    upstream = torch.full((N,), 1 / N, device=DEVICE)
+    yield compare(f"pixel_nce forward + backward, {form}, {N} x {N}, {C} channels {dtype}; %: 8NMC, of a matrix "
+                  "product's rate (goal 45); goal of extra MB: a hundredth of eager's",
+                  [(name, lambda f=make: with_gradients(f(), leaves, upstream), goal) for name, make, goal in sides],
+                  exact, limit, 8 * N * N * C, best_rate("product", dtype))
+
+
+def b0_passes(mode, B, height, width):
+    """-> ours, theirs: dtype -> a call of MiT-B0 with the SegFormer head and the same weights. It returns, training
+    without dropout: logits, loss, gradients of the first and last layer; in inference, after making labels: logits."""
+    size, training = (height, width), mode == "training"
+    x, label = torch.rand(B, 3, *size, device=DEVICE), torch.randint(19, (B, *size), device=DEVICE)
+    net, byte = Segmenter().to(DEVICE).eval().requires_grad_(training), label.byte()
+    net = model.teacher_mode(net) if training else net  # train mode without dropout and stochastic depth
+    theirs = None
+    with contextlib.suppress(ImportError):
+        model.import_optional("torchvision")  # which transformers imports too
+        import transformers
+        theirs = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(
+            num_labels=19, drop_path_rate=0.0, classifier_dropout_prob=0.0))
+        theirs = theirs.to(DEVICE).train(training).requires_grad_(training)
+        for m in theirs.modules():
+            if isinstance(m, torch.nn.LayerNorm):
+                m.eps = 1e-6  # of the published code
+        head, fusion = theirs.decode_head, net.decoder.fusion
+        net.backbone.load_state_dict(model.published_to_ours(theirs.segformer.state_dict()))
+        for mine, other in zip(fusion.linears, getattr(head, "linear_projections", None) or head.linear_c):
+            mine.load_state_dict(other.proj.state_dict())
+        fusion.bn.load_state_dict(head.batch_norm.state_dict())
+        net.decoder.classifier.load_state_dict(head.classifier.state_dict())
+        levels = head.linear_fuse.weight.detach().unflatten(1, (4, 256))  # theirs begin with the coarsest
+        fusion.fuse.load_state_dict({"weight": levels.flip(1).flatten(1, 2)})
+
+    def ours_forward():
+        z = net(x).logits
+        return z, losses.cross_entropy(z, byte) if training else model.pseudo_label(z, size)[0]
+
+    def their_forward():
+        if theirs is None:
+            raise ModuleNotFoundError(name="transformers")
+        out = theirs((x - net.pixel_mean) / net.pixel_std, labels=label if training else None)
+        return out.logits, out.loss if training else F.interpolate(out.logits, size, mode="bilinear").argmax(1)
+
+    def run(forward, module, dtype):
+        with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
+            logits, last = forward()
+        if not training:
+            return logits,
+        gradients = torch.autograd.grad(last, list(module.parameters()))
+        return logits.detach(), last.detach(), gradients[0], gradients[-1]
+
+    return [lambda dtype, f=f, m=m: lambda: run(f, m, dtype) for f, m in ((ours_forward, net), (their_forward, theirs))]
+
+
+def bench_network(mode, B, height, width):
+    (ours, theirs), exact = b0_passes(mode, B, height, width), None
+    with contextlib.suppress(ImportError):
+        exact = theirs(None)()
+    limits = 1e-4, 1e-4, 1e-2, 1e-4  # a ReLU that rounding takes across 0 moves the first layer's gradient by 1e-3
+    for dtype, limit, goal in ((None, limits, 1.5), (torch.bfloat16, 0.1, 1.6)):
+        yield compare(f"MiT-B0 + SegFormer head, {mode}, {B} x {height} x {width} {dtype or torch.float32}",
+                      [("ours", lambda: ours(dtype), None),
+                       ("transformers, same weights", lambda: theirs(dtype), goal if mode == "training" else None)],
+                      exact, limit, repeats=False)
+
+
+def bench_uda_step(side):
+    """A whole step of recipe mic, except that its images stay the same; no peer has one, so one pass is beside it."""
+    f, device = train.parse_flags(["--fd", "0", "--batch", "2", "--crop", str(side)]), torch.device(DEVICE)
+    student, teacher, imagenet, _ = train.open_networks(f, data.CLASS_SPACES["cityscapes19"], device)
+    optimizer = torch.optim.AdamW(train.parameter_groups(student, f.lr, f.head_lr), fused=True)
+    domains = [itertools.repeat([*(t.to(device) for t in domain), []]) for domain in step_inputs(2, side, 19)]
+    _, theirs = b0_passes("training", 2, side, side)
+
+    def step(dtype):
+        model.ema_update(teacher, student, 1000, f.alpha)
+        terms, _, _ = train.accumulate(f, 1000, student, teacher, imagenet, *domains, [], (0, 1), dtype)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return tuple(terms.values())
+
+    for dtype in (None, torch.bfloat16):
+        yield compare(f"UDA step, MiT-B0 + SegFormer head, {side} x {side} {dtype or torch.float32}; it holds EMA, "
+                      "teacher, three passes, AdamW: 0.33 would be the time of three of the peer's passes",
+                      [("ours, whole step, 2 + 2 images", lambda: lambda: step(dtype), None),
+                       ("transformers, one pass, 2 images", lambda: theirs(dtype), None)], repeats=False)
+
+
+def bench(argv):
+    parser = argparse.ArgumentParser(prog="test_all.py bench", description="ours against named peers, as tables")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCH_SHAPES)} (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    args = parser.parse_args(argv)
+    if not set(args.names) <= set(BENCH_SHAPES):
+        parser.error(f"NAME must be one of {', '.join(BENCH_SHAPES)}")
+    about = train.versions(torch.device(DEVICE)) | {"triton": getattr(kernels.triton, "__version__", "none")}
+    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, triton {about['triton']}")
+    torch.backends.cudnn.benchmark = True  # as train.py sets it
+    torch.manual_seed(0)
+    tables = [table for name in args.names or BENCH_SHAPES for shape in BENCH_SHAPES[name]
+              for table in globals()["bench_" + name](*shape)]
+    if args.json:
+        Path(args.json).write_text(json.dumps({"versions": about, "tables": tables}, indent=1))
+    wrong = [table["title"] for table in tables if "ms" not in table["rows"][0] or "DIFFER" in table["rows"][0]["note"]]
+    if wrong:
+        sys.exit("ours failed: " + "; ".join(wrong))
+
+
+def test_bench_has_a_row_for_every_peer(capsys, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise RuntimeError("no compiler here")
+    monkeypatch.setitem(BENCH_SHAPES, "text_correlation", [(1, 16, 8, 3)])
+    monkeypatch.setattr(sys.modules[__name__], "BENCH_SECONDS", 0)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
+    bench(["text_correlation", "--json", str(tmp_path / "out.json")])
+    out, (table,) = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["tables"]
+    assert f"torch {torch.__version__}" in out and "### text_correlation" in out
+    assert all(f"\n| {row['name']} |" in out for row in table["rows"])
+    assert ["ms" in row for row in table["rows"]] == [True, True, True, False, False]
+    assert out.count("fails: RuntimeError: no compiler here") == 2 and "bit for bit" in table["rows"][0]["note"]
+    with pytest.raises(SystemExit):
+        bench(["nonsense"])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("the tests: python -m pytest -q test_all.py; the benchmark: python test_all.py bench [NAME ...]")
+    bench(sys.argv[2:])
