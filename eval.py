@@ -442,7 +442,9 @@ COMPARABLE = ("target", "val", "classes", "size", "crop", "batch", "steps", "bac
 UNNAMED = {"recipe", "seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
            "panel_every", "world", *COMPARABLE}  # flags that give no row a name
 # Flags whose default is not "off", as runs did whose logs are older than the flag.
-OLD = {"text": "auto", "spatial_depth": 2, "mask_views": ["target"], "teacher_head": "plain"}
+OLD = {"text": "auto", "spatial_depth": 2, "mask_views": ["target"], "teacher_head": "plain", "tau": 0.1,
+       "contrast_pixels": "all", "style": "fourier", "beta": [0.01], "restyle": "extra", "class_weights": "confidence",
+       "hardest": 0.2, "omega": 0.5, "confident": 0.95, "labeled": "0"}
 
 
 def spread(values):
