@@ -159,6 +159,72 @@ def _torch_correlation_gradient(features, rows, value, inverse, upstream):
     return gradient, rows_gradient
 
 
+# ---- class-labelled InfoNCE: both sides sorted by label, so that a pixel's positives are one range of the other ----
+
+class Sorted(NamedTuple):
+    order: torch.Tensor         # (N,) int64: the pixels of one side, queries or keys, by label, ignored ones last
+    first: torch.Tensor         # (N,) int32: the other side's pixels of the same label, in its order, begin here
+    last: torch.Tensor          # (N,) int32: and end before this
+    own: torch.Tensor           # (N,) int32: where the other side has the pixel that is left out, -1 if there is none
+    count: torch.Tensor         # 0-d int64: how many are not ignored; stays on the device
+
+
+@torch.no_grad()
+def _sort_by_label(yq, yk, exclude_self):
+    """-> Sorted queries, Sorted keys, and per sorted query 1 / |P|, 0 where it has no positive or no negative."""
+    (queries, keys), sides = [y.sort(stable=True) for y in (yq, yk)], []
+    for (y, order), (other, other_order) in ((queries, keys), (keys, queries)):
+        own = other_order.argsort()[order] if exclude_self else torch.full_like(order, -1)
+        own = own.masked_fill(own >= (other < 255).sum(), -1)
+        first, last = torch.searchsorted(other, y), torch.searchsorted(other, y, right=True)
+        sides.append(Sorted(order, first.int(), last.int(), own.int(), (y < 255).sum()))
+    label, (queries, keys) = queries[0], sides
+    span, left_out = queries.last - queries.first, queries.own >= 0
+    positives = span - (left_out & (queries.own >= queries.first) & (queries.own < queries.last)).int()
+    negatives = keys.count - left_out.int() - positives
+    return queries, keys, ((label < 255) & (positives > 0) & (negatives > 0)) / positives.clamp(min=1)
+
+
+def _torch_nce(q, k, queries, keys, scale, wk, tau, per_positive, q_gradient, k_gradient):
+    """q (N,C), k (M,C) as given, scale (N,) and wk (M,) sorted -> of the pixels that are not ignored, sorted: value *
+    scale, and the gradients of its sum with respect to q and to k, or None; and a tuple of what the backward needs."""
+    q, k = q[queries.order[:queries.count]].float() / tau, k[keys.order[:keys.count]].float()
+    scale, first, last, own = (x[:len(q), None] for x in (scale, *queries[1:4]))
+    low, high = torch.where(own < 0, first, torch.minimum(first, own)), torch.maximum(last, own + 1)
+    value, scaled = q.new_empty(len(q)), q * scale
+    gradient, k_gradient = torch.empty_like(q) if q_gradient else None, torch.zeros_like(k) if k_gradient else None
+    r = max(64, (2**19 if q.device.type == "cpu" else 2**25) // max(1, len(k)))         # 2**19 floats fit a CPU's cache
+    for begin in range(0, len(q), r):
+        rows = slice(begin, begin + r)
+        near = slice(int(low[rows].min()), int(high[rows].max()))                       # all others are negatives
+        column = torch.arange(near.start, near.stop, dtype=torch.int32, device=q.device)
+        hidden = column == own[rows]
+        positive = (column >= first[rows]) & (column < last[rows]) & ~hidden            # (r,n) of the r x M logits
+        slope = torch.where(positive, wk[near], 0.0)
+        s = torch.mm(q[rows], k.t())
+        block = s[:, near]
+        margin = block.clone()
+        block.masked_fill_(hidden | positive if per_positive else hidden, float("-inf"))
+        largest = s.amax(1, keepdim=True).clamp_(min=-1e30)     # finite if all is hidden: such rows scale by 0
+        total = s.sub_(largest).exp_().sum(1, keepdim=True).clamp_(min=1)
+        torch.sub(largest + total.log(), margin, out=margin)
+        value[rows] = (slope * (F.softplus(margin) if per_positive else margin)).sum(1)
+        if q_gradient or k_gradient is not None:
+            slope = slope.mul_(margin.sigmoid_()) if per_positive else slope
+            s.mul_(slope.sum(1, keepdim=True) / total)          # the pull of each positive, shared among the negatives
+            block.sub_(slope)
+            if q_gradient:
+                torch.mm(s, k, out=gradient[rows])
+            if k_gradient is not None:
+                k_gradient.addmm_(s.t(), scaled[rows])
+    return value * scale[:, 0], gradient.mul_(scale / tau) if q_gradient else None, k_gradient, ()
+
+
+def _torch_nce_gradient(*arguments):
+    """As _torch_nce, but only the gradient with respect to sorted k."""
+    return _torch_nce(*arguments, False, True)[2]
+
+
 # ---- Triton path: every program owns what it writes; no atomics, so results repeat bit for bit ----
 
 if triton is not None:
@@ -469,6 +535,87 @@ def text_correlation(features, text, scale, backend="auto"):
     text = text.float()
     rows = text * (text * text).sum(1, keepdim=True).add(EPS**2).rsqrt() * scale        # autograd's: K x C is little
     return _TextCorrelation.apply(features, rows, *paths)
+
+
+class _PixelNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, queries, keys, scale, wk, tau, per_positive, sweep, gradient_sweep):
+        with torch.autocast(q.device.type, enabled=False):
+            value, q_gradient, k_gradient, rest = sweep(q, k, queries, keys, scale, wk, tau, per_positive,
+                                                        *ctx.needs_input_grad[:2])
+        ctx.sorted, ctx.per_positive, ctx.gradient_sweep = (queries, keys), per_positive, gradient_sweep
+        ctx.save_for_backward(q, k, scale, wk, tau, q_gradient, k_gradient, *rest)
+        return _unsorted(value, queries)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        q, k, scale, wk, tau, q_gradient, k_gradient, *rest = ctx.saved_tensors
+        queries, keys = ctx.sorted
+        if q_gradient is not None:
+            q_gradient = _unsorted(q_gradient, queries).mul_(upstream[:, None])
+        if ctx.needs_input_grad[1]:
+            upstream = upstream[queries.order]
+            one = upstream[scale.argmax()] if len(q) else scale.sum()
+            scaled = scale * upstream
+            if k_gradient is not None and torch.equal(scaled, scale * one): # a sum or a mean: one number
+                k_gradient = k_gradient * one
+            else:
+                with torch.autocast(q.device.type, enabled=False):
+                    k_gradient = ctx.gradient_sweep(q, k, queries, keys, scaled, wk, tau, ctx.per_positive, *rest)
+            k_gradient = _unsorted(k_gradient, keys)
+        return q_gradient, k_gradient, *[None] * 8                              # autograd casts to the inputs' dtypes
+
+
+def _unsorted(rows, side):
+    """Rows in sorted order, those of ignored pixels may be missing -> as given, 0 where ignored."""
+    return rows.new_zeros(len(side.order), *rows.shape[1:]).index_copy_(0, side.order[:len(rows)], rows)
+
+
+def pixel_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_self=False, backend="auto"):
+    """Class-labelled InfoNCE of every query pixel against all key pixels, without any N x M matrix.
+
+    q (N,C), k (M,C) float, used as given (unit length is the caller's business); yq (N,), yk (M,) labels 0..255 of any
+    integer dtype; wq (N,), wk (M,) float weights or None; tau > 0, a number or a 0-d tensor -> (N,) float32. With
+    s = q.k / tau and P_i the keys labelled as query i, row i is  wq_i / |P_i| * sum over j in P_i of wk_j * l_ij:
+    form "supcon"        l_ij = logsumexp over all keys of s_i - s_ij  (L_out of Khosla et al., NeurIPS 2020);
+    form "per_positive"  l_ij = softplus(logsumexp over the keys of other labels of s_i - s_ij), which is
+        -log(exp(s_ij) / (exp(s_ij) + sum over negatives of exp(s_i)))  (ContrastiveSeg, Wang et al., ICCV 2021;
+        CLUDA, Vayyat et al. 2022, arXiv:2208.14227).
+    exclude_self: q and k are the same pixels, and row i knows nothing of key i. Label 255 takes part in nothing. A
+    row without a positive or without a negative is 0, with gradient 0; |P_i| counts keys, whatever their weights. The
+    caller averages. Computed in float32, also under autocast. (On a GPU the products of bfloat16 q and k take the
+    softmax in bfloat16 too, and sum in float32.) Differentiable once, with respect to q and k only; gradients repeat
+    bit for bit.
+    ValueError on wrong shapes and, on the CPU, on labels outside 0..255 (an accelerator would have to wait for the
+    answer: it ignores them). RuntimeError where backend="triton" cannot run."""
+    if q.ndim != 2 or k.ndim != 2 or q.shape[1] != k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: must be (N, C) and (M, C)")
+    if exclude_self and len(q) != len(k):
+        raise ValueError(f"exclude_self needs as many keys as queries, there are {len(k)} and {len(q)}")
+    if form not in ("supcon", "per_positive"):
+        raise ValueError(f"form is '{form}', it must be 'supcon' or 'per_positive'")
+    if tau.ndim if torch.is_tensor(tau) else not tau > 0:
+        raise ValueError(f"tau is {tau}, it must be a positive number or a 0-d tensor")
+    labels, weights = [], []
+    for name, x, y, w in (("q", q, yq, wq), ("k", k, yk, wk)):
+        if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
+            raise ValueError(f"y{name} is {tuple(y.shape)} {y.dtype}, it must be ({len(x)},) of an integer dtype")
+        if w is not None and w.shape != y.shape:
+            raise ValueError(f"w{name} is {tuple(w.shape)}, it must be ({len(x)},)")
+        y = y.long()
+        outside = (y < 0) | (y > 255)
+        if y.device.type == "cpu" and outside.any():
+            raise ValueError(f"y{name} holds the label {int(y[outside][0])}, labels are 0..255")
+        labels.append(y.masked_fill(outside, 255))
+        weights.append(torch.ones(len(x), device=x.device) if w is None else w.detach().float())
+    if _use_triton(q, backend) and backend == "triton":
+        raise RuntimeError("pixel_nce has no Triton path yet")
+    paths = _torch_nce, _torch_nce_gradient
+    tau = tau.detach().float() if torch.is_tensor(tau) else torch.full((), tau, device=q.device)
+    queries, keys, scale = _sort_by_label(*labels, exclude_self)
+    return _PixelNCE.apply(q, k, queries, keys, scale * weights[0][queries.order], weights[1][keys.order], tau,
+                           form == "per_positive", *paths)
 
 
 # ---- python kernels.py ----
