@@ -690,21 +690,5 @@ def main():
         sys.exit(f"a path is off by {worst:.0e} relative, the limit is 1e-5")
 
 
-
-
-def pixel_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_self=False, backend="auto"):
-    """Class-labelled InfoNCE per row of q, written plainly with N x M tensors; a streaming form follows."""
-    s = q.float() @ k.float().t() / tau
-    yq, yk = yq.long()[:, None], yk.long()[None]
-    valid = (yk != 255).expand(len(q), -1).clone()
-    if exclude_self: valid.fill_diagonal_(False)
-    pos = valid & (yq == yk); neg = valid & (yq != yk) & (yq != 255)
-    ok = pos.any(1) & neg.any(1)
-    if form == "supcon": l = s.masked_fill(~valid, -1e30).logsumexp(1, keepdim=True) - s
-    else: l = F.softplus(s.masked_fill(~neg, -1e30).logsumexp(1, keepdim=True) - s)
-    w = torch.ones(len(k)) if wk is None else wk
-    row = (l * pos * w).sum(1) / pos.sum(1).clamp(min=1)
-    return torch.where(ok, row, 0.0 * row) * (1 if wq is None else wq)
-
 if __name__ == "__main__":
     main()
