@@ -693,14 +693,15 @@ def frozen_statistics(net):
     """Inside, BatchNorm in train mode normalises by the batch as ever, but its running statistics stay: a teacher that
     looks at source images keeps those of the target."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for m in norms:
         m.momentum = 0.0
     try:
         yield
     finally:
-        for m, momentum in zip(norms, momenta):
+        for m, (momentum, batches) in zip(norms, before):
             m.momentum = momentum
+            m.num_batches_tracked.copy_(batches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -533,13 +533,14 @@ def average_buffers(*networks):
         buffer.copy_(mean_over_ranks(buffer))
 
 
-def settle_buffers(f, student, teacher):
-    """BatchNorm statistics as they are saved and evaluated: averaged over the processes; a teacher that sees no batch,
-    because no term needs it, has its student's."""
+def settle_buffers(student, teacher):
+    """BatchNorm statistics as they are saved and evaluated: averaged over the processes; a layer of the teacher that
+    saw no batch, because no term runs it, has its student's."""
     average_buffers(student, teacher)
-    if not adapts(f):
-        for mine, theirs in zip(teacher.buffers(), student.buffers()):
-            mine.copy_(theirs)
+    for mine, theirs in zip(teacher.modules(), student.modules()):
+        if isinstance(mine, torch.nn.modules.batchnorm._BatchNorm) and not mine.num_batches_tracked:
+            mine.running_mean.copy_(theirs.running_mean)
+            mine.running_var.copy_(theirs.running_var)
 
 
 def read_out(student, teacher, target_set, val_set, log, step):
@@ -670,7 +671,7 @@ def run(argv=None):
         if rank == 0 and (done % f.panel_every == 0 or finished):
             evaluation.training_panel(student, views, classes).save(out / "panels" / f"{done:06d}.png")
         if val_set and f.eval_every and done % f.eval_every == 0:
-            settle_buffers(f, student, teacher)
+            settle_buffers(student, teacher)
             result = evaluation.evaluate(student, val_set)
             log.write("eval", step=done, student=result)
             print0(f"step {done}: student mIoU {result['miou']:.2f}")
@@ -679,7 +680,7 @@ def run(argv=None):
                 save("best.pt", done)
         leave = mean_over_ranks(torch.tensor(float(bool(signals)), device=device)) > 0
         if leave or finished or done % f.save_every == 0:
-            settle_buffers(f, student, teacher)
+            settle_buffers(student, teacher)
             save("last.pt", done)
         if leave:
             print0(f"stopped by a signal, {last} saved at step {done}; the same command goes on from there")
