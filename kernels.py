@@ -5,7 +5,7 @@
 backend="auto" takes Triton for CUDA tensors where the triton package imports, torch otherwise. Triton's interpreter
 (TRITON_INTERPRET=1, set before this file is imported) runs the same kernels on CPU tensors: slow, for tests.
 A *cell* is a position of the low-resolution logits (h, w), a *pixel* one of the full-resolution labels (H, W); of
-text_correlation's features every position is a pixel.
+text_correlation's features every position is a pixel, and of pixel_nce's queries and keys every row.
 """
 import os
 import sys
@@ -28,6 +28,8 @@ except ImportError:                                             # no wheel for t
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TILE_PIXELS, TILE_CELLS = (1024, 256) if INTERPRET else (256, 64)       # the interpreter pays per tile, not per element
 EPS = 1e-6                      # of a cosine: every vector x is divided by sqrt(|x|^2 + EPS^2)
+NCE_TILES = {True: {64: (128, 128), 128: (128, 128), 256: (128, 64), 512: (64, 32)},    # bf16, by C: own x other pixels
+             False: {64: (64, 64), 128: (64, 32), 256: (64, 32), 512: (16, 32)}}        # float32; what registers hold
 RUNS = 64                       # partial sums of the text's gradient: fixed, so that results do not depend on the GPU
 
 
@@ -191,10 +193,10 @@ def _torch_nce(q, k, queries, keys, scale, wk, tau, per_positive, q_gradient, k_
     q, k = q[queries.order[:queries.count]].float() / tau, k[keys.order[:keys.count]].float()
     scale, first, last, own = (x[:len(q), None] for x in (scale, *queries[1:4]))
     low, high = torch.where(own < 0, first, torch.minimum(first, own)), torch.maximum(last, own + 1)
-    value, scaled = q.new_empty(len(q)), q * scale
-    gradient, k_gradient = torch.empty_like(q) if q_gradient else None, torch.zeros_like(k) if k_gradient else None
+    value, scaled = q.new_zeros(len(q)), q * scale
+    gradient, k_gradient = (torch.zeros_like(x) if needed else None for x, needed in ((q, q_gradient), (k, k_gradient)))
     r = max(64, (2**19 if q.device.type == "cpu" else 2**25) // max(1, len(k)))         # 2**19 floats fit a CPU's cache
-    for begin in range(0, len(q), r):
+    for begin in range(0, len(q) if len(k) else 0, r):
         rows = slice(begin, begin + r)
         near = slice(int(low[rows].min()), int(high[rows].max()))                       # all others are negatives
         column = torch.arange(near.start, near.stop, dtype=torch.int32, device=q.device)
@@ -368,6 +370,124 @@ if triton is not None:
                      d.to(gradient.dtype.element_ty), mask=used)
         tl.store(partial + (tl.program_id(1).to(tl.int64) * K + k[:, None]) * C + c[None, :], share, mask=owned)
 
+    @triton.jit
+    def _nce_own(rows, first, last, own, count, others, C: tl.constexpr, TILE: tl.constexpr, TILE_Y: tl.constexpr):
+        """-> a tile of one side; and of the other side's tiles the first with pixels of the same labels, the number of
+        such, their number with the last tile, which may be ragged, and the number of all."""
+        row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        inside = row < count
+        at = row.to(tl.int64)[:, None] * C + tl.arange(0, C)[None, :]                   # int64: N*C may pass 2**31
+        x = tl.load(rows + at, mask=inside[:, None], other=0)
+        first = tl.load(first + row, mask=inside, other=2**30)
+        last = tl.load(last + row, mask=inside, other=0)
+        own = tl.load(own + row, mask=inside, other=-1)
+        low = tl.min(tl.where(own < 0, first, tl.minimum(first, own)), 0) // TILE_Y
+        near = tl.cdiv(tl.max(tl.maximum(last, own + 1), 0), TILE_Y) - low
+        tiles = tl.cdiv(others, TILE_Y)
+        looked = near + tl.where(low + near < tiles, 1, 0)
+        return row, inside, at, x, first[:, None], last[:, None], own[:, None], low, near, looked, tiles
+
+    @triton.jit
+    def _nce_tile(x, rows, step, low, near, tiles, count, factor, LOOK: tl.constexpr, PRECISION: tl.constexpr,
+                  C: tl.constexpr, TILE_Y: tl.constexpr):
+        """-> pixels of the other side, their rows, and the logits of x with them in units of log 2. LOOK: of the near
+        tiles, then the last one; else of the rest, in which all are negatives."""
+        tile = tl.where(step < near, low + step, tiles - 1) if LOOK else tl.where(step < low, step, step + near)
+        pixel = tile * TILE_Y + tl.arange(0, TILE_Y)
+        at = rows + pixel.to(tl.int64)[:, None] * C + tl.arange(0, C)[None, :]
+        y = tl.load(at, mask=(pixel < count)[:, None], other=0) if LOOK else tl.load(at)
+        return pixel, y, tl.dot(x, tl.trans(y), input_precision=PRECISION) * factor
+
+    @triton.jit
+    def _nce_query_kernel(q, k, first, last, own, queries, keys, scale, wk, tau, value, normalizer, slopes, gradient,
+                          PER_POSITIVE: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+                          C: tl.constexpr, TILE: tl.constexpr, TILE_Y: tl.constexpr):
+        """A tile of queries in one sweep over the keys and a second over those near its own labels: value * scale, the
+        normalizer in units of log 2, the sum of the positives' slopes, and the gradient with respect to q."""
+        queries, keys = tl.load(queries).to(tl.int32), tl.load(keys).to(tl.int32)
+        if tl.program_id(0) * TILE >= queries:
+            return
+        row, inside, at, x, first, last, own, low, near, looked, tiles = _nce_own(
+            q, first, last, own, queries, keys, C, TILE, TILE_Y)
+        tau = tl.load(tau)
+        factor = 1.4426950408889634 / tau
+        largest = tl.full([TILE], -1e30, tl.float32)            # finite, so that -inf - largest is no NaN
+        total = tl.zeros([TILE], tl.float32)
+        pull = tl.zeros([TILE, C], tl.float32)                  # sum of exp(s - largest) * k
+        for LOOK in tl.static_range(2):
+            for step in range(looked if LOOK else tiles - looked):
+                j, y, s = _nce_tile(x, k, step, low, near, tiles, keys, factor, LOOK, PRECISION, C, TILE_Y)
+                if LOOK:
+                    j = j[None, :]
+                    hidden = (j >= keys) | (j == own)
+                    if PER_POSITIVE:
+                        hidden = hidden | ((j >= first) & (j < last))
+                    s = tl.where(hidden, float("-inf"), s)
+                new_largest = tl.maximum(largest, tl.max(s, 1))
+                shrink = tl.exp2(largest - new_largest)
+                p = tl.exp2(s - new_largest[:, None])
+                total = total * shrink + tl.sum(p, 1)
+                largest = new_largest
+                if GRADIENT:
+                    pull = tl.dot(p.to(y.dtype), y, pull * shrink[:, None], input_precision=PRECISION)
+        total = tl.maximum(total, 1.0)                          # it is, but where everything is hidden
+        z = largest + tl.log2(total)
+        if GRADIENT:                                            # parked in memory: registers hold one (TILE, C) only
+            tl.store(gradient + at, pull / total[:, None], mask=inside[:, None])
+            pull = tl.zeros([TILE, C], tl.float32)              # from here on: sum of slope * k over the positives
+        loss = tl.zeros([TILE], tl.float32)
+        slope = tl.zeros([TILE], tl.float32)
+        for step in range(near):
+            j, y, s = _nce_tile(x, k, step, low, near, tiles, keys, factor, True, PRECISION, C, TILE_Y)
+            w = tl.load(wk + j, mask=j < keys, other=0)[None, :]
+            j = j[None, :]
+            w = tl.where((j >= first) & (j < last) & (j != own), w, 0.0)
+            margin = z[:, None] - s
+            if PER_POSITIVE:
+                loss += tl.sum(w * (tl.maximum(margin, 0.0) + tl.log2(1 + tl.exp2(-tl.abs(margin)))), 1)
+                w = w / (1 + tl.exp2(-margin))
+            else:
+                loss += tl.sum(w * margin, 1)
+            slope += tl.sum(w, 1)
+            if GRADIENT:
+                pull = tl.dot(w.to(y.dtype), y, pull, input_precision=PRECISION)
+        a = tl.load(scale + row, mask=inside, other=0)
+        tl.store(value + row, a * loss * 0.6931471805599453, mask=inside)
+        tl.store(normalizer + row, tl.where(a == 0, 1e30, z), mask=inside)              # unused: exp(s - z) = 0
+        tl.store(slopes + row, slope, mask=inside)
+        if GRADIENT:
+            tl.debug_barrier()                                  # what other threads of this program have parked is seen
+            parked = tl.load(gradient + at, mask=inside[:, None], other=0)
+            tl.store(gradient + at, (slope[:, None] * parked - pull) * (a / tau)[:, None], mask=inside[:, None])
+
+    @triton.jit
+    def _nce_key_kernel(k, q, first, last, own, keys, queries, wk, tau, normalizer, push, slope_push, gradient,
+                        PER_POSITIVE: tl.constexpr, PRECISION: tl.constexpr,
+                        C: tl.constexpr, TILE: tl.constexpr, TILE_Y: tl.constexpr):
+        """A tile of keys gathers its gradient from all queries. push (N,) is upstream * scale / tau of the queries, and
+        slope_push that times their slopes."""
+        queries, keys = tl.load(queries).to(tl.int32), tl.load(keys).to(tl.int32)
+        if tl.program_id(0) * TILE >= keys:
+            return
+        row, inside, at, x, first, last, own, low, near, looked, tiles = _nce_own(
+            k, first, last, own, keys, queries, C, TILE, TILE_Y)
+        w = tl.load(wk + row, mask=inside, other=0)[:, None]
+        factor = 1.4426950408889634 / tl.load(tau)
+        total = tl.zeros([TILE, C], tl.float32)
+        for LOOK in tl.static_range(2):
+            for step in range(looked if LOOK else tiles - looked):
+                i, y, s = _nce_tile(x, q, step, low, near, tiles, queries, factor, LOOK, PRECISION, C, TILE_Y)
+                known = i < queries                             # always so, where it need not LOOK
+                s = s - tl.load(normalizer + i, mask=known, other=1e30)[None, :]
+                d = tl.exp2(s) * tl.load(slope_push + i, mask=known, other=0)[None, :]
+                if LOOK:
+                    slope = w * tl.load(push + i, mask=known, other=0)[None, :]
+                    i = i[None, :]
+                    d = tl.where((i >= first) & (i < last), -slope / (1 + tl.exp2(s)) if PER_POSITIVE else d - slope, d)
+                    d = tl.where(i == own, 0.0, d)
+                total = tl.dot(d.to(y.dtype), y, total, input_precision=PRECISION)
+        tl.store(gradient + at, total, mask=inside[:, None])
+
 
 def _triton_cross_entropy(logits, labels, weight, ignore_index, with_gradient):
     """As _torch_cross_entropy."""
@@ -435,6 +555,44 @@ def _triton_correlation_gradient(features, rows, value, inverse, upstream):
             features, *features.stride(), rows.to(operand), B, C, K, W, H * W, value, inverse, upstream.contiguous(),
             gradient, *gradient.stride(), partial, tiles, triton.cdiv(B * tiles, runs), **options)
     return gradient, partial.sum(0)
+
+
+def _nce_operands(q, k, queries, keys):
+    """-> sorted q and k for the dot products, C padded to a power of two >= 64, and the options of both kernels."""
+    C, dtypes = max(64, triton.next_power_of_2(q.shape[1])), {q.dtype, k.dtype}
+    bf16 = dtypes == {torch.bfloat16} and not INTERPRET         # float32 otherwise, as in _correlation_tiles
+    q, k = (F.pad(x[side.order].to(torch.bfloat16 if bf16 else torch.float32), (0, C - x.shape[1]))
+            for x, side in ((q, queries), (k, keys)))
+    tile, tile_y = (64, 64) if INTERPRET else NCE_TILES[bf16].get(C, (16, 16))
+    return q, k, {"PRECISION": "tf32" if dtypes == {torch.float16} else "tf32x3", "C": C, "TILE": tile,
+                  "TILE_Y": tile_y, "num_warps": 8, "num_stages": 2 if bf16 or C < 512 else 1}
+
+
+def _triton_nce(q, k, queries, keys, scale, wk, tau, per_positive, q_gradient, k_gradient):
+    """As _torch_nce, but the gradient with respect to k is left to the backward, and ignored pixels have rows of 0."""
+    C = q.shape[1]
+    q, k, options = _nce_operands(q, k, queries, keys)
+    value, normalizer, slopes = torch.zeros(3, len(q), dtype=torch.float32, device=q.device)
+    gradient = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if q_gradient else None
+    if len(q) and len(k):
+        with torch.cuda.device_of(q):
+            _nce_query_kernel[(triton.cdiv(len(q), options["TILE"]),)](
+                q, k, *queries[1:4], queries.count, keys.count, scale, wk, tau, value, normalizer, slopes, gradient,
+                PER_POSITIVE=per_positive, GRADIENT=q_gradient, **options)
+    return value, gradient[:, :C] if q_gradient else None, None, (normalizer, slopes)
+
+
+def _triton_nce_gradient(q, k, queries, keys, scale, wk, tau, per_positive, normalizer, slopes):
+    """As _torch_nce_gradient."""
+    C = q.shape[1]
+    q, k, options = _nce_operands(q, k, queries, keys)
+    gradient, push = torch.zeros(k.shape, dtype=torch.float32, device=k.device), scale / tau
+    if len(q) and len(k):
+        with torch.cuda.device_of(q):
+            _nce_key_kernel[(triton.cdiv(len(k), options["TILE"]),)](
+                k, q, *keys[1:4], keys.count, queries.count, wk, tau, normalizer, push, push * slopes, gradient,
+                PER_POSITIVE=per_positive, **options)
+    return gradient[:, :C]
 
 
 # ---- the public operators ----
@@ -556,10 +714,9 @@ class _PixelNCE(torch.autograd.Function):
             q_gradient = _unsorted(q_gradient, queries).mul_(upstream[:, None])
         if ctx.needs_input_grad[1]:
             upstream = upstream[queries.order]
-            one = upstream[scale.argmax()] if len(q) else scale.sum()
-            scaled = scale * upstream
-            if k_gradient is not None and torch.equal(scaled, scale * one): # a sum or a mean: one number
-                k_gradient = k_gradient * one
+            scaled, used = scale * upstream, scale.argmax() if len(q) else slice(0)
+            if k_gradient is not None and torch.equal(scaled, scale * upstream[used]):  # a sum or a mean: one number
+                k_gradient = k_gradient * upstream[used].sum()
             else:
                 with torch.autocast(q.device.type, enabled=False):
                     k_gradient = ctx.gradient_sweep(q, k, queries, keys, scaled, wk, tau, ctx.per_positive, *rest)
@@ -609,9 +766,9 @@ def pixel_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_se
             raise ValueError(f"y{name} holds the label {int(y[outside][0])}, labels are 0..255")
         labels.append(y.masked_fill(outside, 255))
         weights.append(torch.ones(len(x), device=x.device) if w is None else w.detach().float())
-    if _use_triton(q, backend) and backend == "triton":
-        raise RuntimeError("pixel_nce has no Triton path yet")
-    paths = _torch_nce, _torch_nce_gradient
+    if backend == "auto" and q.shape[1] > (512 if q.dtype == k.dtype == torch.bfloat16 else 256):
+        backend = "torch"                                       # Triton's tiles would not fit into registers
+    paths = (_triton_nce, _triton_nce_gradient) if _use_triton(q, backend) else (_torch_nce, _torch_nce_gradient)
     tau = tau.detach().float() if torch.is_tensor(tau) else torch.full((), tau, device=q.device)
     queries, keys, scale = _sort_by_label(*labels, exclude_self)
     return _PixelNCE.apply(q, k, queries, keys, scale * weights[0][queries.order], weights[1][keys.order], tau,
@@ -635,6 +792,19 @@ def _plain_pseudo_label(logits, size, threshold):
     return label, confidence, (confidence >= threshold).double().mean()
 
 
+def _plain_nce(x, yq, yk, wq, wk, tau, form):
+    same, s = yq[:, None] == yk, x[0] @ x[1].t() / tau          # no ignored pixels, every label on both sides
+    if form == "supcon":
+        loss = s.logsumexp(1, keepdim=True) - s
+    else:
+        loss = F.softplus(s.masked_fill(same, float("-inf")).logsumexp(1, keepdim=True) - s)
+    return wq / same.sum(1) * (loss * (same * wk)).sum(1)
+
+
+def _stacked_nce(x, *inputs, backend):
+    return pixel_nce(*x, *inputs, backend=backend)              # x (2,N,C) is q and k: one leaf for both gradients
+
+
 def _run(operator, inputs, **options):
     """-> the operator's outputs and, where it has one, the gradient of the first output's sum to the first input."""
     leaf = inputs[0].detach().requires_grad_()
@@ -656,36 +826,53 @@ def _milliseconds(functions, finish):
     return best
 
 
+def _map_cases(device):
+    """Yields operator, plain operator, inputs, title, whether to time it."""
+    checked = (2, 19, (9, 13), (36, 52)), (1, 2, (7, 5), (57, 33)), (2, 11, (12, 9), (7, 20)), (1, 150, (5, 6), (9, 8))
+    timed = (4, 19, (32, 32), (128, 128)), (2, 19, (64, 64), (256, 256)), (2, 19, (128, 128), (512, 512))
+    channels = {19: 256, 11: 33, 150: 320}                      # of text_correlation, by the number of classes
+    for B, K, low, full in checked + timed:
+        logits, labels = 3 * torch.randn(B, K, *low, device=device), torch.randint(K, (B, *full), device=device)
+        labels[:, :full[0] // 7] = 255
+        time_it, C, weight = (B, K, low, full) in timed, channels.get(K, 64), torch.rand(B, *full, device=device)
+        features, text = torch.randn(B, C, *low, device=device), torch.randn(K, C, device=device)
+        title = f"{(B, K, *low)} -> {full}"
+        yield upsample_cross_entropy, _plain_cross_entropy, (logits, labels, weight), title, time_it
+        yield upsample_pseudo_label, _plain_pseudo_label, (logits, full, 0.5), title, time_it
+        title = f"{(B, C, *low)} -> {(K, *low)}"
+        yield text_correlation, _plain_correlation, (features, text, 14.0), title, time_it
+
+
+def _nce_cases(device):
+    """As _map_cases; pixels of 19 classes, as uneven as those of a street, in labels and weights."""
+    timed = ((1024, 128, True), (2048, 128, True)) + ((16384, 256, True),) * (device == "cuda")
+    for n, C, time_it in ((250, 320, False),) + timed:
+        x = F.normalize(torch.randn(2, n, C, device=device), dim=2)
+        yq, yk = (19 * torch.rand(2, n, device=device) ** 2).long()
+        weights = torch.rand(2, n, device=device)
+        for form in ("supcon", "per_positive"):
+            yield _stacked_nce, _plain_nce, (x, yq, yk, *weights, 0.1, form), f"{(n, C)} {form}", time_it
+
+
 def main():
     """Check both paths against float64, then time them against plain torch, interleaved."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
-    checked = (2, 19, (9, 13), (36, 52)), (1, 2, (7, 5), (57, 33)), (2, 11, (12, 9), (7, 20)), (1, 150, (5, 6), (9, 8))
-    timed = (4, 19, (32, 32), (128, 128)), (2, 19, (64, 64), (256, 256)), (2, 19, (128, 128), (512, 512))
-    channels = {19: 256, 11: 33, 150: 320}                      # of text_correlation, by the number of classes
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; relative error against float64\n"
           f"{'operator':24}{'input -> size':38}{'backend':9}{'error':>7}{'ms':>9}{'plain':>9}")
     torch.manual_seed(0)
     worst = 0.0
-    for B, K, low, full in checked + timed:
-        logits, labels = 3 * torch.randn(B, K, *low, device=device), torch.randint(K, (B, *full), device=device)
-        labels[:, :full[0] // 7] = 255
-        time_it, C = (B, K, low, full) in timed, channels.get(K, 64)
-        features, text = torch.randn(B, C, *low, device=device), torch.randn(K, C, device=device)
-        for ours, plain, inputs, title in (
-                (upsample_cross_entropy, _plain_cross_entropy, (logits, labels, torch.rand(B, *full, device=device)),
-                 f"{(B, K, *low)} -> {full}"),
-                (upsample_pseudo_label, _plain_pseudo_label, (logits, full, 0.5), f"{(B, K, *low)} -> {full}"),
-                (text_correlation, _plain_correlation, (features, text, 14.0), f"{(B, C, *low)} -> {(K, *low)}")):
-            exact = _run(plain, [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs])
-            for backend in ["torch"] + ["triton"] * (triton is not None and not (time_it and INTERPRET)):
-                pairs = [(a.double(), b.double()) for a, b in zip(_run(ours, inputs, backend=backend), exact)
-                         if a.is_floating_point()]                                      # labels may differ at ties
-                error = max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
-                worst = max(worst, error)
-                sides = lambda: _run(ours, inputs, backend=backend), lambda: _run(plain, inputs)
-                times = "".join(f"{t:9.2f}" for t in _milliseconds(sides, finish)) if time_it else ""
-                print(f"{ours.__name__:24}{title:38}{backend:9}{error:7.0e}{times}", flush=True)
+    for ours, plain, inputs, title, time_it in (*_map_cases(device), *_nce_cases(device)):
+        exact = _run(plain, [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs])
+        for backend in ["torch"] + ["triton"] * (triton is not None and not (time_it and INTERPRET)):
+            pairs = [(a.double(), b.double()) for a, b in zip(_run(ours, inputs, backend=backend), exact)
+                     if a.is_floating_point()]                                          # labels may differ at ties
+            error = max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
+            worst = max(worst, error)
+            sides = lambda: _run(ours, inputs, backend=backend), lambda: _run(plain, inputs)
+            times = "".join(f"{t:9.2f}" for t in _milliseconds(sides, finish)) if time_it else ""
+            name = ours.__name__.replace("_stacked", "pixel")
+            print(f"{name:24}{title:38}{backend:9}{error:7.0e}{times}", flush=True)
     if not worst < 1e-5:
         sys.exit(f"a path is off by {worst:.0e} relative, the limit is 1e-5")
 

@@ -1096,6 +1096,195 @@ def test_text_correlation_makes_no_feature_sized_temporary():
         assert features.grad.shape == features.shape and 0 < max(others.values()) <= size / 8
 
 
+FORMS = ["supcon", "per_positive"]
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def plain_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_self=False):
+    known = (yq[:, None] != 255) & (yk != 255) & ~(exclude_self & torch.ones_like(yq[:, None] == yk).tril().triu())
+    same = yq[:, None] == yk
+    live = ((known & same).any(1) & (known & ~same).any(1)).nonzero()[:, 0]
+    known, same, s = known[live], same[live], (q @ k.t() / tau)[live]
+    if form == "supcon":
+        loss = s.masked_fill(~known, -torch.inf).logsumexp(1, keepdim=True) - s
+    else:
+        loss = F.softplus(s.masked_fill(~known | same, -torch.inf).logsumexp(1, keepdim=True) - s)
+    loss = (loss * (known & same) * (1 if wk is None else wk)).sum(1) / (known & same).sum(1)
+    return q.new_zeros(len(q)).index_put((live,), loss * (1 if wq is None else wq[live]))
+
+
+def nce_inputs(N, M, C, classes=5, dtype=torch.float32):
+    """-> q, k, labels with 255 and with a class that is present once, weights with zeros, upstream."""
+    generator = torch.Generator().manual_seed(N + M + C)
+    q, k = (F.normalize(torch.randn(n, C, generator=generator), dim=1).to(dtype) for n in (N, M))
+    yq, yk = (torch.randint(classes, (n,), generator=generator) for n in (N, M))
+    for y in (yq, yk):
+        y[::7], y[5] = 255, 250
+    wq, wk = (torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) < 0.7) for n in (N, M))
+    return [x.to(DEVICE) for x in (q, k, yq, yk, wq, wk, torch.rand(N, generator=generator) + 0.2)]
+
+
+def contrast(operator, q, k, *others, upstream, **options):
+    """-> value and the gradients to q and k; to both at once where they are the same tensor."""
+    leaves = [x.detach().requires_grad_() for x in ([q] if q is k else [q, k])]
+    value = operator(leaves[0], leaves[-1], *others, **options)
+    return value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+
+
+def assert_contrasts_near(ours, q, k, yq, yk, wq, wk, upstream, limit=1e-5, **options):
+    same, q = q is k, q.double()
+    inputs = q, q if same else k.double(), yq, yk, wq.double(), wk.double()
+    exact = contrast(plain_nce, *inputs, upstream=upstream, **options)
+    assert ours[0].dtype == torch.float32
+    for our, reference in zip(ours, exact, strict=True):
+        assert_near(our, reference, limit)
+
+
+@each_backend
+@each_form
+@pytest.mark.parametrize("N, M, C, classes", [(250, 237, 64, 11), (130, 70, 320, 2)])
+def test_pixel_nce_equals_float64(N, M, C, classes, form, backend):
+    *inputs, upstream = nce_inputs(N, M, C, classes)
+    kept = [x.clone() for x in inputs]
+    options = {"form": form, "backend": backend}
+    ours, again = (contrast(kernels.pixel_nce, *inputs, upstream=upstream, **options) for _ in range(2))
+    assert_contrasts_near(ours, *inputs, upstream, form=form)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again))                          # bit for bit
+    assert all(torch.equal(a, b) for a, b in zip(kept, inputs))                         # inputs are left alone
+    assert (ours[0][inputs[2] == 255] == 0).all() and (ours[1][inputs[2] == 255] == 0).all()
+    mean = torch.full_like(upstream, 1 / N)                     # one number for all rows: the torch path's short cut
+    assert_contrasts_near(contrast(kernels.pixel_nce, *inputs, upstream=mean, **options), *inputs, mean, form=form)
+
+
+@each_backend
+@each_form
+def test_pixel_nce_without_itself(form, backend):
+    q, k, yq, yk, wq, _, upstream = nce_inputs(200, 200, 256)
+    options = {"form": form, "exclude_self": True, "tau": 0.2}
+    ours = contrast(kernels.pixel_nce, q, q, yq.byte(), yq.int(), wq, wq, backend=backend, upstream=upstream, **options)
+    assert_contrasts_near(ours, q, q, yq, yq, wq, wq, upstream, **options)
+    assert ours[0][5] == 0                                      # the class that is present once
+    other = yk.roll(3)                                          # its own key may be a negative, or ignored
+    ours = contrast(kernels.pixel_nce, q, k, yq, other, backend=backend, upstream=upstream, **options)
+    assert_contrasts_near(ours, q, k, yq, other, torch.ones_like(wq), torch.ones_like(wq), upstream, **options)
+
+
+@each_form
+def test_pixel_nce_over_several_chunks(form):
+    *inputs, upstream = nce_inputs(700, 5000, 16, 40)
+    ours = contrast(kernels.pixel_nce, *inputs, form=form, backend="torch", upstream=upstream)
+    assert_contrasts_near(ours, *inputs, upstream, form=form)
+
+
+@each_backend
+@each_form
+def test_pixel_nce_with_nothing_to_contrast_is_zero_with_a_graph(form, backend):
+    q, k, yq, yk, wq, wk, _ = nce_inputs(40, 30, 16)
+    q[0], k[0] = float("nan"), float("inf")                     # ignored: nothing of them may be read
+    assert yq[0] == yk[0] == 255
+    for n, m, a, b in ((40, 30, yq * 0, yk * 0), (40, 30, yq * 0, yk * 0 + 1), (40, 30, yq, yk * 0 + 255),
+                       (40, 30, yq * 0 + 255, yk), (0, 30, yq, yk), (40, 0, yq, yk), (0, 0, yq, yk)):
+        a, b = a.clone(), b.clone()
+        a[0] = b[0] = 255
+        leaves = [x.clone().requires_grad_() for x in (q[:n], k[:m])]
+        value = kernels.pixel_nce(*leaves, a[:n], b[:m], wq[:n], wk[:m], form=form, backend=backend)
+        assert value.shape == (n,) and (value == 0).all() and value.grad_fn is not None
+        value.sum().backward()
+        assert all((x.grad == 0).all() for x in leaves)
+    ours = contrast(kernels.pixel_nce, q, k, yq, yk, form=form, backend=backend, upstream=torch.ones_like(wq))
+    assert all(x.isfinite().all() for x in ours) and (ours[1][0] == 0).all() and (ours[2][0] == 0).all()
+
+
+@each_backend
+@each_form
+def test_pixel_nce_of_large_logits(form, backend):
+    *inputs, upstream = nce_inputs(90, 80, 32)
+    inputs[0], inputs[1] = 40 * inputs[0], 50 * inputs[1]       # logits up to 20,000, which float32 rounds to 0.001
+    ours = contrast(kernels.pixel_nce, *inputs, form=form, backend=backend, upstream=upstream)
+    assert_contrasts_near(ours, *inputs, upstream, limit=2e-3, form=form)
+
+
+@each_backend
+def test_pixel_nce_skips_gradients_that_nobody_needs(backend, monkeypatch):
+    q, k, *others, upstream = nce_inputs(100, 90, 16)
+    reference = contrast(kernels.pixel_nce, q, k, *others, backend=backend, upstream=upstream)
+    sweep, gradient_sweep, asked = getattr(kernels, f"_{backend}_nce"), f"_{backend}_nce_gradient", []
+    monkeypatch.setattr(kernels, f"_{backend}_nce", lambda *a: (asked.append(a[-2:]), sweep(*a))[1])
+    monkeypatch.setattr(kernels, gradient_sweep, lambda *a: pytest.fail("gradients to detached keys"))
+    leaf = q.clone().requires_grad_()
+    value = kernels.pixel_nce(leaf, k, *others, backend=backend)
+    assert torch.equal(torch.autograd.grad(value, leaf, upstream)[0], reference[1])
+    with torch.no_grad():
+        assert torch.equal(kernels.pixel_nce(q, k, *others, backend=backend), reference[0])
+    assert asked == [(True, False), (False, False)]
+    monkeypatch.undo()
+    leaf = k.clone().requires_grad_()
+    value = kernels.pixel_nce(q, leaf, *others, backend=backend)
+    assert torch.equal(torch.autograd.grad(value, leaf, upstream)[0], reference[2])
+
+
+@each_backend
+@pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
+def test_pixel_nce_of_16_bit_features(dtype, limit, backend):
+    *inputs, upstream = nce_inputs(100, 90, 40, dtype=dtype)
+    ours = contrast(kernels.pixel_nce, *inputs, form="per_positive", backend=backend, upstream=upstream)
+    assert ours[1].dtype == ours[2].dtype == dtype
+    assert_contrasts_near(ours, *inputs, upstream, limit=limit, form="per_positive")
+    if DEVICE == "cpu":                                         # only the features and their gradients are rounded
+        exact = plain_nce(*(x.double() if x.is_floating_point() else x for x in inputs), form="per_positive")
+        assert_near(ours[0], exact)
+
+
+@each_backend
+def test_pixel_nce_options(backend):
+    q, k, yq, yk, wq, wk, upstream = nce_inputs(100, 90, 40)
+    reference = contrast(kernels.pixel_nce, q, k, yq, yk, wq, wk, backend=backend, upstream=upstream)
+    strided = [torch.stack([x, x * 0 + 9], -1)[..., 0] for x in (q.t().contiguous().t(), k, yq, yk, wq, wk)]
+    tau = torch.tensor(0.1, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):                # backward too
+        ours = contrast(kernels.pixel_nce, *strided, tau=tau, backend=backend, upstream=upstream)
+    for a, b in zip(ours, reference):
+        assert_near(a, b, 1e-6)
+    assert kernels.pixel_nce(q, k, yq, yk, tau=tau, backend=backend).grad_fn is None    # no gradient to tau
+
+
+def test_pixel_nce_refuses_wrong_input_in_one_line():
+    q, k, yq, yk, wq, wk, _ = (x.cpu() for x in nce_inputs(20, 16, 8))
+    for message, arguments, options in (
+            ("must be", (q[:, 1:], k, yq, yk), {}), ("must be", (q[0], k, yq, yk), {}),
+            ("yq is", (q, k, yq[1:], yk), {}), ("yk is", (q, k, yq, yk[:, None]), {}),
+            ("yk is", (q, k, yq, yk.float()), {}), ("yq is", (q, k, yq == 1, yk), {}),
+            ("wq is", (q, k, yq, yk, wq[1:]), {}), ("wk is", (q, k, yq, yk, wq, wk[None]), {}),
+            ("label 256", (q, k, yq + 1, yk), {}), ("label -1", (q, k, yq, yk - yk - 1), {}),
+            ("tau", (q, k, yq, yk), {"tau": 0.0}), ("tau", (q, k, yq, yk), {"tau": float("nan")}),
+            ("tau", (q, k, yq, yk), {"tau": torch.ones(2)}), ("form", (q, k, yq, yk), {"form": "out"}),
+            ("exclude_self", (q, k, yq, yk), {"exclude_self": True}), ("backend", (q, k, yq, yk), {"backend": "cuda"})):
+        with pytest.raises(ValueError, match=message) as error:
+            kernels.pixel_nce(*arguments, **options)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux' /proc")
+def test_pixel_nce_makes_no_matrix_of_logits():
+    code = """if True:
+        import re, torch, kernels
+        def kilobytes(name):
+            return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+        def extra(n, C):
+            y, q, k = torch.arange(n) * 19 // n, *(torch.randn(n, C, requires_grad=True) for _ in range(2))
+            open("/proc/self/clear_refs", "w").write("5")       # as for the cross-entropy
+            before = kilobytes("VmRSS")
+            kernels.pixel_nce(q, k, y, y, form="per_positive", backend="torch").mean().backward()
+            return kilobytes("VmHWM") - before
+        extra(64, 16)
+        print(extra(16384, 256))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+                          cwd=os.path.dirname(os.path.abspath(kernels.__file__)),
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < 200 * 1024, done.stdout       # KB; one N x M matrix of float32 would be 1 GiB
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # eval.py
 
