@@ -27,6 +27,7 @@ except ImportError:                                             # no wheel for t
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TILE_PIXELS, TILE_CELLS = (1024, 256) if INTERPRET else (256, 64)       # the interpreter pays per tile, not per element
+NOBODY = 2**62                  # stands for label 255 where pixels are sorted: behind every other
 EPS = 1e-6                      # of a cosine: every vector x is divided by sqrt(|x|^2 + EPS^2)
 NCE_TILES = {True: {64: (128, 128), 128: (128, 128), 256: (128, 64), 512: (64, 32)},    # bf16, by C: own x other pixels
              False: {64: (64, 64), 128: (64, 32), 256: (64, 32), 512: (16, 32)}}        # float32; what registers hold
@@ -173,18 +174,18 @@ class Sorted(NamedTuple):
 
 @torch.no_grad()
 def _sort_by_label(yq, yk, exclude_self):
-    """-> Sorted queries, Sorted keys, and per sorted query 1 / |P|, 0 where it has no positive or no negative."""
+    """Labels int64, NOBODY where ignored -> Sorted queries, Sorted keys, and per sorted query 1 / |P|, 0 where it has no positive or no negative."""
     (queries, keys), sides = [y.sort(stable=True) for y in (yq, yk)], []
     for (y, order), (other, other_order) in ((queries, keys), (keys, queries)):
         own = other_order.argsort()[order] if exclude_self else torch.full_like(order, -1)
-        own = own.masked_fill(own >= (other < 255).sum(), -1)
+        own = own.masked_fill(own >= (other < NOBODY).sum(), -1)
         first, last = torch.searchsorted(other, y), torch.searchsorted(other, y, right=True)
-        sides.append(Sorted(order, first.int(), last.int(), own.int(), (y < 255).sum()))
+        sides.append(Sorted(order, first.int(), last.int(), own.int(), (y < NOBODY).sum()))
     label, (queries, keys) = queries[0], sides
     span, left_out = queries.last - queries.first, queries.own >= 0
     positives = span - (left_out & (queries.own >= queries.first) & (queries.own < queries.last)).int()
     negatives = keys.count - left_out.int() - positives
-    return queries, keys, ((label < 255) & (positives > 0) & (negatives > 0)) / positives.clamp(min=1)
+    return queries, keys, ((label < NOBODY) & (positives > 0) & (negatives > 0)) / positives.clamp(min=1)
 
 
 def _torch_nce(q, k, queries, keys, scale, wk, tau, per_positive, q_gradient, k_gradient):
@@ -732,20 +733,18 @@ def _unsorted(rows, side):
 def pixel_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_self=False, backend="auto"):
     """Class-labelled InfoNCE of every query pixel against all key pixels, without any N x M matrix.
 
-    q (N,C), k (M,C) float, used as given (unit length is the caller's business); yq (N,), yk (M,) labels 0..255 of any
-    integer dtype; wq (N,), wk (M,) float weights or None; tau > 0, a number or a 0-d tensor -> (N,) float32. With
+    q (N,C), k (M,C) float, used as given (unit length is the caller's business); yq (N,), yk (M,) labels of any integer
+    dtype, 255 takes part in nothing; wq (N,), wk (M,) float weights or None; tau > 0, a number or a 0-d tensor -> (N,) float32. With
     s = q.k / tau and P_i the keys labelled as query i, row i is  wq_i / |P_i| * sum over j in P_i of wk_j * l_ij:
     form "supcon"        l_ij = logsumexp over all keys of s_i - s_ij  (L_out of Khosla et al., NeurIPS 2020);
     form "per_positive"  l_ij = softplus(logsumexp over the keys of other labels of s_i - s_ij), which is
         -log(exp(s_ij) / (exp(s_ij) + sum over negatives of exp(s_i)))  (ContrastiveSeg, Wang et al., ICCV 2021;
         CLUDA, Vayyat et al. 2022, arXiv:2208.14227).
-    exclude_self: q and k are the same pixels, and row i knows nothing of key i. Label 255 takes part in nothing. A
-    row without a positive or without a negative is 0, with gradient 0; |P_i| counts keys, whatever their weights. The
-    caller averages. Computed in float32, also under autocast. (On a GPU the products of bfloat16 q and k take the
-    softmax in bfloat16 too, and sum in float32.) Differentiable once, with respect to q and k only; gradients repeat
-    bit for bit.
-    ValueError on wrong shapes and, on the CPU, on labels outside 0..255 (an accelerator would have to wait for the
-    answer: it ignores them). RuntimeError where backend="triton" cannot run."""
+    exclude_self: q and k are the same pixels, and row i knows nothing of key i. A row without a positive or without a
+    negative is 0, with gradient 0; |P_i| counts keys, whatever their weights. The caller averages. Computed in float32,
+    also under autocast. (On a GPU the products of bfloat16 q and k take the softmax in bfloat16 too, and sum in
+    float32.) Differentiable once, with respect to q and k only; gradients repeat bit for bit.
+    ValueError on wrong shapes, RuntimeError where backend="triton" cannot run."""
     if q.ndim != 2 or k.ndim != 2 or q.shape[1] != k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: must be (N, C) and (M, C)")
     if exclude_self and len(q) != len(k):
@@ -760,11 +759,7 @@ def pixel_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_se
             raise ValueError(f"y{name} is {tuple(y.shape)} {y.dtype}, it must be ({len(x)},) of an integer dtype")
         if w is not None and w.shape != y.shape:
             raise ValueError(f"w{name} is {tuple(w.shape)}, it must be ({len(x)},)")
-        y = y.long()
-        outside = (y < 0) | (y > 255)
-        if y.device.type == "cpu" and outside.any():
-            raise ValueError(f"y{name} holds the label {int(y[outside][0])}, labels are 0..255")
-        labels.append(y.masked_fill(outside, 255))
+        labels.append(y.long().masked_fill(y == 255, NOBODY))
         weights.append(torch.ones(len(x), device=x.device) if w is None else w.detach().float())
     if backend == "auto" and q.shape[1] > (512 if q.dtype == k.dtype == torch.bfloat16 else 256):
         backend = "torch"                                       # Triton's tiles would not fit into registers
