@@ -174,7 +174,8 @@ class Sorted(NamedTuple):
 
 @torch.no_grad()
 def _sort_by_label(yq, yk, exclude_self):
-    """Labels int64, NOBODY where ignored -> Sorted queries, Sorted keys, and per sorted query 1 / |P|, 0 where it has no positive or no negative."""
+    """Labels int64, NOBODY where ignored -> Sorted queries, Sorted keys, and per sorted query 1 / |P|, 0 where it has
+    no positive or no negative."""
     (queries, keys), sides = [y.sort(stable=True) for y in (yq, yk)], []
     for (y, order), (other, other_order) in ((queries, keys), (keys, queries)):
         own = other_order.argsort()[order] if exclude_self else torch.full_like(order, -1)
@@ -734,8 +735,9 @@ def pixel_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_se
     """Class-labelled InfoNCE of every query pixel against all key pixels, without any N x M matrix.
 
     q (N,C), k (M,C) float, used as given (unit length is the caller's business); yq (N,), yk (M,) labels of any integer
-    dtype, 255 takes part in nothing; wq (N,), wk (M,) float weights or None; tau > 0, a number or a 0-d tensor -> (N,) float32. With
-    s = q.k / tau and P_i the keys labelled as query i, row i is  wq_i / |P_i| * sum over j in P_i of wk_j * l_ij:
+    dtype, 255 takes part in nothing; wq (N,), wk (M,) float weights or None; tau > 0, a number or a 0-d tensor
+    -> (N,) float32. With s = q.k / tau and P_i the keys labelled as query i, row i is
+    wq_i / |P_i| * sum over j in P_i of wk_j * l_ij:
     form "supcon"        l_ij = logsumexp over all keys of s_i - s_ij  (L_out of Khosla et al., NeurIPS 2020);
     form "per_positive"  l_ij = softplus(logsumexp over the keys of other labels of s_i - s_ij), which is
         -log(exp(s_ij) / (exp(s_ij) + sum over negatives of exp(s_i)))  (ContrastiveSeg, Wang et al., ICCV 2021;
