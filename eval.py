@@ -593,7 +593,7 @@ def run(args):
     checkpoint = load_checkpoint(args.checkpoint)
     flags, classes = checkpoint["flags"], tuple(checkpoint["classes"])
     model = build_segmenter(checkpoint, args.weights, args.checkpoint).to(args.device)
-    if args.head != "plain" and not model.language:
+    if args.head != "plain" and "language" not in model.heads:
         raise CheckpointError(f"{args.checkpoint}: --head {args.head} needs a language decoder, and it has none")
     size, window = args.size or flags["size"], flags["crop"] if args.slide else None
     if args.adabn:

@@ -5,7 +5,6 @@ the gradient of one process that sees the joint batch.
 """
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from kernels import pixel_nce, upsample_cross_entropy
 
@@ -69,10 +68,11 @@ def feature_distance(features, reference, label, things):
     """Thing-class feature distance (DAFormer, Hoyer et al., 2022): mean L2 norm of f - f_ImageNet over thing cells.
 
     features, reference: float (B,C,h,w), the last stage of the student and of the frozen ImageNet network;
-    label: int (B,h,w), 255 where no class has the majority; things: class indices. A grid without a thing cell gives 0
-    with a graph, where the reference code gives NaN (and, summed into one backward, would lose the step).
+    label: int (B,h,w), 255 where no class has the majority; things: class indices, a tensor or a list. A grid
+    without a thing cell gives 0 with a graph, where the reference code gives NaN (and, summed into one backward, would
+    lose the step).
     """
-    keep = torch.isin(label, torch.tensor(things, device=label.device))
+    keep = torch.isin(label, torch.as_tensor(things, device=label.device))
     distance = torch.linalg.vector_norm(features.float() - reference.float(), dim=1)  # (B,C,h,w) -> (B,h,w)
     count = mean_over_ranks(keep.sum().float())
     return (distance * keep).sum() / count.clamp(min=1e-6)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import text_correlation, upsample_pseudo_label
 
@@ -181,7 +182,7 @@ class MixTransformer(nn.Module):
     def __init__(self, name="mit_b0", drop_path=0.1):
         super().__init__()
         self.channels, depths = MIT[check_backbone(name)]
-        self.strides = (4, 8, 16, 32)
+        self.strides, self.recomputed = (4, 8, 16, 32), False
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         for s, (channels, depth) in enumerate(zip(self.channels, depths), 1):
             inputs, kernel, stride = (3, 7, 4) if s == 1 else (self.channels[s - 2], 3, 2)
@@ -200,12 +201,17 @@ class MixTransformer(nn.Module):
             nn.init.normal_(m.weight, std=math.sqrt(2 * m.groups / (m.kernel_size[0] ** 2 * m.out_channels)))
             nn.init.zeros_(m.bias)
 
+    def recompute(self):
+        """Gradient checkpointing: of the blocks only inputs are kept, the backward computes the rest again."""
+        self.recomputed = True
+
     def forward(self, x):
         x, pyramid = x.contiguous(memory_format=torch.channels_last), []
         for s in "1234":
             x, size = getattr(self, "patch_embed" + s)(x)
             for block in getattr(self, "block" + s):
-                x = block(x, size)
+                again = self.recomputed and self.training
+                x = checkpoint(block, x, size, use_reentrant=False) if again else block(x, size)
             x = to_map(getattr(self, "norm" + s)(x), size)  # (B,N,C) -> (B,C,H,W)
             pyramid.append(x)
         return pyramid
@@ -245,6 +251,10 @@ class TimmBackbone(nn.Module):
         self.channels, self.strides = (tuple(of()[-4:]) for of in (self.net.feature_info.channels,
                                                                    self.net.feature_info.reduction))
         self.mean, self.std = self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"]
+
+    def recompute(self):
+        """Gradient checkpointing, by timm's own means."""
+        getattr(self.net, "model", self.net).set_grad_checkpointing(True)
 
     def forward(self, x):
         return self.net(x.contiguous(memory_format=torch.channels_last))[-4:]
@@ -298,9 +308,25 @@ class SegFormerFusion(nn.Module):
 
 def conv_bn_relu(inputs, outputs, kernel=1, dilation=1, groups=1):
     """Convolution without bias, BatchNorm, ReLU; keeps the size."""
-    pad = dilation * (kernel // 2)
-    conv = nn.Conv2d(inputs, outputs, kernel, 1, pad, dilation, groups, bias=False)
+    pad, kind = dilation * (kernel // 2), DilatedDepthwise if dilation > 1 and groups == inputs else nn.Conv2d
+    conv = kind(inputs, outputs, kernel, 1, pad, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class DilatedDepthwise(nn.Conv2d):
+    """A dilated depthwise 3x3 convolution. CPUs have no fast kernel for one: there each of the d x d interleaved
+    sub-images, in which it is not dilated, goes through a plain convolution; the same sums."""
+
+    def forward(self, x):
+        (B, C, H, W), d = x.shape, self.dilation[0]
+        if x.device.type != "cpu" or 2 * d >= min(H, W):  # few cells a sub-image: nothing to win
+            return super().forward(x)
+        h, w = -(-H // d), -(-W // d)
+        x = F.pad(x, (0, w * d - W, 0, h * d - H)).view(B, C, h, d, w, d)
+        x = x.permute(0, 3, 5, 1, 2, 4).reshape(B * d * d, C, h, w)  # (B,C,h,d,w,d) -> (B*d*d,C,h,w)
+        x = F.conv2d(x.contiguous(memory_format=torch.channels_last), self.weight, None, 1, 1, 1, C)
+        x = x.view(B, d, d, C, h, w).permute(0, 3, 4, 1, 5, 2)  # -> (B,C,h,d,w,d)
+        return x.reshape(B, C, h * d, w * d)[..., :H, :W]
 
 
 class DAFormerFusion(nn.Module):
@@ -471,6 +497,10 @@ class Segmenter(nn.Module):
         for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             value = torch.tensor(getattr(self.backbone, name, default))
             self.register_buffer("pixel_" + name, value.view(1, 3, 1, 1))
+
+    def compilable(self):
+        """The modules that torch.compile takes whole, whatever the recipe: the backbone and the decoders' fusions."""
+        return [self.backbone, *(m for m in self.modules() if isinstance(m, tuple(FUSIONS.values())))]
 
     def encode(self, x):
         """Float (B,3,H,W), RGB in [0,1] -> the backbone's maps; sizes that it cannot take get a mean-coloured rim."""

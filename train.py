@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -63,14 +64,15 @@ RECIPES = {
 }
 THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
           "SignSymbol", "Pedestrian", "Car", "Bicyclist"}  # the feature distance holds on to these (DAFormer)
-FREE_ON_RESUME = {"stop_at", "out", "eval_every"}
+FREE_ON_RESUME = {"stop_at", "out", "eval_every", "profile"}
+PROFILE_AFTER = 5  # steps that --profile lets pass first: they allocate, tune and compile
 LIMITS = dict(crop=(1, 1e5), batch=(1, 1e5), steps=(1, 1e9), accum=(1, 1e4), save_every=(1, 1e9), log_every=(1, 1e9),
               panel_every=(1, 1e9), eval_every=(0, 1e9), channels=(1, 1e5), workers=(0, 1e3), seed=(0, 2**31),
               lr=(0, 10), head_lr=(0, 1e3), alpha=(0, 1), mix=(0, 1e3), mask=(0, 1e3), fd=(0, 1e3), rcs=(0, 1e3),
               spatial_depth=(0, 9), mask_ratio=(0, 1), mask_block=(1, 1e5), threshold=(0, 2),
               warmup=(0, 1e9), cluda=(0, 1e3), t2s=(0, 1e3), sepico=(0, 1e3), tau=(1e-3, 1e3), restyled=(0, 1e3),
               contrast_start=(0, 1e9), hardest=(0, 1), omega=(0, 1), consistency=(0, 1e3),
-              confident=(0, 1))  # least and most
+              confident=(0, 1), profile=(0, 1e6))  # least and most
 
 
 def backbone(text):
@@ -164,6 +166,8 @@ def build_parser():
     a("--head-lr", type=float, help="decoder's learning rate over the backbone's (default 10 with --init, else 1)")
     a("--accum", type=int, default=1, help="batches per optimiser step, for small memory; q and ClassMix go by batch")
     a("--seed", type=int, default=0, help="every random draw is a function of it, the step and the sample")
+    a("--compile", action="store_true", help="torch.compile backbone and decoders: minutes at first, pays on a GPU")
+    a("--checkpointing", action="store_true", help="keep fewer activations and compute them again, for small memory")
     a("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 on GPUs that have it, else fp32")
     # run
     a("--out", default="out", help="directory of checkpoints, log and panels")
@@ -171,6 +175,7 @@ def build_parser():
     a("--save-every", type=int, default=500, help="write OUT/last.pt every N steps")
     a("--log-every", type=int, default=50, help="a line in OUT/log.jsonl every N steps")
     a("--panel-every", type=int, default=500, help="a picture of what is trained on every N steps")
+    a("--profile", type=int, default=0, help="time N steps, print where the time goes and leave; nothing is saved")
     return p
 
 
@@ -238,6 +243,8 @@ def parameter_groups(net, lr, head_lr, decay=0.01):
 
 # student, perhaps wrapped by DDP, and its frozen companions: EMA teacher, ImageNet copy (or None); running statistics
 Networks = namedtuple("Networks", "student teacher imagenet confidence gaussians")
+# what a step draws from and is told by: its number, a CPU generator of its own, (rank, world), a Clock
+Context = namedtuple("Context", "step generator shard clock")
 
 
 def contrast_rows(f, net, features, label, weight, generator, shard):
@@ -252,16 +259,16 @@ def contrast_rows(f, net, features, label, weight, generator, shard):
     return rows, cells.flatten(), F.adaptive_avg_pool2d(weight, cells.shape[1:]).flatten()
 
 
-def step_terms(f, step, networks, source, labeled, target, things, generator, shard):
+def step_terms(f, context, networks, source, labeled, target, things):
     """The loss terms of one batch, in this order: source, feature distance, mix, mask, contrasts.
 
-    f: flags; step: number of the step; networks: Networks; source: (image float (B,3,S,S) in [0,1], label uint8
+    f: flags; context: Context; networks: Networks; source: (image float (B,3,S,S) in [0,1], label uint8
     (B,S,S)); labeled: the same of the target, or None; target: the same without labels, 255 on padding and 0 elsewhere,
-    or None; things: class indices of the feature
-    distance; generator: CPU generator of this step; shard: (rank, world).
+    or None; things: class indices of the feature distance.
     Returns (terms: name -> 0-d tensor, views: name -> image or label tensor for the panel).
     """
     student, teacher, imagenet, confidence, gaussians = networks
+    step, generator, shard, clock = context
     (image, label), B = source, len(source[0])
     num_classes = teacher.num_classes
     terms, views = {}, {}
@@ -291,6 +298,7 @@ def step_terms(f, step, networks, source, labeled, target, things, generator, sh
             reference = imagenet.encode(view)[-1]
         cells = data.majority_label(known_label, reference.shape[2:], num_classes)
         terms["fd"] = f.fd * feature_distance(out.pyramid[-1], reference, cells, things)
+    clock("source")
 
     if adapts(f):  # pseudo-labels of the clean target; one weight q for the whole batch, over all processes
         with torch.no_grad():
@@ -302,6 +310,7 @@ def step_terms(f, step, networks, source, labeled, target, things, generator, sh
             inside[:, max(0, inside.shape[1] - f.border[1]):] = False
             weight = mean_over_ranks(fraction) * inside
         views.update(target=target, pseudo=pseudo)
+        clock("teacher")
 
     mixes = f.mix or f.consistency
     if mixes:  # paste half of the batch's source classes onto the target (ClassMix)
@@ -316,6 +325,7 @@ def step_terms(f, step, networks, source, labeled, target, things, generator, sh
             terms["consistency"] = f.consistency * losses.consistency(
                 mixed_out.logits, pseudo, certainty >= f.confident, inside & ~pasted[:, 0])
         views.update(mixed=mixed, mixed_label=mixed_label)
+        clock("mixed")
 
     for name in f.mask_views if f.mask else ():  # predict what blanked blocks hide from what surrounds them
         clear, answer, trust = {"source": lambda: (image, label, None), "target": lambda: (target, pseudo, weight),
@@ -325,6 +335,7 @@ def step_terms(f, step, networks, source, labeled, target, things, generator, sh
         logits = student(masked, head=teacher.heads[-1]).logits  # "language" in LC-MSM, else "plain"
         terms["mask" if name == "target" else f"mask_{name}"] = f.mask * cross_entropy(logits, answer, trust)
         views[f"masked_{name}"] = masked
+        clock("masked")
 
     # contrasts, on what the passes above have seen, never on masked images: a hidden cell shows nothing of its class
     live = 0.0 if f.control or step < f.contrast_start else 1.0
@@ -358,6 +369,8 @@ def step_terms(f, step, networks, source, labeled, target, things, generator, sh
         class_weight = confidence.weights(0.5 if f.class_weights == "confidence" else 0)
         rows, cells, _ = contrast_rows(f, student, torch.cat(features), torch.cat(labels), None, generator, shard)
         terms["t2s"] = live * f.t2s * losses.t2s(rows, cells, keys, key_label, class_weight, f.tau)
+    if f.cluda or f.sepico or f.t2s:
+        clock("contrast")
     return terms, views
 
 
@@ -380,7 +393,8 @@ def setup():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:  # one process needs no group, and its gradients no averaging
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=1))
     return device, rank, world
 
 
@@ -459,6 +473,8 @@ def open_networks(f, classes, device):
     elif not timm_hub:
         model.load_backbone(student, f.init)
     student.to(device).train()
+    if f.checkpointing:
+        student.backbone.recompute()
     teacher = model.teacher_mode(copy.deepcopy(student).requires_grad_(False))
     imagenet = None
     if f.fd and (f.init == "none" or ours):
@@ -467,6 +483,9 @@ def open_networks(f, classes, device):
         print0("feature distance: off, none of the classes is one of its things:", ", ".join(sorted(THINGS)))
     elif f.fd:
         imagenet = copy.deepcopy(student).requires_grad_(False).eval()
+    for net in filter(None, (student, teacher, imagenet) if f.compile else ()):
+        for module in net.compilable():
+            module.compile()  # in place: names and weights stay those of the plain module
     gaussians = losses.ClassGaussians(len(classes), f.channels).to(device)
     return Networks(student, teacher, imagenet, losses.ClassConfidence(len(classes)).to(device), gaussians), bank
 
@@ -494,16 +513,51 @@ def check_resume(flags, classes, checkpoint, path):
         raise model.CheckpointError(f"{path} was trained with other flags: {what}; repeat them, or give another --out")
 
 
-class Log:
-    """OUT/log.jsonl: one JSON object a line; means of the loss terms and images/s since the last line."""
+class Clock:
+    """Where the time of the steps goes: clock(part) books what has passed since the last call on `part`. On a GPU by
+    events, which are read when a sum is asked for: nothing waits in between."""
 
-    def __init__(self, path, images_per_step, enabled):
+    def __init__(self, device):
+        self.device, self.cuda = device, device.type == "cuda"
+        self.reset()
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def reset(self):
+        self.spans, self.last = [], self.now()
+
+    def __call__(self, part):
+        now = self.now()
+        self.spans.append((part, self.last, now))
+        self.last = now
+
+    def sums(self):
+        """Milliseconds per part since the last reset, in the order of their first call; on a GPU, waits for it."""
+        if self.cuda:
+            self.last.synchronize()
+        total = {}
+        for part, begin, end in self.spans:
+            total[part] = total.get(part, 0) + (begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin))
+        return total
+
+
+class Log:
+    """OUT/log.jsonl: one JSON object a line; means of the loss terms and of the milliseconds of a step's parts, and
+    images/s, since the last line."""
+
+    def __init__(self, path, images_per_step, clock, enabled):
         self.file = open(path, "a", buffering=1) if enabled else None
-        self.images = images_per_step
+        self.images, self.clock = images_per_step, clock
         self.reset()
 
     def reset(self):
-        self.sums, self.steps, self.clock = {}, 0, time.perf_counter()
+        self.sums, self.steps, self.began = {}, 0, time.perf_counter()
+        self.clock.reset()
 
     def write(self, event, **values):
         if self.file:
@@ -517,14 +571,17 @@ class Log:
     def report(self, bar, done, f, **values):
         """A line in the log, and on the bar or, where stderr is no terminal, on stdout."""
         means = {name: round(mean_over_ranks(value).item() / self.steps, 4) for name, value in self.sums.items()}
-        pace = self.steps / (time.perf_counter() - self.clock)
+        parts = {part: round(ms / self.steps, 2) for part, ms in self.clock.sums().items()}
+        pace = self.steps / (time.perf_counter() - self.began)
         speed = round(pace * self.images, 2)
-        self.write("step", step=done, images_per_s=speed, **values, **means)
+        self.write("step", step=done, images_per_s=speed, **values, **means, ms=parts,
+                   peak_mib=round(peak_memory(self.clock.device)))
         bar.set_postfix({**means, "images/s": speed})
         if bar.disable:
             print0(f"step {done}/{f.steps}", *(f"{name} {value}" for name, value in means.items()),
                    f"{speed} images/s, {(f.stop_at - done) / pace:.0f} s left")
         self.reset()
+        return parts, speed
 
 
 def average_buffers(*networks):
@@ -555,7 +612,37 @@ def read_out(student, teacher, target_set, val_set, log, step):
            "(adabn: the student with BatchNorm statistics of the target)")
 
 
-def accumulate(f, step, networks, loaders, things, shard, dtype):
+def peak_memory(device):
+    """The most memory in use so far, MiB: of the GPU's allocator, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def profile_table(parts, speed, flops, device, dtype):
+    """What --profile prints: milliseconds and share of the step's parts, images/s, peak memory; on a GPU the share of
+    the rate of a large matrix product that the model's FLOPs reach."""
+    total = sum(parts.values())
+    lines = [f"{'part':<10} {'ms':>9} {'share':>7}", *(f"{part:<10} {ms:9.2f} {ms / total:7.1%}"
+                                                     for part, ms in parts.items()), f"{'step':<10} {total:9.2f}"]
+    lines.append(f"{speed:.1f} images/s, peak memory {peak_memory(device):.0f} MiB, {flops / 1e9:.1f} GFLOP a step")
+    if device.type == "cuda":
+        a = torch.randn(8192, 8192, device=device, dtype=dtype or torch.float32)
+        clock = Clock(device)
+        for _ in range(20):
+            a @ a
+            clock("product")
+        best = min(begin.elapsed_time(end) for _, begin, end in clock.spans if end.synchronize() is None)
+        rate = 2 * 8192**3 / best
+        lines.append(f"{flops / total / rate:.1%} of the rate of a matrix product here, {rate / 1e9:.0f} TFLOP/s")
+    return "\n".join(lines)
+
+
+def accumulate(f, step, networks, loaders, things, shard, dtype, clock):
     """The gradient of one step, from f.accum batches of the loaders of source, labelled target and target, None where
     there is none. Returns (terms, views, file names) for log, panel and errors."""
     generator, files, total = torch.Generator(), [], {}
@@ -565,14 +652,17 @@ def accumulate(f, step, networks, loaders, things, shard, dtype):
             *images, names = next(loader) if loader else [[]]
             batch.append(images or None)
             files += names
+        clock("data")
         seed = int.from_bytes(hashlib.sha256(f"{f.seed} {step} {part}".encode()).digest()[:7], "big")
         generator.manual_seed(seed)  # draws for the joint batch: the same on every process
         torch.manual_seed(seed + shard[0])  # dropout and stochastic depth; after next(), which may draw a loader's seed
         local = part + 1 < f.accum and shard[1] > 1  # the processes average their gradients once
         with networks.student.no_sync() if local else contextlib.nullcontext():
             with torch.autocast(batch[0][0].device.type, dtype, enabled=dtype is not None):
-                terms, views = step_terms(f, step, networks, *batch, things, generator, shard)
+                context = Context(step, generator, shard, clock)
+                terms, views = step_terms(f, context, networks, *batch, things)
             (sum(terms.values()) / f.accum).backward()
+        clock("backward")
         total = {name: total.get(name, 0) + value.detach() / f.accum for name, value in terms.items()}
     return total, views, files
 
@@ -591,7 +681,7 @@ def run(argv=None):
     device, rank, world = setup()
     out, last = Path(f.out), Path(f.out) / "last.pt"
     flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(f).items()} | {"world": world}
-    checkpoint = model.load_checkpoint(last) if last.exists() else None
+    checkpoint = model.load_checkpoint(last) if last.exists() and not f.profile else None
     if checkpoint:
         check_resume(flags, data.class_names(f.classes), checkpoint, last)
         if checkpoint["step"] >= f.stop_at:
@@ -604,7 +694,7 @@ def run(argv=None):
     known_set, known = (source_set, None) if source_set else (target_set, labeled)  # labelled images to learn from
     counts = known_set.class_counts()[known or slice(None)] if f.rcs else None
     rare = data.RareClassSampler(counts, f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
-    things = [i for i, name in enumerate(classes) if name in THINGS]
+    things = torch.tensor([i for i, name in enumerate(classes) if name in THINGS], device=device)
     networks, bank = open_networks(f, classes, device)
     student, teacher, *_ = networks
     statistics = torch.nn.ModuleDict({"confidence": networks.confidence, "gaussians": networks.gaussians})
@@ -621,11 +711,15 @@ def run(argv=None):
     if world > 1:
         networks = networks._replace(student=DistributedDataParallel(student, broadcast_buffers=False))
 
-    if rank == 0:
+    if rank == 0 and not f.profile:
         (out / "panels").mkdir(parents=True, exist_ok=True)
     semi = bool(source_set and labeled)
     images = (1 + adapts(f) + semi) * f.batch * f.accum * world
-    about, log, signals = versions(device), Log(out / "log.jsonl", images, rank == 0), catch_signals()
+    about, clock, signals = versions(device), Clock(device), catch_signals()
+    log = Log(out / "log.jsonl", images, clock, rank == 0 and not f.profile)
+    if f.profile:
+        f.stop_at = PROFILE_AFTER + f.profile
+        f.steps = max(f.steps, f.stop_at)
     log.write("resume" if checkpoint else "start", step=start, flags=flags, classes=list(classes), versions=about,
               **({"labeled": split, "labeled_sha256": split_hash} if split else {}))
     print0(f"{f.recipe}: {f.source}{f' ({len(source_set)} images)' if source_set else ''} -> {f.target}"
@@ -652,9 +746,16 @@ def run(argv=None):
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, group["peak"], f.steps, f.warmup)
+        if f.profile and step == PROFILE_AFTER:
+            log.reset()
         model.ema_update(teacher, student, step, f.alpha)
-        terms, views, files = accumulate(f, step, networks, loaders, things, (rank, world), dtype)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), float("inf"))  # measured, not clipped
+        clock("EMA")
+        counted = FlopCounterMode(display=False) if f.profile and step == 0 else contextlib.nullcontext()
+        with counted:
+            terms, views, files = accumulate(f, step, networks, loaders, things, (rank, world), dtype, clock)
+        if f.profile and step == 0:
+            flops = counted.get_total_flops()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
         if not torch.isfinite(norm):
             parts = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             log.write("non-finite", step=step, parts=parts, files=files)
@@ -662,9 +763,15 @@ def run(argv=None):
                                      f"stopped before the optimiser step, {last} is from before")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        clock("optimiser")
         log.add(terms)
 
         done, finished = step + 1, step + 1 == f.stop_at
+        if f.profile:
+            if finished:
+                parts, speed = log.report(steps, done, f)
+                print0(profile_table(parts, speed, flops, device, dtype))
+            continue
         if done % f.log_every == 0 or finished:
             doubts = {"class_weights": networks.confidence.weights().tolist()} if f.t2s else {}
             log.report(steps, done, f, lr=group["lr"], grad_norm=round(norm.item(), 4), **doubts)
@@ -678,13 +785,15 @@ def run(argv=None):
             if result["miou"] > best:
                 best = result["miou"]
                 save("best.pt", done)
-        leave = mean_over_ranks(torch.tensor(float(bool(signals)), device=device)) > 0
+        leave = mean_over_ranks(torch.tensor(float(bool(signals)))) > 0  # on the CPU: no GPU is waited for
         if leave or finished or done % f.save_every == 0:
             settle_buffers(student, teacher)
             save("last.pt", done)
         if leave:
             print0(f"stopped by a signal, {last} saved at step {done}; the same command goes on from there")
             sys.exit(130 if signal.SIGINT in signals else 0)
+    if f.profile:
+        return
     if val_set and f.stop_at == f.steps:
         read_out(student, teacher, target_set, val_set, log, f.steps)
     print0(f"step {f.stop_at} of {f.steps}: checkpoint {last}, panels {out / 'panels'}, log {out / 'log.jsonl'}")
