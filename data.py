@@ -655,9 +655,9 @@ def majority_label(label, size, num_classes, min_ratio=0.75):
 
 
 def cell_count(text):
-    """all, N or N/class, the cells that a contrast takes; raises ValueError on anything else."""
-    if text != "all" and not re.fullmatch(r"[1-9]\d*(/class)?", text):
-        raise ValueError(text)
+    """all, N or N/class, the cells that a contrast takes; raises argparse.ArgumentTypeError on anything else."""
+    if text != "all" and not re.fullmatch(r"[1-9]\d{0,8}(/class)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of cells; write all, 1024 or 64/class")
     return text
 
 
@@ -696,10 +696,12 @@ def class_mix(source, source_label, target, target_label, target_weight, present
 
 def block_mask(batch, size, block, ratio, generator, shard=(0, 1)):
     """
-    1 (keep) or 0 (hide) per block, float32 (B,1,H,W): round(H/block) x round(W/block) cells, kept where u > ratio.
+    1 (keep) or 0 (hide) per block, float32 (B,1,H,W): round(H/block) x round(W/block) cells, kept where u > ratio, and
+    in each image the cell of the largest u: nothing can be learned from an image that is hidden whole.
     Source: MIC (Hoyer et al., CVPR 2023), section 3.2.
     """
-    cells = uniform((batch, 1, *(max(1, round(side / block)) for side in size)), generator, shard) > ratio
+    u = uniform((batch, 1, *(max(1, round(side / block)) for side in size)), generator, shard)
+    cells = (u > ratio) | (u == u.amax((2, 3), keepdim=True))
     return F.interpolate(cells.float(), size=tuple(size))   # nearest: (B,1,h,w) -> (B,1,H,W)
 
 

@@ -459,13 +459,18 @@ def spread(values):
 def read_run(path):
     """(flags, result) of a run directory or log.jsonl. Raises DataError where the run has not finished."""
     log, events = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path), {}
+    if log.suffix == ".pt":
+        raise DataError(f"{log}: a checkpoint; --table takes run directories or their log.jsonl")
     for line in log.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a killed run leaves half a line
             event = json.loads(line)
             events[event["event"]] = event
     if "start" not in events or "result" not in events:
         raise DataError(f"{log}: no {'result' if 'start' in events else 'start'} event; not a log, or not finished")
-    return events["start"]["flags"], events["result"]
+    flags = events["start"].get("flags", {})
+    if not {"recipe", "seed", *COMPARABLE} <= flags.keys() or "student" not in events["result"]:
+        raise DataError(f"{log}: no log of train.py; --table takes run directories or their log.jsonl")
+    return flags, events["result"]
 
 
 def markdown(header, rows):
@@ -513,8 +518,9 @@ def table(paths, against=None):
     runs, logs = defaultdict(dict), [read_run(path) for path in paths]
     for path, (flags, result), row in zip(paths, logs, row_names([flags for flags, _ in logs])):
         seed, first = flags["seed"], logs[0][0]
-        if differs := [k for k in COMPARABLE if flags.get(k) != first.get(k)]:
-            what = ", ".join(f"{k} {flags.get(k)} instead of {first.get(k)}" for k in differs)
+        if differs := [k for k in COMPARABLE if flags[k] != first[k] and (k, "none") not in (
+                ("target", flags[k]), ("target", first[k]))]:  # domain generalisation has no target, but the same val
+            what = ", ".join(f"{k} {flags[k]} instead of {first[k]}" for k in differs)
             raise DataError(f"{path}: not comparable with {paths[0]}: {what}")
         if seed in runs[row]:
             raise DataError(f"{path}: a second run of {row} with seed {seed}")
@@ -570,7 +576,8 @@ def arguments(argv):
     task.add_argument("--alignment", metavar="SPEC", help="also compare features with this source, its val split")
     a("--against", metavar="ROW", help="row of the table that the others are compared with (default: source, AdaBN)")
     a("--save", metavar="DIR", help="folder for panels (default: none; with --images: predictions)")
-    a("--slide", action="store_true", help="windows of the training crop, half overlapping (HRDA, MIC)")
+    a("--slide", action=argparse.BooleanOptionalAction,
+      help="half overlapping windows of the training crop (HRDA, MIC; default: as the run validated)")
     a("--flip", action="store_true", help="average with the mirror image")
     a("--head", default="plain", choices=("plain", "language", "mean"), help="decoder; language where one was trained")
     a("--weights", default="student", choices=("student", "teacher"), help="which network of the run")
@@ -583,6 +590,8 @@ def arguments(argv):
         p.error("give a checkpoint, or --table with runs")
     if args.images and args.data:
         p.error("--images and --data both name what to predict: give one of them")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        p.error(f"--json {args.json}: there is no such folder")
     if args.against and not args.table:
         p.error("--against names a row of --table")
     return args
@@ -595,7 +604,8 @@ def run(args):
     model = build_segmenter(checkpoint, args.weights, args.checkpoint).to(args.device)
     if args.head != "plain" and "language" not in model.heads:
         raise CheckpointError(f"{args.checkpoint}: --head {args.head} needs a language decoder, and it has none")
-    size, window = args.size or flags["size"], flags["crop"] if args.slide else None
+    slide = flags.get("slide") if args.slide is None else args.slide
+    size, window = args.size or flags["size"], flags["crop"] if slide else None
     if args.adabn:
         model = adapt_batchnorm(model, open_dataset(args.adabn, "train", classes, size, flags["cache"]))
     spec = args.data or flags["val"]
@@ -618,7 +628,7 @@ def run(args):
             Path(args.save).mkdir(parents=True, exist_ok=True)
         result = evaluate(model, dataset, window, args.flip, args.head, args.save)
         what = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights, "data": spec,
-                "split": args.split, "adabn": args.adabn, "slide": args.slide, "flip": args.flip}
+                "split": args.split, "adabn": args.adabn, "slide": slide, "flip": args.flip}
         print(", ".join(f"{k} {v}" for k, v in what.items() if v), format_scores(result), sep="\n")
         if aligned:
             print(format_alignment(aligned["alignment"]))

@@ -12,12 +12,16 @@ import contextlib
 import glob
 import hashlib
 import importlib
+import importlib.metadata
+import logging
 import math
 import os
 import re
 import shutil
 import socket
 import sys
+import urllib.parse
+import urllib.request
 import zipfile
 from collections import namedtuple
 
@@ -129,7 +133,12 @@ class Attention(nn.Module):
         if self.sr is not None:
             x = self.norm(to_tokens(self.sr(to_map(x, size))))  # (B,N,C) -> (B,N/r^2,C)
         k, v = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # two of (B,heads,M,C/heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16:
+            # torch's own kernel takes two to four times as long here; parts, so that their scores stay in the cache
+            parts = (q * q.shape[-1] ** -0.5).split(4096, 2)
+            x = torch.cat([(part @ k.transpose(2, 3)).softmax(3).to(v.dtype) @ v for part in parts], 2)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B,heads,N,C/heads) -> (B,N,C)
 
 
@@ -528,7 +537,9 @@ class Segmenter(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Text: one vector a class
 
-TextBank = namedtuple("TextBank", "embeddings names kind")  # float32 (K,D) unit rows as stored, tuple of str, str
+# float32 (K,D) unit rows as stored, tuple of str, str, and what a bank's file says of its origin
+TextBank = namedtuple("TextBank", "embeddings names kind about", defaults=({},))
+ORIGIN = ("templates", "model", "pretrained", "open_clip", "sha256")
 STUB_DIM, TEXT_SEED = 512, 0
 RENAMED = {"person": "pedestrian", "rider": "driver", "bicycle": "bike", "motorcycle": "motorbike"}  # LC-MSM's code
 SYNONYMS = {
@@ -558,38 +569,67 @@ def text_cache():
 
 
 def read_bank(path, class_names):
-    """Check and read an .npz bank (emb (K,D), names, kind): names in the classes' order, unit rows, finite values."""
+    """Check and read an .npz bank: emb (K,D), finite unit rows; names, in the order of the classes; kind; and what of
+    ORIGIN is there. Says so where another version of open_clip made it. Raises TextError."""
+    remedy = "delete it, or make one with: python model.py text"
     try:
+        open(path, "rb").close()
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no .npz archive")
         with np.load(path, allow_pickle=False) as file:
             bank = {key: file[key] for key in file.files}
-        rows, kind = torch.tensor(bank["emb"], dtype=torch.float32), str(bank["kind"])
-        names, wanted = tuple(map(str, bank["names"])), tuple(class_names)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TextError(f"{path}: not a text bank ({error}); make one with: python model.py text") from None
+        if missing := {"emb", "names", "kind"} - bank.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        if not np.issubdtype(bank["emb"].dtype, np.floating):
+            raise ValueError(f"emb is {bank['emb'].dtype}, not float")
+        rows, kind = torch.tensor(bank["emb"], dtype=torch.float32), bank["kind"].item()
+        names, wanted = tuple(map(str, np.atleast_1d(bank["names"]))), tuple(class_names)
+        if not isinstance(kind, str) or kind in ("learned", "none"):
+            raise ValueError(f"kind {kind!r}, which no file can have")
+    except Exception as error:  # zipfile, numpy and the file system each have their own
+        raise TextError(f"{path}: not a text bank ({str(error).splitlines()[0]}); {remedy}") from None
     if names != wanted:
         pair = next((pair for pair in zip(names, wanted) if pair[0] != pair[1]), ("-", "-"))
         raise TextError(f"{path}: its {len(names)} classes are not the run's {len(wanted)} in their order (first "
                         f"difference: {pair[0]} for {pair[1]}); make a bank for --classes")
     if rows.ndim != 2 or len(rows) != len(names) or not ((rows.norm(dim=1) - 1).abs() < 1e-2).all():
-        raise TextError(f"{path}: its rows {tuple(rows.shape)} are not {len(names)} finite unit vectors")
+        raise TextError(f"{path}: its rows {tuple(rows.shape)} are not {len(names)} finite unit vectors; {remedy}")
     if "sha256" in bank and str(bank["sha256"]) != bank_hash(bank):
-        raise TextError(f"{path}: its sha256 does not belong to its content; make it again")
-    return TextBank(rows, names, kind)
+        raise TextError(f"{path}: its sha256 does not belong to its content; {remedy}")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        here = importlib.metadata.version("open_clip_torch")
+        if str(bank.get("open_clip", here)) != here:
+            print(f"TEXT: {path} was encoded by open_clip {bank['open_clip']}, here is {here}", file=sys.stderr)
+    return TextBank(rows, names, kind, {key: bank[key].tolist() for key in ORIGIN if key in bank})
+
+
+def write_bank(path, bank):
+    """A TextBank as .npz, never half a file."""
+    part = f"{path}.{os.getpid()}.npz"
+    np.savez(part, emb=bank.embeddings.numpy(), names=np.array(bank.names), kind=bank.kind, **bank.about)
+    os.replace(part, path)
 
 
 def bank_hash(bank):
     """sha256 over what a bank was made from and over its rows."""
-    text = repr([bank[key].tolist() for key in ("names", "templates", "model", "pretrained")])
+    text = repr([bank[key].tolist() if key in bank else "" for key in ("names", "templates", "model", "pretrained")])
     return hashlib.sha256(text.encode() + np.ascontiguousarray(bank["emb"], np.float32).tobytes()).hexdigest()
+
+
+def checkpoint_bank(checkpoint):
+    """The bank that a checkpoint's network was built with, or None."""
+    text, names = checkpoint.get("text"), tuple(checkpoint["classes"])
+    return TextBank(text["embeddings"], names, text["kind"], text.get("about", {})) if text else None
 
 
 def text_bank(spec, class_names):
     """One unit vector per class -> TextBank(embeddings float32 (K,D) as stored, names, kind). Nothing is centred.
 
     spec: FILE.npz | clip:MODEL/TAG[:PROMPTS] (OpenCLIP; TAG is a tag, for which the network is used once, or a file;
-    PROMPTS: paper, plain, ensemble, concepts; encoded once, then cached) | stub (seeded orthonormal rows, no language)
-    | learned (vectors that the student trains) | none (no vectors) | shuffled:FILE (each class has another one's row) |
-    auto (a cached bank of these classes, else the stub, said loudly; never the network). Raises TextError.
+    PROMPTS: paper, plain, ensemble, concepts or a file with a template a line, {} for the class; encoded once, then
+    cached) | stub (seeded orthonormal rows, no language) | learned (vectors that the student trains) | none (no
+    vectors) | shuffled:FILE (each of two or more classes has another one's row) | auto (the cached bank of these
+    classes, else the stub, said loudly; never the network). Raises TextError, for auto also where several banks fit.
     """
     names, (kind, _, rest) = tuple(class_names), str(spec).partition(":")
     if kind == "clip":
@@ -597,13 +637,18 @@ def text_bank(spec, class_names):
     if kind == "shuffled":
         bank = read_bank(rest, names)
         shift = 1 + np.random.RandomState(TEXT_SEED).randint(max(1, len(names) - 1))
-        return bank._replace(embeddings=bank.embeddings.roll(shift, 0), kind="shuffled")
+        return bank._replace(embeddings=bank.embeddings.roll(shift, 0), kind="shuffled", about={})
     if spec.endswith(".npz"):
         return read_bank(spec, names)
     if spec == "auto":
+        fitting = {}
         for path in sorted(glob.glob(os.path.join(text_cache(), "*.npz"))):
             with contextlib.suppress(TextError):
-                return read_bank(path, names)
+                fitting[path] = read_bank(path, names)
+        if len(fitting) > 1:
+            raise TextError(f"--text auto: several cached banks are for these classes; name one: {', '.join(fitting)}")
+        if fitting:
+            return fitting.popitem()[1]
         print("TEXT: no bank of these classes is cached, a STUB of orthonormal vectors stands in for it: expect no "
               "gain from language. Remedy: --text FILE.npz or --text clip:MODEL/TAG", file=sys.stderr)
         spec = "stub"
@@ -615,44 +660,75 @@ def text_bank(spec, class_names):
 
 def encode_bank(spec, names):
     """clip:MODEL/TAG[:PROMPTS]: the cached .npz, encoded first if there is none. Raises TextError."""
-    parts = spec.rsplit(":", 1)
-    body, prompts = parts if parts[-1] in PROMPTS else (spec, "paper")
+    body, _, prompts = spec.rpartition(":")
+    if not body or not (prompts in PROMPTS or os.path.isfile(prompts)):
+        body, prompts = spec, "paper"
     architecture, _, tag = body.partition("/")
     if tag in ("", "None", "none"):
         raise TextError(f"--text clip:{spec}: needs MODEL/TAG, such as ViT-B-16/laion2b_s34b_b88k; a tower without "
                         "weights knows no language")
-    templates, variants = PROMPTS[prompts]
+    templates, variants = PROMPTS[prompts] if prompts in PROMPTS else (text_lines(prompts), lambda name: (name,))
+    if not templates or any(re.findall("[{}]+", template) != ["{}"] for template in templates):
+        raise TextError(f"{prompts}: every line is a template and needs one {{}} for the class: a photo of a {{}}.")
     texts = [[template.format(variant) for variant in variants(name) for template in templates] for name in names]
-    bank = {"names": np.array(names), "templates": np.array(sum(texts, [])), "model": np.array(architecture),
-            "pretrained": np.array(tag), "emb": np.zeros(0, np.float32)}
-    path = os.path.join(text_cache(), bank_hash(bank)[:16] + ".npz")
+    weights = f"{os.path.basename(tag)} {file_hash(tag)}" if os.path.isfile(tag) else tag
+    made_from = dict(templates=np.array(sum(texts, [])), model=np.array(architecture), pretrained=np.array(weights))
+    key = bank_hash(made_from | {"names": np.array(names), "emb": np.zeros(0)})
+    path = os.path.join(text_cache(), key[:16] + ".npz")
     if not os.path.exists(path):
         open_clip, tower = open_text_tower(architecture, tag)
         tokenize = open_clip.get_tokenizer(architecture)
         vectors = [F.normalize(encode_text(tower, tokenize(prompts)), dim=1).mean(0) for prompts in texts]  # K of (D,)
-        bank["emb"] = F.normalize(torch.stack(vectors), dim=1).numpy()
-        os.makedirs(text_cache(), exist_ok=True)
-        part = f"{path}.{os.getpid()}.npz"
-        np.savez(part, kind="clip", open_clip=open_clip.__version__, sha256=bank_hash(bank), **bank)
-        os.replace(part, path)
+        rows = F.normalize(torch.stack(vectors), dim=1)
+        content = made_from | {"names": np.array(names), "emb": rows.numpy()}
+        about = made_from | {"open_clip": open_clip.__version__, "sha256": bank_hash(content)}
+        try:
+            os.makedirs(text_cache(), exist_ok=True)
+            write_bank(path, TextBank(rows, names, "clip", about))
+        except OSError as error:
+            raise TextError(f"{path}: cannot be written ({error}); XDG_CACHE_HOME names another place") from None
     return read_bank(path, names)
+
+
+def text_lines(path):
+    """The lines of a UTF-8 file that hold something, stripped. Raises TextError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return list(filter(None, map(str.strip, file)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path}: no readable UTF-8 file, one name a line ({error})") from None
+
+
+def file_hash(path):
+    """The first half of a file's sha256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()[:32]
 
 
 def open_text_tower(architecture, tag):
     """(open_clip, frozen CLIP without its image tower). Raises TextError, in seconds also where there is no network."""
-    if not os.path.exists(tag) and "HF_HUB_OFFLINE" not in os.environ:
+    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    direct = endpoint.scheme not in urllib.request.getproxies()
+    if direct and not os.path.exists(tag) and "HF_HUB_OFFLINE" not in os.environ:
         try:
-            host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
-            socket.create_connection((host, 443), timeout=3).close()
-        except OSError:  # without this open_clip retries for the better part of a minute
+            socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=3).close()
+        except OSError:  # without this huggingface_hub retries for the better part of a minute
             os.environ["HF_HUB_OFFLINE"] = "1"
+            if "huggingface_hub.constants" in sys.modules:  # it has looked at the environment already
+                sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True
     try:
         open_clip = import_optional("open_clip")
+        logging.disable(logging.ERROR)  # the error says the same once more
         tower = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True)
     except Exception as error:  # open_clip, huggingface_hub, torch and the file system each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise TextError(f"--text clip:{architecture}/{tag}: no weights ({reason}); name a tag while online, a local "
                         "file as TAG, or a bank made elsewhere (FILE.npz)") from None
+    finally:
+        logging.disable(logging.NOTSET)
     tower.visual = None
     return open_clip, tower.eval().requires_grad_(False)
 
@@ -942,9 +1018,8 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
     """The network that a checkpoint describes, with its student's or teacher's weights, in eval mode."""
     if checkpoint.get(weights) is None:
         raise CheckpointError(f"{path}: holds no {weights} (recipe {checkpoint['flags'].get('recipe')})")
-    flags, names, text = checkpoint["flags"], checkpoint["classes"], checkpoint.get("text")
-    bank = TextBank(text["embeddings"], tuple(names), text["kind"]) if text else None
-    net = Segmenter(flags["backbone"], flags["decoder"], len(names), flags["channels"], flags.get("language"), bank,
+    flags, bank, num_classes = checkpoint["flags"], checkpoint_bank(checkpoint), len(checkpoint["classes"])
+    net = Segmenter(flags["backbone"], flags["decoder"], num_classes, flags["channels"], flags.get("language"), bank,
                     flags.get("spatial_depth", 2), projection=flags.get("projection", False))
     load_weights(net, checkpoint[weights], path)
     return net.eval()
@@ -954,21 +1029,24 @@ def main(argv=None):
     """python model.py text: make a bank, write it, print how similar its classes are; bad input: one line, exit 2."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("text",))
-    p.add_argument("--names", required=True, help="file with one class name a line, or names separated by commas")
+    p.add_argument("--names", required=True, help="file with one class name a line, or names with commas between")
     p.add_argument("--text", required=True, metavar="SPEC", help="clip:MODEL/TAG[:PROMPTS], FILE.npz, stub, ...")
     p.add_argument("--out", help="bank to write, .npz")
     args = p.parse_args(argv)
-    text = open(args.names, encoding="utf-8").read() if os.path.isfile(args.names) else args.names.replace(",", "\n")
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
     try:
+        names = tuple(map(str.strip, args.names.split(","))) if "," in args.names else tuple(text_lines(args.names))
+        if "" in names or len(set(names)) < max(2, len(names)):
+            raise TextError(f"--names {args.names}: needs two or more different names")
         bank = text_bank(args.text, names)
-    except TextError as error:
+        if args.out and (bank.kind in ("learned", "none") or not args.out.endswith(".npz")):
+            raise TextError(f"--out {args.out}: a bank is an .npz file, and {args.text} must give vectors to write")
+        print(f"{bank.kind}: {len(names)} classes, {bank.embeddings.shape[1]} dimensions\n{similarity_table(bank)}")
+        if args.out:
+            write_bank(args.out, bank)
+            print(f"written: {args.out}")
+    except (TextError, OSError) as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
-    print(f"{bank.kind}: {len(names)} classes, {bank.embeddings.shape[1]} dimensions\n{similarity_table(bank)}")
-    if args.out:
-        np.savez(args.out, emb=bank.embeddings.numpy(), names=np.array(names), kind=bank.kind)
-        print(f"written: {args.out}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ RECIPES = {
                   teacher_head="language"),
     "lcmsm_released": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01, language="lcmsm", mask_views=["source", "mix"],
                            teacher_head="language", mask_block=32, mask_ratio=0.5, channels=512, steps=60_000,
-                           border=[0, 0], decoder="daformer"),
+                           decoder="daformer", slide=True),
     # contrast between classes and domains, on the features before the classifier; released code: --cluda 1 --tau 1
     "cluda": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01, cluda=0.1),  # CLUDA, Vayyat et al., 2022, at one resolution
     "t2sda": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01, t2s=0.1, projection=True),  # after T2S-DA, Wang et al., 2023
@@ -64,7 +64,7 @@ RECIPES = {
 }
 THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
           "SignSymbol", "Pedestrian", "Car", "Bicyclist"}  # the feature distance holds on to these (DAFormer)
-FREE_ON_RESUME = {"stop_at", "out", "eval_every", "profile"}
+FREE_ON_RESUME = {"stop_at", "out", "eval_every", "slide", "profile"}
 PROFILE_AFTER = 5  # steps that --profile lets pass first: they allocate, tune and compile
 LIMITS = dict(crop=(1, 1e5), batch=(1, 1e5), steps=(1, 1e9), accum=(1, 1e4), save_every=(1, 1e9), log_every=(1, 1e9),
               panel_every=(1, 1e9), eval_every=(0, 1e9), channels=(1, 1e5), workers=(0, 1e3), seed=(0, 2**31),
@@ -72,7 +72,10 @@ LIMITS = dict(crop=(1, 1e5), batch=(1, 1e5), steps=(1, 1e9), accum=(1, 1e4), sav
               spatial_depth=(0, 9), mask_ratio=(0, 1), mask_block=(1, 1e5), threshold=(0, 2),
               warmup=(0, 1e9), cluda=(0, 1e3), t2s=(0, 1e3), sepico=(0, 1e3), tau=(1e-3, 1e3), restyled=(0, 1e3),
               contrast_start=(0, 1e9), hardest=(0, 1), omega=(0, 1), consistency=(0, 1e3),
-              confident=(0, 1), profile=(0, 1e6))  # least and most
+              confident=(0, 1), profile=(0, 1e6), beta=(0, 0.5), border=(0, 1e5))  # least and most
+NEEDS = dict(text="language", spatial_depth="language", teacher_head="language", pooled="cluda", style="t2s",
+             beta="t2s", restyle="t2s", restyled="t2s", class_weights="t2s", hardest="dyce", omega="dyce",
+             confident="consistency")  # flags that do nothing without another one
 
 
 def backbone(text):
@@ -172,6 +175,8 @@ def build_parser():
     # run
     a("--out", default="out", help="directory of checkpoints, log and panels")
     a("--eval-every", type=int, default=0, help="validate every N steps, 0 = only at the end")
+    a("--slide", action=argparse.BooleanOptionalAction, default=False,
+      help="validate with half overlapping windows of the crop's size, not on whole images")
     a("--save-every", type=int, default=500, help="write OUT/last.pt every N steps")
     a("--log-every", type=int, default=50, help="a line in OUT/log.jsonl every N steps")
     a("--panel-every", type=int, default=500, help="a picture of what is trained on every N steps")
@@ -185,6 +190,14 @@ def parse_flags(argv=None):
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[known.recipe])
     f = parser.parse_args(argv)
+    contrast = f.cluda or f.sepico or f.t2s
+    for name, needed in NEEDS.items():
+        if getattr(f, name) != parser.get_default(name) and not getattr(f, needed):
+            parser.error(f"--{name.replace('_', '-')} does nothing without --{needed}")
+    if not contrast and (f.control or f.projection and not parser.get_default("projection")):
+        parser.error(f"--{'control' if f.control else 'projection'} does nothing without --cluda, --sepico or --t2s")
+    f.projection = bool(f.projection and contrast)  # a head that nothing trains would only be in the way
+    f.mask_views = list(dict.fromkeys(f.mask_views))
     f.stop_at = f.steps if f.stop_at is None else f.stop_at
     f.warmup = min(1500, f.steps // 20) if f.warmup is None else f.warmup
     f.alpha = (0.999 if f.steps >= 10_000 else 0.99) if f.alpha is None else f.alpha
@@ -196,27 +209,37 @@ def parse_flags(argv=None):
     f.border = list(f.border)
     if f.source == "target":
         f.source = f.target
-    if f.source == "none" and f.labeled == "0" or f.target == "none" and f.labeled != "0":
-        parser.error(f"--source {f.source} --target {f.target} --labeled {f.labeled} leaves no label to learn from: "
-                     "--labeled counts labelled target images")
-    if f.target == "none" and (f.mix or f.mask or f.consistency):
+    if f.source == "none" and f.labeled == "0":
+        parser.error("--source none leaves no label to learn from: --labeled N takes those of N target images")
+    if f.target == "none" and f.labeled != "0":
+        parser.error("--target none has no image for --labeled to count")
+    if f.target == "none" and adapts(f):
         parser.error("--target none leaves nothing to adapt to: use --recipe source, or give a target")
     if f.teacher_head == "language" and f.language != "lcmsm":
         parser.error("--teacher-head language needs a language decoder: --language lcmsm")
+    if f.language == "lcmsm" and not f.mask:
+        parser.error("--language lcmsm trains its decoder on masked views alone: give --mask a weight")
+    if f.dyce and f.t2s and f.class_weights == "confidence":
+        parser.error("--dyce and --t2s would both weigh the classes: add --class-weights none")
+    if contrast and f.contrast_start >= f.steps:
+        parser.error(f"--contrast-start {f.contrast_start} comes after the last of {f.steps} steps")
     if f.mask and "mix" in f.mask_views and not (f.mix or f.consistency):
         parser.error("--mask-views mix masks the ClassMix image, which --mix 0 leaves out")
-    if f.t2s and (f.style == "random") != (f.target == "none"):
-        parser.error("--style random is for domain generalisation: with it give no target (--target none), and without "
-                     "a target no other style")
+    if f.t2s and f.style in ("fourier", "lab") and f.target == "none":
+        parser.error(f"--style {f.style} takes looks from a target: without one give random, jitter or identity")
+    if f.t2s and f.style == "random" and f.target != "none":
+        parser.error("--style random is for domain generalisation, without a target: --target none")
     for name, (least, most) in (LIMITS | {"stop_at": (1, f.steps)}).items():
-        if not least <= getattr(f, name) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}, not {getattr(f, name)}")
+        values = getattr(f, name)
+        for value in values if isinstance(values, list) else [values]:
+            if not least <= value <= most:
+                parser.error(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}, not {value}")
     return f
 
 
 def adapts(f):
     """Whether a step looks at target images."""
-    return bool(f.mix or f.mask or f.consistency or f.t2s and f.target != "none")
+    return bool(f.mix or f.consistency or f.mask and f.mask_views != ["source"] or f.t2s and f.target != "none")
 
 
 def learning_rate(step, peak, steps, warmup):
@@ -232,8 +255,9 @@ def parameter_groups(net, lr, head_lr, decay=0.01):
     backbone = list(net.backbone.parameters())
     heads = [p for name, p in net.named_parameters() if not name.startswith(("backbone.", "text."))]
     text = list(net.text.parameters()) if net.text else []  # LC-MSM: the backbone's rate
-    return [dict(params=[p for p in backbone if id(p) not in norms] + text, peak=lr, weight_decay=decay),
+    return [dict(params=[p for p in backbone if id(p) not in norms], peak=lr, weight_decay=decay),
             dict(params=[p for p in backbone if id(p) in norms], peak=lr, weight_decay=0.0),
+            dict(params=text, peak=lr, weight_decay=decay),
             dict(params=heads, peak=lr * head_lr, weight_decay=decay)]
 
 
@@ -452,18 +476,31 @@ def batches(dataset, f, start, shard, device, rare=None, labels=True, subset=Non
 
 
 def with_own_heads(state, student):
-    """A checkpoint's weights without the heads that the student has not, and with its new ones that they have not."""
+    """A checkpoint's weights without the heads that the student has not, and with its new ones that they have not. The
+    text bank is the student's: --text names it."""
     own, optional = student.state_dict(), ("projection.", "language_decoder.", "text.", "guidance.")
-    kept = {k: v for k, v in state.items() if k in own or not k.startswith(optional)}
+    kept = {k: v for k, v in state.items() if (k in own or not k.startswith(optional)) and not k.endswith(".bank")}
     return {k: v for k, v in own.items() if k.startswith(optional) and k not in kept} | kept
 
 
-def open_networks(f, classes, device):
-    """Networks, the student not wrapped, an ImageNet copy if the feature distance needs one; the text bank or None."""
+def open_bank(f, checkpoint):
+    """The text bank of a run, or None: that of its checkpoint, whatever has become of --text since; else made or read
+    by the first process and sent to the others."""
+    if checkpoint or not f.language:
+        return model.checkpoint_bank(checkpoint) if checkpoint else None
+    banks = [None]
+    if int(os.environ.get("RANK", 0)) == 0:
+        banks = [model.text_bank(f.text, data.class_names(f.classes))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(banks)
+    return banks[0]
+
+
+def open_networks(f, classes, bank, device):
+    """Networks, the student not wrapped, an ImageNet copy if the feature distance needs one."""
     torch.manual_seed(f.seed)
     timm_hub = f.init == "hub" and f.backbone.startswith("timm:")
     ours = f.init.endswith(".pt") and model.is_checkpoint(f.init)
-    bank = model.text_bank(f.text, classes) if f.language else None
     student = model.Segmenter(f.backbone, f.decoder, len(classes), f.channels, f.language, bank, f.spatial_depth,
                               timm_hub, f.projection)
     if ours:
@@ -487,7 +524,7 @@ def open_networks(f, classes, device):
         for module in net.compilable():
             module.compile()  # in place: names and weights stay those of the plain module
     gaussians = losses.ClassGaussians(len(classes), f.channels).to(device)
-    return Networks(student, teacher, imagenet, losses.ClassConfidence(len(classes)).to(device), gaussians), bank
+    return Networks(student, teacher, imagenet, losses.ClassConfidence(len(classes)).to(device), gaussians)
 
 
 def versions(device):
@@ -600,12 +637,12 @@ def settle_buffers(student, teacher):
             mine.running_var.copy_(theirs.running_var)
 
 
-def read_out(student, teacher, target_set, val_set, log, step):
+def read_out(student, teacher, target_set, val_set, window, log, step):
     """The three read-outs of a finished run: student, EMA teacher, student with AdaBN on the target."""
-    results = {"student": evaluation.evaluate(student, val_set),
-               "teacher": evaluation.evaluate(teacher, val_set), "adabn": None}
+    results = {"student": evaluation.evaluate(student, val_set, window),
+               "teacher": evaluation.evaluate(teacher, val_set, window), "adabn": None}
     if target_set and any(isinstance(m, torch.nn.BatchNorm2d) for m in student.modules()):
-        results["adabn"] = evaluation.evaluate(evaluation.adapt_batchnorm(student, target_set), val_set)
+        results["adabn"] = evaluation.evaluate(evaluation.adapt_batchnorm(student, target_set), val_set, window)
     log.write("result", step=step, **results)
     print0(f"student, {val_set.spec}, val:\n{evaluation.format_scores(results['student'])}")
     print0(*(f"{name} mIoU {result['miou']:.2f}  " for name, result in results.items() if result),
@@ -688,14 +725,16 @@ def run(argv=None):
             return print0(f"{last} is at step {checkpoint['step']} of {f.steps}, nothing is left to do; "
                           f"use it with: python eval.py {last}{' --images PATH' if f.val == 'none' else ''}")
 
+    bank = open_bank(f, checkpoint)
     classes, source_set, target_set, labeled, val_set = open_data(f)
     split = [target_set.names[i] for i in labeled]
     split_hash = hashlib.sha256("\n".join(split).encode()).hexdigest()[:16]
     known_set, known = (source_set, None) if source_set else (target_set, labeled)  # labelled images to learn from
     counts = known_set.class_counts()[known or slice(None)] if f.rcs else None
     rare = data.RareClassSampler(counts, f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
+    window = f.crop if f.slide else None
     things = torch.tensor([i for i, name in enumerate(classes) if name in THINGS], device=device)
-    networks, bank = open_networks(f, classes, device)
+    networks = open_networks(f, classes, bank, device)
     student, teacher, *_ = networks
     statistics = torch.nn.ModuleDict({"confidence": networks.confidence, "gaussians": networks.gaussians})
     optimizer = torch.optim.AdamW(parameter_groups(student, f.lr, f.head_lr), fused=device.type in ("cuda", "cpu"))
@@ -720,7 +759,10 @@ def run(argv=None):
     if f.profile:
         f.stop_at = PROFILE_AFTER + f.profile
         f.steps = max(f.steps, f.stop_at)
+    text = bank and {"kind": bank.kind, "dimensions": bank.embeddings.shape[1], "about": bank.about,
+                     "rows_sha256": hashlib.sha256(bank.embeddings.numpy().tobytes()).hexdigest()[:16]}
     log.write("resume" if checkpoint else "start", step=start, flags=flags, classes=list(classes), versions=about,
+              **({"text": text} if bank else {}),
               **({"labeled": split, "labeled_sha256": split_hash} if split else {}))
     print0(f"{f.recipe}: {f.source}{f' ({len(source_set)} images)' if source_set else ''} -> {f.target}"
            f"{f' ({len(split)} images with labels, split {split_hash})' if split else ''}, {len(classes)} classes; "
@@ -728,13 +770,16 @@ def run(argv=None):
            f"{'bf16' if bf16 else 'fp32'}; "
            f"{about['device']}, torch {about['torch']}")
 
-    text = bank and {"embeddings": bank.embeddings, "kind": bank.kind, "spec": f.text}
+    if bank:
+        tower = "/".join(str(bank.about[key]) for key in ("model", "pretrained") if key in bank.about)
+        print0(f"text: {bank.kind} {tower}, {text['dimensions']} dimensions, sha256 {text['rows_sha256']}")
 
     def save(name, step):
         if rank == 0:
             model.save_checkpoint(out / name, {
                 "flags": flags, "classes": list(classes), "student": student.state_dict(), "step": step, "best": best,
-                "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about, "text": text,
+                "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about,
+                "text": bank and {"embeddings": bank.embeddings, "kind": bank.kind, "about": bank.about},
                 "statistics": statistics.state_dict(), "labeled": split})
 
     rest = sorted(set(range(len(target_set))) - set(labeled)) if labeled else None
@@ -755,12 +800,13 @@ def run(argv=None):
             terms, views, files = accumulate(f, step, networks, loaders, things, (rank, world), dtype, clock)
         if f.profile and step == 0:
             flops = counted.get_total_flops()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
             parts = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             log.write("non-finite", step=step, parts=parts, files=files)
+            left = f"{last} is from before" if last.exists() else "nothing was saved yet"
             raise FloatingPointError(f"step {step}: the gradient is not finite ({parts}); files: {', '.join(files)}; "
-                                     f"stopped before the optimiser step, {last} is from before")
+                                     f"stopped before the optimiser step, {left}; try a lower --lr or --dtype fp32")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock("optimiser")
@@ -779,7 +825,7 @@ def run(argv=None):
             evaluation.training_panel(student, views, classes).save(out / "panels" / f"{done:06d}.png")
         if val_set and f.eval_every and done % f.eval_every == 0:
             settle_buffers(student, teacher)
-            result = evaluation.evaluate(student, val_set)
+            result = evaluation.evaluate(student, val_set, window)
             log.write("eval", step=done, student=result)
             print0(f"step {done}: student mIoU {result['miou']:.2f}")
             if result["miou"] > best:
@@ -795,7 +841,7 @@ def run(argv=None):
     if f.profile:
         return
     if val_set and f.stop_at == f.steps:
-        read_out(student, teacher, target_set, val_set, log, f.steps)
+        read_out(student, teacher, target_set, val_set, window, log, f.steps)
     print0(f"step {f.stop_at} of {f.steps}: checkpoint {last}, panels {out / 'panels'}, log {out / 'log.jsonl'}")
 
 
