@@ -81,7 +81,7 @@ HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
 
 def to_map(tokens, size):
     """(B,H*W,C) -> (B,C,H,W) as a channels-last view, no copy."""
-    return tokens.transpose(1, 2).unflatten(2, size)
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)  # the other order hides a single image's layout from torch
 
 
 def to_tokens(maps):
@@ -285,11 +285,13 @@ def project_and_fuse(pyramid, linears, weight):
     sum to one, so biases pass as well): each level gets the product of its two matrices at its own resolution, and the
     wide concatenation never exists. weight: (E, 4*C, 1, 1), its columns in the order of the pyramid.
     """
-    size, total, bias = pyramid[0].shape[2:], 0, 0
-    for x, linear, part in zip(pyramid, linears, weight.flatten(1).chunk(len(linears), 1)):  # part: (E,C)
-        total = total + resize(F.conv2d(x, (part @ linear.weight)[:, :, None, None]), size)
-        bias = bias + part @ linear.bias
-    return total + bias.to(total.dtype)[:, None, None]
+    parts, total = weight.flatten(1).chunk(len(linears), 1), None  # of (E,C)
+    bias = sum(part @ linear.bias for part, linear in zip(parts, linears))
+    for x, linear, part in reversed([*zip(pyramid, linears, parts)]):  # the bias comes in where it is cheapest
+        level = F.conv2d(x, (part @ linear.weight)[:, :, None, None], bias if total is None else None)
+        level = resize(level, pyramid[0].shape[2:])
+        total = level if total is None else total.add_(level)
+    return total
 
 
 def init_decoder(module):
