@@ -26,6 +26,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -3405,6 +3406,64 @@ def test_checkpointing_computes_the_same(flags, small_run, tmp_path):
             torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-5)
 
 
+def plain_cross_entropy(logits, label, weight=1.0):
+    full = F.interpolate(logits.float(), label.shape[1:], mode="bilinear")
+    value = F.cross_entropy(full, label.long(), ignore_index=255, reduction="none")
+    return (value * (1.0 if weight is None else weight)).mean()
+
+
+def plain_pseudo_label(logits, size, threshold=1.0):
+    certainty, label = F.interpolate(logits.float(), size, mode="bilinear").softmax(1).max(1)
+    return label.byte(), certainty, (certainty >= threshold).float().mean()
+
+
+def test_kernels_and_bf16_do_not_change_what_is_learned(small_run, tmp_path, monkeypatch):
+    flags = train.parse_flags("--fd 0 --threshold 0.05 --batch 2 --crop 128 --channels 64".split())
+    device, (source, target) = torch.device("cpu"), step_inputs(2, 128, 19)
+
+    def plain(wanted):
+        monkeypatch.undo()
+        if wanted:
+            monkeypatch.setattr(train, "cross_entropy", plain_cross_entropy)
+            monkeypatch.setattr(model, "pseudo_label", plain_pseudo_label)
+
+    def first_step(dtype):
+        networks = train.open_networks(flags, NAMES19, None, device)
+        loaders = [(*source, [])], None, [(*target, [])]
+        terms, _, _ = train.accumulate(flags, 1, networks, [x and iter(x) for x in loaders], [], (0, 1), dtype,
+                                       train.Clock(device))
+        return sum(terms.values()), torch.cat([p.grad.flatten() for p in networks.student.parameters()])
+
+    plain(True)
+    loss, gradient = first_step(None)
+    plain(False)
+    for dtype, limit in ((None, 1e-5), (torch.bfloat16, 2e-2)):
+        ours, own_gradient = first_step(dtype)
+        assert (ours - loss).abs() < limit * loss and (own_gradient - gradient).norm() < limit * gradient.norm()
+
+    curves = {}
+    for name in ("plain", "fp32", "bf16"):
+        plain(name == "plain")
+        run_train([*small_run, "--steps", "20", "--val", "none", "--dtype", "bf16" if name == "bf16" else "fp32",
+                   "--out", str(tmp_path / name)])
+        steps = events(tmp_path / name, "step")
+        curves[name] = torch.tensor([step["source"] + step["mix"] + step["mask"] for step in steps])
+    assert (curves["fp32"] - curves["plain"]).abs().max() < 2e-3 and len(curves["plain"]) == 20
+    assert (curves["bf16"] - curves["plain"]).abs().max() < 0.1 < curves["plain"][0] - curves["plain"][-1]
+
+
+def test_compiled_network_learns_the_same(small_run, tmp_path, monkeypatch):
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("torch.compile needs a C++ compiler here")
+    argv = [*small_run, "--backbone", "timm:test_resnet.r160_in1k", "--steps", "3", "--val", "none", "--crop", "64"]
+    for name in ("plain", "--compile"):
+        run_train([*argv, "--out", str(tmp_path / name), *([name] if "--" in name else [])])
+    a, b = (load_checkpoint(tmp_path / name / "last.pt")["student"] for name in ("plain", "--compile"))
+    assert list(a) == list(b)  # the raw module is saved
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("size, dilation", [((32, 32), 6), ((33, 47), 12), ((20, 40), 18), ((7, 40), 2), ((5, 5), 3)])
 def test_dilated_convolution_by_sub_images_equals_torch(size, dilation):
     torch.manual_seed(0)
@@ -3455,7 +3514,8 @@ BENCH_SHAPES = {  # name of what is timed: arguments of bench_NAME, one table or
     "network": [(mode, *size) for mode, *size in [
         ("training", 4, 128, 128), ("training", 2, 256, 256), ("inference", 1, 512, 1024), ("training", 8, 512, 512)]
         if size[0] < 8 or DEVICE == "cuda"],
-    "uda_step": [(128,), (512,)] if DEVICE == "cuda" else [(128,)]}
+    "uda_step": [(128,), (512,)] if DEVICE == "cuda" else [(128,)],
+    "crop": [(128,), (512,)]}
 BENCH_SECONDS = 20 if DEVICE == "cuda" else 4  # of taking turns, per table
 COLUMNS = {"ms": "{:.3f}", "times ours": "{:.2f}", "goal": "{:g}", "error": "{:.0e}", "extra MB": "{:.1f}",
            "%": "{:.0f}"}
@@ -3796,6 +3856,27 @@ def bench_uda_step(side):
                       "teacher, three passes, AdamW: 0.33 would be the time of three of the peer's passes",
                       [("ours, whole step, 2 + 2 images", lambda: lambda: step(dtype), None),
                        ("transformers, one pass, 2 images", lambda: theirs(dtype), None)], repeats=False)
+
+
+def bench_crop(side):
+    """A training crop out of the cache beside the same one from a PNG, decoded and resized each time."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, array in zip(("images", "labels"), data.render_street(0, 0, False, (512, 256))):
+            Path(folder, name).mkdir()
+            Image.fromarray(array).resize((2048, 1024), Image.Resampling.NEAREST).save(Path(folder, name, "a.png"))
+        spec = f"folder:{folder}/images:{folder}/labels"
+        cached, plain = (data.open_dataset(spec, "train", CLASS_SPACES["cityscapes19"], (1024, 512),
+                                           Path(folder, "cache")) for _ in range(2))
+        cached.prepare()
+        plain.arrays = plain._load
+
+        def crop(dataset):
+            item = data.Crops(dataset, side, 0)[0]
+            return [item["image"], item["label"]]
+
+        yield compare(f"crop of {side} pixels from a PNG of 2048 x 1024 at 1024 x 512",
+                      [("ours, cached", lambda: lambda: crop(cached), None),
+                       ("decode, resize, crop", lambda: lambda: crop(plain), 50)], crop(plain), 0)
 
 
 def bench(argv):
