@@ -440,7 +440,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
          2.120, 2.110, 2.101, 2.093, 2.086)  # Student's t, two-sided 95 %, 1 to 20 degrees of freedom
 COMPARABLE = ("target", "val", "classes", "size", "crop", "batch", "steps", "backbone", "decoder", "channels", "init")
 UNNAMED = {"recipe", "seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
-           "panel_every", "world", *COMPARABLE}  # flags that give no row a name
+           "panel_every", "world", "profile", "compile", "checkpointing", *COMPARABLE}  # flags that give no row a name
 # Flags whose default is not "off", as runs did whose logs are older than the flag.
 OLD = {"text": "auto", "spatial_depth": 2, "mask_views": ["target"], "teacher_head": "plain", "tau": 0.1,
        "contrast_pixels": "all", "style": "fourier", "beta": [0.01], "restyle": "extra", "class_weights": "confidence",

@@ -160,7 +160,8 @@ def build_parser():
     a("--restyled", type=float, default=0.0, help="--restyle extra: weight of the cross-entropy on restyled images")
     a("--class-weights", default="confidence", choices=("confidence", "none"),
       help="--t2s: classes that the teacher doubts weigh more, or all the same")
-    a("--control", action="store_true", help="compute all of a contrast's passes and heads, but give it no weight")
+    a("--control", action=argparse.BooleanOptionalAction, default=False,
+      help="compute all of a contrast's passes and heads, but give it no weight")
     # optimisation
     a("--steps", type=int, default=1000, help="length of the schedule (published: 40,000)")
     a("--stop-at", type=int, help="stop, and save, after this step of the schedule (default: --steps)")
@@ -169,8 +170,10 @@ def build_parser():
     a("--head-lr", type=float, help="decoder's learning rate over the backbone's (default 10 with --init, else 1)")
     a("--accum", type=int, default=1, help="batches per optimiser step, for small memory; q and ClassMix go by batch")
     a("--seed", type=int, default=0, help="every random draw is a function of it, the step and the sample")
-    a("--compile", action="store_true", help="torch.compile backbone and decoders: minutes at first, pays on a GPU")
-    a("--checkpointing", action="store_true", help="keep fewer activations and compute them again, for small memory")
+    a("--compile", action=argparse.BooleanOptionalAction, default=False,
+      help="torch.compile backbone and decoders: minutes at first, pays on a GPU")
+    a("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
+      help="keep fewer activations and compute them again, for small memory")
     a("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
       help="auto: bf16 where a short measurement at the start finds it faster")
     # run
