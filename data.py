@@ -501,7 +501,8 @@ def _in_processes(task, items, text):
 
 
 def _pixels_per_class(label, num_classes):
-    return torch.bincount(torch.from_numpy(label.flatten()), minlength=256)[:num_classes].numpy()  # numpy takes twice as long
+    counts = torch.bincount(torch.from_numpy(label.flatten()), minlength=256)             # numpy's takes twice as long
+    return counts[:num_classes].numpy()
 
 
 # ---------------------------------------------------------------- sampling: item k is a function of (seed, names, k)
