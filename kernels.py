@@ -678,9 +678,9 @@ class _TextCorrelation(torch.autograd.Function):
 def text_correlation(features, text, scale, backend="auto"):
     """scale * cosine of every pixel's feature with every class's text, without normalised features in memory.
 
-    features (B,C,H,W) and text (K,C) float, K <= 256, of any length whose square float32 can hold, channels-last or any
-    other strides; scale a number or a 0-d tensor -> (B,K,H,W) float32 in [-scale, scale], computed in float32, also under autocast. (On a GPU the
-    products of bfloat16 features take text and upstream gradients in bfloat16 too, and sum in float32.)
+    features (B,C,H,W) and text (K,C) float, K <= 256, of any length whose square float32 can hold, any strides; scale a
+    number or a 0-d tensor -> (B,K,H,W) float32 in [-scale, scale], computed in float32, also under autocast. (On a GPU
+    the products of bfloat16 features take text and upstream gradients in bfloat16 too, and sum in float32.)
     Differentiable once, with respect to features, text and scale; gradients repeat bit for bit.
     Every vector x is divided by sqrt(|x|^2 + 1e-6^2): a zero vector has the value 0 and a gradient that is finite but
     large (times 1e6; in float16 it may overflow).
