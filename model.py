@@ -273,6 +273,7 @@ class TimmBackbone(nn.Module):
 # Decoders
 
 
+@torch.compiler.disable  # compiled for CPUs, torch 2.13 loses the gradients of some of several upsampled levels
 def resize(x, size):
     """Bilinear, align_corners False, (B,C,h,w) -> (B,C,*size)."""
     return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)

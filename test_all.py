@@ -3455,13 +3455,20 @@ def test_kernels_and_bf16_do_not_change_what_is_learned(small_run, tmp_path, mon
 def test_compiled_network_learns_the_same(small_run, tmp_path, monkeypatch):
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("torch.compile needs a C++ compiler here")
+    plain = model.SegFormerFusion((16, 32, 64), 8).double()  # whose levels lost gradients when it was compiled whole
+    pyramid, fusion = [torch.randn(2, 16 << i, 16 >> i, 16 >> i).double() for i in range(3)], copy.deepcopy(plain)
+    fusion.compile()
+    for net in (plain, fusion):
+        net(pyramid)[:, :, ::3].square().sum().backward()
+    torch.testing.assert_close([p.grad for p in fusion.parameters()], [p.grad for p in plain.parameters()])
     argv = [*small_run, "--backbone", "timm:test_resnet.r160_in1k", "--steps", "3", "--val", "none", "--crop", "64"]
     for name in ("plain", "--compile"):
         run_train([*argv, "--out", str(tmp_path / name), *([name] if "--" in name else [])])
     a, b = (load_checkpoint(tmp_path / name / "last.pt")["student"] for name in ("plain", "--compile"))
     assert list(a) == list(b)  # the raw module is saved
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4)
+    for straight, compiled in zip(*(events(tmp_path / name, "step") for name in ("plain", "--compile"))):
+        for term in ("source", "mix", "mask", "grad_norm"):  # not the weights: AdamW blows up what is 0 but for rounding
+            assert compiled[term] == pytest.approx(straight[term], rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("size, dilation", [((32, 32), 6), ((33, 47), 12), ((20, 40), 18), ((7, 40), 2), ((5, 5), 3)])
