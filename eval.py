@@ -632,7 +632,8 @@ def run(args):
             Path(args.save).mkdir(parents=True, exist_ok=True)
         result = evaluate(model, dataset, window, args.flip, args.head, args.save)
         what = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights, "data": spec,
-                "split": args.split, "adabn": args.adabn, "slide": slide, "flip": args.flip}
+                "split": args.split, "adabn": args.adabn, "head": args.head, "slide": slide,
+                "flip": args.flip}
         print(", ".join(f"{k} {v}" for k, v in what.items() if v), format_scores(result), sep="\n")
         if aligned:
             print(format_alignment(aligned["alignment"]))

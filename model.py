@@ -545,6 +545,7 @@ TextBank = namedtuple("TextBank", "embeddings names kind about", defaults=({},))
 ORIGIN = ("templates", "model", "pretrained", "open_clip", "sha256")
 STUB_DIM, TEXT_SEED = 512, 0
 RENAMED = {"person": "pedestrian", "rider": "driver", "bicycle": "bike", "motorcycle": "motorbike"}  # LC-MSM's code
+SPOKEN = {"SignSymbol": "traffic sign", "Pavement": "sidewalk", "Bicyclist": "cyclist"}  # CamVid's names are no words
 SYNONYMS = {
     "road": ("road", "street", "asphalt"), "sidewalk": ("sidewalk", "pavement", "footpath"),
     "building": ("building", "house", "facade"), "wall": ("wall", "free-standing wall"), "fence": ("fence", "railing"),
@@ -576,7 +577,8 @@ def read_bank(path, class_names):
     ORIGIN is there. Says so where another version of open_clip made it. Raises TextError."""
     remedy = "delete it, or make one with: python model.py text"
     try:
-        open(path, "rb").close()
+        if not os.path.exists(path):
+            raise FileNotFoundError("there is no such file")
         if not zipfile.is_zipfile(path):
             raise ValueError("no .npz archive")
         with np.load(path, allow_pickle=False) as file:
@@ -589,6 +591,8 @@ def read_bank(path, class_names):
         names, wanted = tuple(map(str, np.atleast_1d(bank["names"]))), tuple(class_names)
         if not isinstance(kind, str) or kind in ("learned", "none"):
             raise ValueError(f"kind {kind!r}, which no file can have")
+    except FileNotFoundError as error:
+        raise TextError(f"{path}: {error}; make it with: python model.py text") from None
     except Exception as error:  # zipfile, numpy and the file system each have their own
         raise TextError(f"{path}: not a text bank ({str(error).splitlines()[0]}); {remedy}") from None
     if names != wanted:
@@ -667,13 +671,17 @@ def encode_bank(spec, names):
     if not body or not (prompts in PROMPTS or os.path.isfile(prompts)):
         body, prompts = spec, "paper"
     architecture, _, tag = body.partition("/")
+    if ":" in tag and not os.path.exists(tag):
+        raise TextError(f"--text clip:{spec}: {tag.split(':')[-1]} is neither a file of templates nor one of "
+                        f"{', '.join(PROMPTS)}")
     if tag in ("", "None", "none"):
         raise TextError(f"--text clip:{spec}: needs MODEL/TAG, such as ViT-B-16/laion2b_s34b_b88k; a tower without "
                         "weights knows no language")
     templates, variants = PROMPTS[prompts] if prompts in PROMPTS else (text_lines(prompts), lambda name: (name,))
     if not templates or any(re.findall("[{}]+", template) != ["{}"] for template in templates):
         raise TextError(f"{prompts}: every line is a template and needs one {{}} for the class: a photo of a {{}}.")
-    texts = [[template.format(variant) for variant in variants(name) for template in templates] for name in names]
+    texts = [[template.format(variant) for variant in variants(SPOKEN.get(name, name)) for template in templates]
+             for name in names]
     weights = f"{os.path.basename(tag)} {file_hash(tag)}" if os.path.isfile(tag) else tag
     made_from = dict(templates=np.array(sum(texts, [])), model=np.array(architecture), pretrained=np.array(weights))
     key = bank_hash(made_from | {"names": np.array(names), "emb": np.zeros(0)})
@@ -714,12 +722,12 @@ def file_hash(path):
 def open_text_tower(architecture, tag):
     """(open_clip, frozen CLIP without its image tower). Raises TextError, in seconds also where there is no network."""
     endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    direct = endpoint.scheme not in urllib.request.getproxies()
+    direct, offline = endpoint.scheme not in urllib.request.getproxies(), ""
     if direct and not os.path.exists(tag) and "HF_HUB_OFFLINE" not in os.environ:
         try:
             socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=3).close()
         except OSError:  # without this huggingface_hub retries for the better part of a minute
-            os.environ["HF_HUB_OFFLINE"] = "1"
+            os.environ["HF_HUB_OFFLINE"], offline = "1", "no network, and "
             if "huggingface_hub.constants" in sys.modules:  # it has looked at the environment already
                 sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True
     try:
@@ -727,9 +735,9 @@ def open_text_tower(architecture, tag):
         logging.disable(logging.ERROR)  # the error says the same once more
         tower = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True)
     except Exception as error:  # open_clip, huggingface_hub, torch and the file system each have their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise TextError(f"--text clip:{architecture}/{tag}: no weights ({reason}); name a tag while online, a local "
-                        "file as TAG, or a bank made elsewhere (FILE.npz)") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].split(" (")[0]
+        raise TextError(f"--text clip:{architecture}/{tag}: {offline}no weights: {reason}; name a tag while online, a "
+                        "local file as TAG, or a bank made elsewhere (FILE.npz)") from None
     finally:
         logging.disable(logging.NOTSET)
     tower.visual = None

@@ -88,7 +88,8 @@ def backbone(text):
 
 def build_parser():
     """One line per flag; the help gives unit, sentinel and reason."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(usage="train.py [--recipe NAME] [flags]   (-h explains them)", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     # data
     a("--recipe", default="mic", choices=RECIPES, help="a named set of flag values; every flag given here overrides it")
@@ -197,7 +198,7 @@ def parse_flags(argv=None):
     contrast = f.cluda or f.sepico or f.t2s
     for name, needed in NEEDS.items():
         if getattr(f, name) != parser.get_default(name) and not getattr(f, needed):
-            parser.error(f"--{name.replace('_', '-')} does nothing without --{needed}")
+            parser.error(f"--{name.replace('_', '-')} does nothing without --{needed}, or a recipe that has it")
     if not contrast and (f.control or f.projection and not parser.get_default("projection")):
         parser.error(f"--{'control' if f.control else 'projection'} does nothing without --cluda, --sepico or --t2s")
     f.projection = bool(f.projection and contrast)  # a head that nothing trains would only be in the way
@@ -232,7 +233,8 @@ def parse_flags(argv=None):
     if f.t2s and f.style in ("fourier", "lab") and f.target == "none":
         parser.error(f"--style {f.style} takes looks from a target: without one give random, jitter or identity")
     if f.t2s and f.style == "random" and f.target != "none":
-        parser.error("--style random is for domain generalisation, without a target: --target none")
+        parser.error("--style random, of t2sda_dg, is for domain generalisation, without a target: --target none "
+                     "(--val SPEC gives scores)")
     for name, (least, most) in (LIMITS | {"stop_at": (1, f.steps)}).items():
         values = getattr(f, name)
         for value in values if isinstance(values, list) else [values]:
@@ -832,8 +834,8 @@ def run(argv=None):
            f"{about['device']}, torch {about['torch']}")
 
     if bank:
-        tower = "/".join(str(bank.about[key]) for key in ("model", "pretrained") if key in bank.about)
-        print0(f"text: {bank.kind} {tower}, {text['dimensions']} dimensions, sha256 {text['rows_sha256']}")
+        tower = "".join(f" {bank.about[key]}" for key in ("model", "pretrained") if key in bank.about)
+        print0(f"text: {bank.kind}{tower}, {text['dimensions']} dimensions, sha256 {text['rows_sha256']}")
 
     def save(name, step):
         if rank == 0:
