@@ -1650,8 +1650,12 @@ def test_table_of_few_runs_and_wrong_logs(tmp_path):
     assert "| mic | teacher | 45.0 | 45.0 ± - | - | - | 0 |" in evaluation.table([one])  # no reference, one seed
     source = made_log(tmp_path / "source", "source", 0, 40, None, 42)
     assert "| mic | teacher | 45.0 | 45.0 ± - | +3.0 | - | 1 |" in evaluation.table([one, source])
+    general = made_log(tmp_path / "general", "dg", 0, 43, None, None, target="none")  # the same validation data
+    assert "| dg | student | 43.0 | 43.0 ± - | +1.0 | - | 1 |" in evaluation.table([general, source])
     (tmp_path / "text").write_text("no log\n\xff")
-    for bad, words in ((made_log(tmp_path / "again", "mic", 0, 1, 1, 1), "second run of mic with seed 0"),
+    (tmp_path / "foreign").write_text('{"event": "start", "flags": {"a": 1}}\n{"event": "result"}\n')
+    for bad, words in ((tmp_path / "foreign", "no log of train.py"), (tmp_path / "last.pt", "a checkpoint"),
+                       (made_log(tmp_path / "again", "mic", 0, 1, 1, 1), "second run of mic with seed 0"),
                        (made_log(tmp_path / "long", "mic", 1, 1, 1, 1, step=30), "steps 30 instead of 20"),
                        (made_log(tmp_path / "killed", "mic", 2, 1, 1, 1, finished=False), "no result event"),
                        (tmp_path / "text", "no start event")):
@@ -2061,6 +2065,17 @@ def test_wrong_weights_are_refused_by_name(tmp_path):
         with pytest.raises(WeightsError, match=words) as caught:
             load_backbone(before, str(tmp_path / name))
         assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_and_maps_are_views_of_each_other(batch):
+    tokens = torch.randn(batch, 15, 8)
+    maps = model.to_map(tokens, (3, 5))
+    assert maps.data_ptr() == tokens.data_ptr() and torch.equal(maps[:, :, 2, 1], tokens[:, 11])
+    assert model.to_tokens(maps).data_ptr() == tokens.data_ptr() and torch.equal(model.to_tokens(maps), tokens)
+    with torch.no_grad():  # a convolution must see the layout, also of a single image: else it copies
+        assert torch.nn.Conv2d(8, 8, 3, 1, 1, groups=8)(maps).stride()[1:] == (1, 40, 8)
+
 
 
 @pytest.mark.parametrize("name", ["mit_b0", "mit_b1"])
