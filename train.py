@@ -19,6 +19,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -423,6 +424,8 @@ def setup():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:  # one process needs no group, and its gradients no averaging
+        # DDP minds the strides of dimensions of size 1, which a depthwise convolution's gradient is free to choose
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=1))
     return device, rank, world
