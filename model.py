@@ -136,7 +136,8 @@ class Attention(nn.Module):
         if x.device.type == "cpu" and q.dtype == torch.bfloat16:
             # torch's own kernel takes two to four times as long here; parts, so that their scores stay in the cache
             parts = (q * q.shape[-1] ** -0.5).split(4096, 2)
-            x = torch.cat([(part @ k.transpose(2, 3)).softmax(3).to(v.dtype) @ v for part in parts], 2)
+            parts = [(part @ k.transpose(2, 3)).softmax(3).to(v.dtype) @ v for part in parts]
+            x = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         else:
             x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B,heads,N,C/heads) -> (B,N,C)
