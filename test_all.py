@@ -3468,8 +3468,10 @@ def test_kernels_and_bf16_do_not_change_what_is_learned(small_run, tmp_path, mon
 
 
 def test_compiled_network_learns_the_same(small_run, tmp_path, monkeypatch):
-    if not shutil.which("g++") and not shutil.which("clang++"):
-        pytest.skip("torch.compile needs a C++ compiler here")
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as error:  # no C++ compiler, no Python headers
+        pytest.skip(f"torch.compile does not work here: {complaint(error)}")
     plain = model.SegFormerFusion((16, 32, 64), 8).double()  # whose levels lost gradients when it was compiled whole
     pyramid, fusion = [torch.randn(2, 16 << i, 16 >> i, 16 >> i).double() for i in range(3)], copy.deepcopy(plain)
     fusion.compile()
