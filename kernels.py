@@ -47,6 +47,7 @@ def _use_triton(tensor, backend):
 # ---- bilinear interpolation along one axis, align_corners=False: the tables both paths share ----
 
 class Axis(NamedTuple):
+    """Where the pixels of one axis lie between its cells."""
     first: torch.Tensor         # (full,) int32: lower cell of a pixel; the upper is the next, or the same at the end
     fraction: torch.Tensor      # (full,) float32 in [0, 1): weight of the upper cell
     matrix: torch.Tensor        # (full, low) float32, both weights of every pixel: pixels = matrix @ cells
@@ -165,6 +166,7 @@ def _torch_correlation_gradient(features, rows, value, inverse, upstream):
 # ---- class-labelled InfoNCE: both sides sorted by label, so that a pixel's positives are one range of the other ----
 
 class Sorted(NamedTuple):
+    """One side of a contrast in the order of its labels, and where its pixels' positives are on the other side."""
     order: torch.Tensor         # (N,) int64: the pixels of one side, queries or keys, by label, ignored ones last
     first: torch.Tensor         # (N,) int32: the other side's pixels of the same label, in its order, begin here
     last: torch.Tensor          # (N,) int32: and end before this

@@ -2589,9 +2589,12 @@ def test_recipes_and_derived_flags(capsys):
 
 @pytest.mark.parametrize("flags", ["t2sda --t2s 0", "mic --mask-ratio 1", "t2sda_dg --style identity",
                                    "lcmsm --mix 0 --mask-views source source --teacher-head plain --target none"])
-def test_flags_that_leave_little_to_do_still_train(flags, small_run):
+def test_flags_that_leave_little_to_do_still_train(flags, small_run, tmp_path):
     argv = [*small_run, "--steps", "2", "--recipe", *flags.split()]
     run_train([*argv, "--target", "none"] if "dg" in flags else argv)
+    left = {"t2sda": {"mix"}, "mic": {"mix", "mask"}, "t2sda_dg": {"t2s", "restyled"}, "lcmsm": {"mask_source"}}
+    terms = {"mix", "mask", "t2s", "restyled", "mask_source", "mask_mix"}
+    assert events(tmp_path / "out", "step")[-1].keys() & terms == left[flags.split()[0]]
 
 
 def context(generator, step=0, shard=(0, 1)):
@@ -3063,8 +3066,8 @@ def test_openclip_encodes_prompts_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
     (tmp_path / "mine.txt").write_text("\ufeffeine {}\n\nviele {} hier\n", encoding="utf-8")
-    mine = text_bank(f"{spec}:{tmp_path / 'mine.txt'}", ("road", "person"))
-    assert mine.about["templates"] == ["eine road", "viele road hier", "eine person", "viele person hier"]
+    mine = text_bank(f"{spec}:{tmp_path / 'mine.txt'}", ("road", "Bicyclist"))
+    assert mine.about["templates"] == ["eine road", "viele road hier", "eine cyclist", "viele cyclist hier"]
     (tmp_path / "mine.txt").write_text("no class\n")
     with pytest.raises(TextError, match="mine.txt: every line"):
         text_bank(f"{spec}:{tmp_path / 'mine.txt'}", ("road", "person"))
@@ -3396,6 +3399,15 @@ def test_measuring_the_dtype_changes_nothing():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_sliding_validation_is_remembered(small_run, tmp_path):
+    run_train([*small_run, "--recipe", "source", "--steps", "3", "--slide"])
+    slid, scores = events(tmp_path / "out", "result")[0]["student"]["iou"], []
+    for more in ([], ["--no-slide"]):
+        evaluation.main([str(tmp_path / "out/last.pt"), "--json", str(tmp_path / "scores.json"), *more])
+        scores.append(json.loads((tmp_path / "scores.json").read_text())["iou"])
+    assert scores[0] == slid and scores[1] != slid
+
+
 def test_profile_prints_where_the_time_goes_and_leaves_nothing(small_run, tmp_path):
     done = run_train([*small_run, "--profile", "2", "--recipe", "cluda", "--mask", "1"])
     parts = ["EMA", "data", "source", "teacher", "mixed", "masked", "contrast", "backward", "optimiser", "step"]
@@ -3408,6 +3420,17 @@ def test_profile_prints_where_the_time_goes_and_leaves_nothing(small_run, tmp_pa
     for step in events(tmp_path / "out", "step"):
         assert {"data", "source", "teacher", "backward"} <= step["ms"].keys() and step["peak_mib"] > 100
         assert sum(step["ms"].values()) < 1.1e3 * 8 / step["images_per_s"]
+
+
+@pytest.mark.parametrize("name", ["mit_b0", "timm:resnet10t"])
+def test_checkpointing_computes_activations_again(name):
+    net, calls = Segmenter(name, "segformer", 3, 8).train(), []
+    inner = net.backbone.block3[0].mlp if name == "mit_b0" else net.backbone.net.layer3[0].conv1
+    inner.register_forward_hook(lambda *_: calls.append(1))
+    net(torch.rand(2, 3, 64, 64)).logits.sum().backward()
+    net.backbone.recompute()
+    net(torch.rand(2, 3, 64, 64)).logits.sum().backward()
+    assert len(calls) == 3  # once, then twice
 
 
 @pytest.mark.parametrize("flags", ["", "--backbone timm:resnet10t --no-augment-source"])
@@ -3472,11 +3495,13 @@ def test_compiled_network_learns_the_same(small_run, tmp_path, monkeypatch):
         torch.compile(lambda x: x + 1)(torch.ones(2))
     except Exception as error:  # no C++ compiler, no Python headers
         pytest.skip(f"torch.compile does not work here: {complaint(error)}")
-    plain = model.SegFormerFusion((16, 32, 64), 8).double()  # whose levels lost gradients when it was compiled whole
-    pyramid, fusion = [torch.randn(2, 16 << i, 16 >> i, 16 >> i).double() for i in range(3)], copy.deepcopy(plain)
+    plain = model.SegFormerFusion((16, 32, 48, 96), 8).double()  # whose levels lost gradients, compiled whole
+    pyramid, fusion = [torch.randn(2, c, 16 >> i, 16 >> i).double().contiguous(memory_format=torch.channels_last)
+                       for i, c in enumerate((16, 32, 48, 96))], copy.deepcopy(plain)
     fusion.compile()
     for net in (plain, fusion):
-        net(pyramid)[:, :, ::3].square().sum().backward()
+        out = net([level.requires_grad_() for level in pyramid])
+        (out * torch.arange(out.numel()).view(out.shape).sin()).sum().backward()
     torch.testing.assert_close([p.grad for p in fusion.parameters()], [p.grad for p in plain.parameters()])
     argv = [*small_run, "--backbone", "timm:test_resnet.r160_in1k", "--steps", "3", "--val", "none", "--crop", "64"]
     for name in ("plain", "--compile"):

@@ -484,6 +484,19 @@ def batches(dataset, f, start, shard, device, rare=None, labels=True, subset=Non
         yield image, batch["label"].to(device, non_blocking=True), [dataset.names[i] for i in batch["index"].tolist()]
 
 
+def open_loaders(f, start, shard, device, source_set, target_set, labeled):
+    """Batches of the source, of the labelled target and of the target, None where a step takes none of them; without a
+    source the labelled target stands in its place."""
+    known_set, known = (source_set, None) if source_set else (target_set, labeled)
+    counts = known_set.class_counts()[known or slice(None)] if f.rcs else None
+    rare = data.RareClassSampler(counts, f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
+    rest = sorted(set(range(len(target_set))) - set(labeled)) if labeled else None
+    place = f, start, shard, device
+    return (batches(known_set, *place, rare, subset=known),
+            batches(target_set, *place, subset=labeled) if source_set and labeled else None,
+            batches(target_set, *place, labels=False, subset=rest or None) if adapts(f) else None)  # none rests: all
+
+
 def with_own_heads(state, student):
     """A checkpoint's weights without the heads that the student has not, and with its new ones that they have not. The
     text bank is the student's: --text names it."""
@@ -732,7 +745,8 @@ def profile_table(parts, speed, flops, device, dtype):
         for _ in range(20):
             a @ a
             clock("product")
-        best = min(begin.elapsed_time(end) for _, begin, end in clock.spans if end.synchronize() is None)
+        clock.sums()  # waits for the GPU
+        best = min(begin.elapsed_time(end) for _, begin, end in clock.spans)
         rate = 2 * 8192**3 / best
         lines.append(f"{flops / total / rate:.1%} of the rate of a matrix product here, {rate / 1e9:.0f} TFLOP/s")
     return "\n".join(lines)
@@ -790,9 +804,6 @@ def run(argv=None):
     classes, source_set, target_set, labeled, val_set = open_data(f)
     split = [target_set.names[i] for i in labeled]
     split_hash = hashlib.sha256("\n".join(split).encode()).hexdigest()[:16]
-    known_set, known = (source_set, None) if source_set else (target_set, labeled)  # labelled images to learn from
-    counts = known_set.class_counts()[known or slice(None)] if f.rcs else None
-    rare = data.RareClassSampler(counts, f.rcs, data.RARE_IMAGE * f.crop ** 2) if f.rcs else None
     window = f.crop if f.slide else None
     things = torch.tensor([i for i, name in enumerate(classes) if name in THINGS], device=device)
     networks = open_networks(f, classes, bank, device)
@@ -811,14 +822,14 @@ def run(argv=None):
     for net in filter(None, networks[:3] if f.compile else ()):
         for module in net.compilable():
             module.compile()  # in place: names and weights stay those of the plain module
+    loaders = open_loaders(f, start, (rank, world), device, source_set, target_set, labeled)
     # every term goes into one backward, so no parameter is unused; buffers are averaged where they are needed
     if world > 1:
         networks = networks._replace(student=DistributedDataParallel(student, broadcast_buffers=False))
 
     if rank == 0 and not f.profile:
         (out / "panels").mkdir(parents=True, exist_ok=True)
-    semi = bool(source_set and labeled)
-    images = (1 + adapts(f) + semi) * f.batch * f.accum * world
+    images = sum(loader is not None for loader in loaders) * f.batch * f.accum * world
     about, clock, signals = versions(device), Clock(device), catch_signals()
     log = Log(out / "log.jsonl", images, clock, rank == 0 and not f.profile)
     check = GradientCheck(optimizer, log, last, delayed=device.type == "cuda")
@@ -848,11 +859,6 @@ def run(argv=None):
                 "text": bank and {"embeddings": bank.embeddings, "kind": bank.kind, "about": bank.about},
                 "statistics": statistics.state_dict(), "labeled": split})
 
-    rest = sorted(set(range(len(target_set))) - set(labeled)) if labeled else None
-    place = f, start, (rank, world), device
-    loaders = (batches(known_set, *place, rare, subset=known),
-               batches(target_set, *place, subset=labeled) if semi else None,
-               batches(target_set, *place, labels=False, subset=rest or None) if adapts(f) else None)  # none rests: all
     steps = tqdm(range(start, f.stop_at), f.recipe, f.stop_at, initial=start, disable=True if rank else None)
     for step in steps:
         for group in optimizer.param_groups:
