@@ -625,6 +625,12 @@ def labeled_indices(dataset, spec):
     return sorted(found)
 
 
+def shows_classes(dataset, indices=None):
+    """Whether a labelled data set, or one of the images `indices`, has a pixel that is not 255; looks no further than
+    the first."""
+    return any((dataset[i]["label"] != IGNORE).any() for i in (range(len(dataset)) if indices is None else indices))
+
+
 # ---------------------------------------------------------------- on the device: batched, no host sync
 
 def uniform(shape, generator, shard=(0, 1)):

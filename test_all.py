@@ -2916,6 +2916,17 @@ def test_wrong_inputs_of_training_are_one_clear_line(change, words, small_run):
     assert words in done.stderr.strip().splitlines()[-1]
 
 
+def test_labels_without_a_class_are_refused(small_run, tmp_path):
+    folder = tmp_path / "target/labels"
+    for path in folder.glob("*.png"):
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    blank = f"folder:{tmp_path}/target/images:{folder}"
+    for change in (["--source", blank, "--rcs", "0"], ["--target", blank, "--val", "none", "--labeled", "2"]):
+        done = run_train([*small_run, *change], check=False)
+        assert done.returncode == 1 and "no pixel of its labels is one of the 3 classes" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def made_bank(classes=3, dim=12, seed=0, kind="clip"):
     rows = F.normalize(torch.randn(classes, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
     return TextBank(rows, tuple(f"class {i}" for i in range(classes)), kind)

@@ -454,6 +454,10 @@ def open_data(f):
     labeled = [] if f.labeled == "0" else data.labeled_indices(target_set, f.labeled)
     if labeled and not target_set.labeled:
         raise data.DataError(f"--labeled {f.labeled}: {f.target} has no labels")
+    for dataset, indices in (source_set, None), (target_set, labeled):
+        if dataset and indices != [] and not data.shows_classes(dataset, indices):
+            raise data.DataError(f"{dataset.spec}: no pixel of its labels is one of the {len(classes)} classes; see "
+                                 f"python data.py {dataset.spec} --classes {f.classes}")
     val_set = None if f.val == "none" else data.open_dataset(f.val, "val", classes, f.size, f.cache)
     if val_set and not val_set.labeled:
         raise data.DataError(f"--val {f.val}: has no labels; give --val a labelled set, or none")
