@@ -3328,6 +3328,31 @@ def test_true_target_labels_join_the_supervised_loss_and_the_queries():
     assert seen == [4 * 8 * 8]  # cells of two restyled and of two labelled target images
 
 
+def test_consistency_is_of_confident_pixels_that_stay_the_targets(monkeypatch):
+    flags = train.parse_flags(["--recipe", "semidavil", "--confident", "0.5"])
+    torch.manual_seed(0)
+    net = Segmenter("mit_b0", "segformer", 3, 8)
+    with torch.no_grad():
+        net.decoder.classifier.weight.normal_(std=1.0)
+    teacher = model.teacher_mode(copy.deepcopy(net).requires_grad_(False))
+    source, target = step_inputs(2)
+    source[1].copy_((torch.arange(64) // 32)[None, :, None].expand(2, 64, 64))
+    target[1][:, :, :4] = 255  # padding
+    seen, real = [], losses.consistency
+    monkeypatch.setattr(losses, "consistency", lambda *a: (seen.append(a), real(*a))[1])
+    monkeypatch.setattr(data, "strong_augment", lambda image, generator: image)
+    networks = train.Networks(net, teacher, None, None, None)
+    terms, views = train.step_terms(flags, context(generator()), networks, source, None, target, [])
+    with torch.no_grad():
+        confidence, label = F.interpolate(teacher(target[0]).logits, (64, 64), mode="bilinear").softmax(1).max(1)
+    (_, pseudo, trusted, valid), = seen
+    assert torch.equal(pseudo, label.byte()) and 0.1 < trusted.float().mean() < 0.9
+    clear = (confidence - 0.5).abs() > 1e-4  # not decided by rounding
+    assert torch.equal(trusted[clear], (confidence >= 0.5)[clear])
+    stays = (views["mixed"] == target[0]).all(1)
+    assert 0.1 < stays.float().mean() < 0.9 and torch.equal(valid, stays & (target[1] != 255))
+
+
 @pytest.mark.parametrize("name, strides, mean", [
     ("vit_base_patch32_clip_224", (32,) * 4, 0.48145466), ("resnet50_clip", (4, 8, 16, 32), 0.48145466),
     ("vit_small_patch14_dinov2", (14,) * 4, 0.485), ("eva02_tiny_patch14_224", (14,) * 4, 0.48145466)])
