@@ -3353,6 +3353,27 @@ def test_consistency_is_of_confident_pixels_that_stay_the_targets(monkeypatch):
     assert 0.1 < stays.float().mean() < 0.9 and torch.equal(valid, stays & (target[1] != 255))
 
 
+def test_class_mix_pastes_from_the_source_and_from_the_labelled_target(monkeypatch):
+    flags = train.parse_flags(["--recipe", "semidavil", "--labeled", "2"])
+    net = Segmenter("mit_b0", "segformer", 3, 8)
+    networks = train.Networks(net, model.teacher_mode(copy.deepcopy(net)), None, None, None)
+    source, target = step_inputs(2)
+    labeled = torch.rand(2, 3, 64, 64, generator=generator()), source[1].flip(1)
+    monkeypatch.setattr(data, "strong_augment", lambda image, generator: image)
+    origins = set()
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        _, views = train.step_terms(flags, context(g), networks, source, labeled, target, [])
+        for i in range(2):
+            found = [(views["mixed"][i] == domain[0][i]).all(0) for domain in (target, source, labeled)]
+            assert sum(f.float().mean() for f in found) == 1 and not (found[1].any() and found[2].any())
+            for name, (_, label), here in zip(("source", "labelled"), (source, labeled), found[1:]):
+                if here.any():
+                    origins.add(name)
+                    assert torch.equal(views["mixed_label"][i][here], label[i][here])
+    assert origins == {"source", "labelled"}
+
+
 @pytest.mark.parametrize("name, strides, mean", [
     ("vit_base_patch32_clip_224", (32,) * 4, 0.48145466), ("resnet50_clip", (4, 8, 16, 32), 0.48145466),
     ("vit_small_patch14_dinov2", (14,) * 4, 0.485), ("eva02_tiny_patch14_224", (14,) * 4, 0.48145466)])
