@@ -57,8 +57,8 @@ RECIPES = {
     "t2sda_dg": dict(target="none", mix=0.0, mask=0.0, fd=0.005, rcs=0.01, t2s=0.1, restyled=1.0, projection=True,
                      style="random"),  # its domain generalisation: no target image at all
     "sepico": dict(mix=1.0, mask=0.0, fd=0.005, rcs=0.01, sepico=0.1, projection=True),  # Xie et al., TPAMI 2023
-    # after SemiDAViL, Basak and Yin, CVPR 2025, as reconstructed; --labeled N gives it target labels. Its first code has
-    # --hardest 0.2: easy pixels are then never learned well enough for a pseudo-label to be confident
+    # after SemiDAViL, Basak and Yin, CVPR 2025, as reconstructed; --labeled N gives it target labels. Its first code
+    # has --hardest 0.2: easy pixels are then never learned well enough for a pseudo-label to be confident
     "semidavil": dict(mix=0.0, mask=0.0, fd=0.0, rcs=0.0, consistency=1.0, dyce=True, hardest=1.0, language="dlg"),
     # masking, language, contrast and pull together; restyled images take the place of every second source image
     "all": dict(mix=1.0, mask=1.0, fd=0.005, rcs=0.01, language="dlg", cluda=0.1, t2s=0.1, projection=True,
