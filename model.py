@@ -37,6 +37,13 @@ Output = namedtuple("Output", "logits features pyramid")  # (B,K,h,w), (B,C,h,w)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def joined(outputs):
+    """A list of Outputs of passes over parts of a batch -> the Output of the whole batch."""
+    logits, features, pyramids = zip(*outputs)
+    return outputs[0] if len(outputs) == 1 else Output(
+        torch.cat(logits), torch.cat(features), [torch.cat(maps) for maps in zip(*pyramids)])
+
+
 class WeightsError(ValueError):
     """Backbone weights that do not fit; the message names the file and what differs."""
 

@@ -3353,6 +3353,19 @@ def test_consistency_is_of_confident_pixels_that_stay_the_targets(monkeypatch):
     assert 0.1 < stays.float().mean() < 0.9 and torch.equal(valid, stays & (target[1] != 255))
 
 
+@pytest.mark.parametrize("recipe, passes", [("source", [4]), ("semidavil", [2, 2, 2])])
+def test_with_a_teacher_labelled_target_images_have_a_pass_of_their_own(recipe, passes):
+    flags = train.parse_flags(["--recipe", recipe, "--labeled", "2", "--no-augment-source"])
+    net, seen = Segmenter("mit_b0", "segformer", 3, 8), []
+    networks = train.Networks(net, model.teacher_mode(copy.deepcopy(net)), None, None, None)
+    net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    source, target = step_inputs(2)
+    labeled = torch.rand(2, 3, 64, 64, generator=generator()), source[1].flip(1)
+    train.step_terms(flags, context(generator()), networks, source, labeled, target, [])
+    assert [len(images) for images in seen] == passes
+    assert torch.equal(torch.cat(seen)[:4], torch.cat([source[0], labeled[0]]))
+
+
 def test_class_mix_pastes_from_the_source_and_from_the_labelled_target(monkeypatch):
     flags = train.parse_flags(["--recipe", "semidavil", "--labeled", "2"])
     net = Segmenter("mit_b0", "segformer", 3, 8)

@@ -320,7 +320,9 @@ def step_terms(f, context, networks, source, labeled, target, things):
         donor = torch.where(swap[:, None], labeled[0], image), torch.where(swap, labeled[1], label)
         clean = data.strong_augment(labeled[0], generator) if f.augment_source else labeled[0]
         view, known_label = torch.cat([view, clean]), torch.cat([label, labeled[1]])  # (2B,3,S,S), (2B,S,S)
-    out = student(view)
+    # a teacher's BatchNorm sees target images alone, and the student's is to see labelled ones so too; without a
+    # teacher the running statistics of both domains together are what serves in the end
+    out = model.joined([student(images) for images in (view.split(B) if adapts(f) else [view])])
     terms["source"] = (losses.dyce(out.logits, known_label, f.hardest, f.omega) if f.dyce else
                        cross_entropy(out.logits, known_label))
     views.update(source=view, label=known_label)
