@@ -173,7 +173,7 @@ def _published(dataset, root):
         fills = [re.sub(r"\*\*/|\*", lambda _, rest=iter(matched): next(rest), label) for label in wanted]
         labels.append(next((root / f for f in fills if (root / f).is_file()), None))
     missing = [str(image) for image, label in zip(images, labels) if label is None]
-    if 0 < len(missing) < len(images):
+    if 0 < len(missing) < len(images) and not dataset.partial:
         raise DataError(f"{spec}: {len(missing)} of {len(images)} images lack a label: {_some(missing)}; add them")
     return list(zip(images, labels))
 
@@ -191,15 +191,16 @@ def _folder(dataset, roots):
     if len(found) == 1:
         return [(image, None) for image in found[0].values()]
     images, labels = found
-    if missing := [str(images[stem]) for stem in images if stem not in labels]:
+    missing = [str(images[stem]) for stem in images if stem not in labels]
+    if missing and (not dataset.partial or len(missing) == len(images)):
         raise DataError(f"{dataset.spec}: {len(missing)} of {len(images)} images have no label of the same name: "
                         f"{_some(missing)}; add them")
     if extra := [str(labels[stem]) for stem in labels if stem not in images]:
         dataset.notes.append(f"{len(extra)} labels have no image and are not used: {_some(extra)}")
-    return [(images[stem], labels[stem]) for stem in images]
+    return [(images[stem], labels.get(stem)) for stem in images]
 
 
-def _listed(_, path):
+def _listed(dataset, path):
     """[(image, label or None)] from lines split at the tab, else at the last space."""
     path, files = Path(path), []
     if not path.is_file():
@@ -213,7 +214,7 @@ def _listed(_, path):
         if missing := [str(p) for p in pair if not p.is_file()]:
             raise DataError(f"{path}: {missing[0]} does not exist; paths are relative to the list's folder")
         files.append((pair[0], pair[1] if len(pair) == 2 else None))
-    if len({label is None for _, label in files}) != 1:
+    if not files or len({label is None for _, label in files}) == 2 and not dataset.partial:
         raise DataError(f"{path}: {'only some lines have a label; give all or none' if files else 'lists no image'}")
     return files
 
@@ -304,7 +305,7 @@ def read_png16(path):
 
 # ---------------------------------------------------------------- the data set and its cache
 
-def open_dataset(spec, split, classes, size=None, cache=None):
+def open_dataset(spec, split, classes, size=None, cache=None, partial=False):
     """
     Data set of {"image": uint8 (3,H,W) tensor, "label": uint8 (h,w) tensor or None, "name": str}.
 
@@ -312,17 +313,19 @@ def open_dataset(spec, split, classes, size=None, cache=None):
     class_names; size (W,H): images are resized to it, None is the published size (native for folder: and list:). Labels
     follow the image in "train" and stay native elsewhere, so that scores do not depend on size. cache: directory, None
     is ~/.cache/nanouda; used for streets and for real training sets of one size if small or if a directory is given.
+    partial: some images may lack a label, and are then served with one of 255.
     Raises DataError at once for what file names tell, and at reading for what is wrong in a file.
     """
-    return SegmentationDataset(spec, split, class_names(classes), size, cache)
+    return SegmentationDataset(spec, split, class_names(classes), size, cache, partial)
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
     """What open_dataset returns; has spec, split, classes, names, size (W,H) or None, labeled, notes (list of str)."""
 
-    def __init__(self, spec, split, classes, size, cache):
+    def __init__(self, spec, split, classes, size, cache, partial=False):
         self.kind, _, rest = (spec, "", "") if spec in STREETS else spec.partition(":")
-        self.spec, self.split, self.classes, self.files, self.notes = spec, split, classes, None, []
+        self.spec, self.split, self.classes, self.partial = spec, split, classes, partial
+        self.files, self.notes = None, []
         published, ids = SETS[self.kind][:2] if self.kind in SETS else (None, dict(enumerate(classes)))
         if spec in STREETS:
             if split not in STREETS[spec]:
@@ -332,7 +335,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         elif rest and self.kind in ("folder", "list", *SETS):
             find = {"folder": _folder, "list": _listed}.get(self.kind, _published)
             self.files = find(self, rest)
-            images, self.labeled = [image for image, _ in self.files], self.files[0][1] is not None
+            images, self.labeled = [image for image, _ in self.files], any(label for _, label in self.files)
             self.names = [re.sub("_(leftImg8bit|rgb_anon)$", "", image.stem) for image in images]
             if len(set(self.names)) < len(images):                        # one stem in several folders
                 top = os.path.commonpath([image.parent for image in images])
@@ -400,6 +403,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return image.shape[1::-1], None if label is None else _pixels_per_class(label, len(self.classes)), None
 
     def _count(self, i):
+        if self.files and not self.files[i][1]:
+            return np.zeros(len(self.classes), np.int64)
         label = self.arrays(i)[1] if self.cached else self._resize(self._read_label(i), Image.Resampling.NEAREST)
         return _pixels_per_class(label, len(self.classes))
 
@@ -422,6 +427,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """Image and label (or None) of item i at their own size."""
         path, label_path = self.files[i]
         image, label = read_image(path), self._read_label(i) if label_path else None
+        if label is None and self.labeled:
+            label = np.full(image.shape[:2], IGNORE, np.uint8)
         if label is not None and image.shape[:2] != label.shape:
             (h, w), (label_h, label_w) = image.shape[:2], label.shape
             raise DataError(f"{path} is {w}x{h} but {label_path} is {label_w}x{label_h}; make them equal")
@@ -595,7 +602,7 @@ def _pad(array, size, value):
 def labeled_subset(names, n):
     """The first n of the sorted names after a shuffle by numpy's RandomState(42): nested; SemiDAViL's rule."""
     if not 0 < n <= len(names):
-        raise DataError(f"--labeled {n}: there are {len(names)} images")
+        raise DataError(f"--labeled {n}: there are {len(names)} images with labels; give a number up to that, or all")
     names = sorted(names)
     np.random.RandomState(42).shuffle(names)
     return names[:n]
@@ -603,25 +610,38 @@ def labeled_subset(names, n):
 
 def labeled_indices(dataset, spec):
     """
-    Sorted indices of the labelled images of a data set. spec: N or all, by labeled_subset, or a file with an image per
-    line and, as in UniMatch's lists, perhaps its label behind a space; images by name or by the end of their path.
-    Raises DataError.
+    Sorted indices of the images of a data set whose labels are used. spec: all, N of those that have a label, by
+    labeled_subset, or a file with an image per line, by name or by the end of its path; what follows a tab or the last
+    space, as the label in UniMatch's lists, is not looked at: labels are the data set's own. Raises DataError.
     """
-    at = {name: i for i, name in enumerate(dataset.names)}
-    if spec == "all" or spec.isdecimal():
-        return sorted(at[name] for name in labeled_subset(dataset.names, len(at) if spec == "all" else int(spec)))
+    if not dataset.labeled:
+        raise DataError(f"--labeled {spec}: {dataset.spec} has no labels; give a target with masks for these images")
+    known = [i for i in range(len(dataset)) if dataset.files is None or dataset.files[i][1]]
+    names = [dataset.names[i] for i in known]
+    if spec == "all":
+        return known
+    if spec.isdecimal():
+        if len(set(names)) < len(names):
+            raise DataError(f"--labeled {spec}: {dataset.spec} holds an image twice; remove one, or use all")
+        return sorted(known[names.index(name)] for name in labeled_subset(names, int(spec)))
     if not Path(spec).is_file():
         raise DataError(f"--labeled {spec}: no such file; give a number, all, or a list with an image per line")
-    paths = ["/" + Path(image).as_posix() for image, _ in dataset.files or []]
-    found = []
+    paths = [os.path.abspath(dataset.files[i][0]).replace(os.sep, "/") if dataset.files else "" for i in known]
+    found = set()
     for line in _lines(spec):
-        name = line.split("\t")[0].rsplit(" ", 1)[0] if line not in at else line
-        matches = [at[name]] if name in at else [i for i, path in enumerate(paths) if path.endswith("/" + name)]
-        if len(matches) != 1:
-            raise DataError(f"{spec}: {name!r} is {'no' if not matches else 'more than one'} image of {dataset.spec}")
-        found += matches
-    if len(set(found)) != len(found) or not found:
-        raise DataError(f"{spec}: {'an image is listed twice' if found else 'lists no image'}")
+        whole, tab, _ = line.replace("\\", "/").removeprefix("./").partition("\t")
+        for name in [whole] if tab else [whole, whole.rpartition(" ")[0]]:  # a name may hold spaces
+            matches = [i for i, own, path in zip(known, names, paths)
+                       if name and (name == own or path.endswith("/" + name.lstrip("/")))]
+            if matches:
+                break
+        if len(matches) != 1 or matches[0] in found:
+            what = "no" if not matches else "more than one" if len(matches) > 1 else "for the second time an"
+            raise DataError(f"{spec}: {line!r} is {what} image with a label of {dataset.spec}; write one line per "
+                            "image, its name or the end of its path")
+        found.add(matches[0])
+    if not found:
+        raise DataError(f"{spec}: lists no image")
     return sorted(found)
 
 

@@ -44,7 +44,8 @@ def dyce(logits, label, hardest=0.2, omega=0.5):
         values = upsample_cross_entropy(logits, label, None, IGNORE, "none")  # (B,H,W), >= 0
         valid = label != IGNORE
         bits = torch.where(valid, values.contiguous().view(torch.int32), -1)  # ordered as the floats, all >= 0
-        wanted, least = hardest * mean_over_ranks(valid.sum().float()), torch.zeros_like(bits[0, 0, 0])
+        wanted = (hardest * mean_over_ranks(valid.sum().float())).clamp(min=1)
+        least = torch.zeros_like(bits[0, 0, 0])
         for bit in reversed(range(31)):  # the value of rank `wanted`, bit by bit: no sorting, no host sync
             trial = least + 2 ** bit
             least = torch.where(mean_over_ranks((bits >= trial).sum().float()) >= wanted, trial, least)

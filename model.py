@@ -194,7 +194,7 @@ class MixTransformer(nn.Module):
     """MiT encoder. `MixTransformer("mit_b0".."mit_b5")(x)`: float (B,3,H,W), H and W >= 29, normalised ->
     four maps (B,C_i,H/s,W/s) at strides s = 4, 8, 16, 32 (sizes rounded up)."""
 
-    min_size, multiple = 32, 1  # below 29, the stride-8 reduction of stage one has nothing to reduce
+    min_size, multiple, stretch = 32, 1, False  # below 29, the stride-8 reduction of stage one has nothing to reduce
 
     def __init__(self, name="mit_b0", drop_path=0.1):
         super().__init__()
@@ -238,35 +238,54 @@ def check_backbone(name):
     """The name itself if it is mit_b0..mit_b5 or timm:NAME; otherwise ValueError with what is known."""
     if name.startswith("timm:"):
         timm, wanted = import_optional("timm"), name.removeprefix("timm:")
-        if not timm.is_model(wanted.split(".")[0]):
+        architecture, _, tag = wanted.partition(".")
+        if not timm.is_model(architecture):
             close = ", ".join(timm.list_models(wanted[:6] + "*")[:6])
             raise ValueError(f"timm has no model {wanted!r}; close: {close or 'none'}")
+        if tag and f"{architecture}.{tag}" not in timm.list_pretrained(architecture):
+            tags = ", ".join(timm.list_pretrained(architecture)[:6])
+            raise ValueError(f"timm has no weights {wanted!r}; there are: {tags or 'none'}")
     elif name not in MIT:
         raise ValueError(f"unknown backbone {name!r}; known: {', '.join(MIT)} and timm:NAME")
     return name
 
 
 class TimmBackbone(nn.Module):
-    """The last four feature maps of any timm model that has them; of a transformer of one scale (CLIP, DINOv2, EVA)
-    those after each quarter of its blocks. Pixel statistics are the model's own. Images of any size: transformers
-    resample their position embeddings and pad to whole patches, pyramids get a rim up to whole cells of `multiple`."""
-
-    min_size = 32
+    """The last four feature maps of a timm model that has four or more for images of any size: convolutional pyramids;
+    of a transformer of one scale (CLIP, DINOv2, EVA) those after each quarter of its blocks. Pixel statistics are the
+    model's own. Segmenter stretches images for transformers, which resample their position embeddings, to whole patches
+    (side `multiple`); pyramids get a rim up to whole cells of `multiple`. Raises WeightsError for another model, and
+    where pretrained weights cannot be fetched."""
 
     def __init__(self, name, pretrained=False):
         super().__init__()
         timm = import_optional("timm")
         self.name, options = name, {}
-        with torch.device("meta"):
-            probe = timm.create_model(name, features_only=True)
-        self.multiple = 32 if re.match("resnet.*clip", name) else 1  # its shortcuts do not fit odd maps
-        if len(set(probe.feature_info.reduction())) == 1:
-            depth = len(probe.model.blocks)
-            options = dict(dynamic_img_size=True, dynamic_img_pad=True,
-                           out_indices=[depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)])
-        self.net = timm.create_model(name, features_only=True, pretrained=pretrained, **options)
-        self.channels, self.strides = (tuple(of()[-4:]) for of in (self.net.feature_info.channels,
-                                                                   self.net.feature_info.reduction))
+        try:
+            with torch.device("meta"):
+                probe = timm.create_model(name, features_only=True)
+                patch, *others = set(probe.feature_info.reduction())
+                self.stretch = not others
+                if self.stretch:
+                    depth = len(probe.model.blocks)
+                    options = dict(dynamic_img_size=True,
+                                   out_indices=[depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)])
+                    probe = timm.create_model(name, features_only=True, **options)
+                self.channels, self.strides = (tuple(of()[-4:]) for of in (probe.feature_info.channels,
+                                                                           probe.feature_info.reduction))
+                size = (2 * patch, 3 * patch) if self.stretch else (96, 160)
+                found = [tuple(x.shape) for x in probe.eval()(torch.zeros(1, 3, *size))[-4:]]
+            if found != [(1, c, size[0] // s, size[1] // s) for c, s in zip(self.channels, self.strides, strict=True)]:
+                raise ValueError(f"maps of the sizes {found}")
+        except Exception as error:  # every model has its own way to fail
+            raise WeightsError(f"--backbone timm:{name}: no four feature maps for images of any size "
+                               f"({str(error).splitlines()[0][:90]}); take a convolutional network or a plain "
+                               "transformer, such as timm:convnext_tiny or timm:vit_small_patch14_dinov2") from None
+        # the shortcuts of CLIP's residual networks do not fit odd maps
+        self.multiple = patch if self.stretch else 32 if re.match("resnet.*clip", name) else 1
+        self.min_size = patch if self.stretch else 32
+        self.net = from_hub(lambda: timm.create_model(name, features_only=True, pretrained=pretrained, **options),
+                            f"--init hub, timm:{name}", "give --init FILE or none", WeightsError, local=not pretrained)
         self.mean, self.std = self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"]
 
     def recompute(self):
@@ -453,7 +472,7 @@ class DenseLanguageGuidance(nn.Module):
         super().__init__()
         text = torch.randn(len(bank.names), channels)
         if bank.kind == "learned":
-            self.bank = nn.Parameter(text)
+            self.vectors = nn.Parameter(text)
         else:
             text = bank.embeddings - bank.embeddings.mean(0) if len(bank.names) > 1 else bank.embeddings
             self.register_buffer("bank", F.normalize(text, dim=1))
@@ -468,7 +487,8 @@ class DenseLanguageGuidance(nn.Module):
         pixels = self.norm(features.flatten(2).transpose(1, 2))  # (B,C,h,w) -> (B,P,C)
         scale = features.shape[1] ** -0.5
         key_v, value_v = self.vision(pixels).float().chunk(2, 2)  # (B,P,C) each
-        key_l, value_l = self.language(self.bank).float().chunk(2, 1)  # (K,C) each
+        rows = self.vectors if hasattr(self, "vectors") else self.bank
+        key_l, value_l = self.language(rows).float().chunk(2, 1)  # (K,C) each
         with torch.autocast(features.device.type, enabled=False):
             affinity = key_v @ key_l.t() * scale  # (B,P,K)
             vision = affinity.softmax(2) @ value_l  # (B,P,C)
@@ -523,10 +543,13 @@ class Segmenter(nn.Module):
         return [self.backbone, *(m for m in self.modules() if isinstance(m, tuple(FUSIONS.values())))]
 
     def encode(self, x):
-        """Float (B,3,H,W), RGB in [0,1] -> the backbone's maps; sizes that it cannot take get a mean-coloured rim."""
+        """Float (B,3,H,W), RGB in [0,1] -> the backbone's maps; for sizes that it cannot take, of the image stretched
+        to whole patches or with a mean-coloured rim, which forward() cuts off."""
         x, least, cell = (x - self.pixel_mean) / self.pixel_std, self.backbone.min_size, self.backbone.multiple
         height, width = (max(least, -(-side // cell) * cell) for side in x.shape[2:])
-        if (height, width) != x.shape[2:]:
+        if self.backbone.stretch:  # a rim would take part of a patch, and what is predicted there could not be cut off
+            x = resize(x, (height, width))
+        elif (height, width) != x.shape[2:]:
             x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         return self.backbone(x)
 
@@ -727,29 +750,43 @@ def file_hash(path):
     return digest.hexdigest()[:32]
 
 
-def open_text_tower(architecture, tag):
-    """(open_clip, frozen CLIP without its image tower). Raises TextError, in seconds also where there is no network."""
+def hub_offline():
+    """Whether the hub cannot be reached. Tells huggingface_hub so, which would retry for a minute or two."""
     endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    direct, offline = endpoint.scheme not in urllib.request.getproxies(), ""
-    if direct and not os.path.exists(tag) and "HF_HUB_OFFLINE" not in os.environ:
-        try:
-            socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=3).close()
-        except OSError:  # without this huggingface_hub retries for the better part of a minute
-            os.environ["HF_HUB_OFFLINE"], offline = "1", "no network, and "
-            if "huggingface_hub.constants" in sys.modules:  # it has looked at the environment already
-                sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True
+    if endpoint.scheme in urllib.request.getproxies() or "HF_HUB_OFFLINE" in os.environ:
+        return False  # not for us to find out
     try:
-        open_clip = import_optional("open_clip")
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if "huggingface_hub.constants" in sys.modules:  # it has looked at the environment already
+            sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True
+        return True
+    return False
+
+
+def from_hub(fetch, what, remedy, error_type, local=False):
+    """fetch(), with whatever goes wrong as one line that begins with `what` and ends with the remedy; in seconds also
+    where there is no network. local: nothing is fetched."""
+    offline = "no network, and " if not local and hub_offline() else ""
+    try:
         logging.disable(logging.ERROR)  # the error says the same once more
-        tower = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True)
-    except Exception as error:  # open_clip, huggingface_hub, torch and the file system each have their own
+        return fetch()
+    except Exception as error:  # timm, open_clip, huggingface_hub, torch and the file system each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].split(" (")[0]
-        raise TextError(f"--text clip:{architecture}/{tag}: {offline}no weights: {reason}; name a tag while online, a "
-                        "local file as TAG, or a bank made elsewhere (FILE.npz)") from None
+        raise error_type(f"{what}: {offline}no weights: {reason}; {remedy}") from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def open_text_tower(architecture, tag):
+    """(open_clip, frozen CLIP without its image tower). Raises TextError, in seconds also where there is no network."""
+    def create():
+        return import_optional("open_clip").create_model(architecture, pretrained=tag, require_pretrained=True)
+    tower = from_hub(create, f"--text clip:{architecture}/{tag}", "name a tag while online, a local file as TAG, or a "
+                     "bank made elsewhere (FILE.npz)", TextError, local=os.path.exists(tag))
     tower.visual = None
-    return open_clip, tower.eval().requires_grad_(False)
+    return import_optional("open_clip"), tower.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -934,7 +971,9 @@ def load_backbone(module, path):
     if path == "hub":
         name = next(n for n, (c, d) in MIT.items() if c == backbone.channels and d == tuple(
             len(getattr(backbone, f"block{s}")) for s in range(1, 5)))
-        state = import_optional("timm.models").load_state_dict_from_hf("nvidia/" + name.replace("_", "-"))
+        name = "nvidia/" + name.replace("_", "-")
+        state = from_hub(lambda: import_optional("timm.models").load_state_dict_from_hf(name),
+                         f"--init hub, {name}", "give --init FILE or none", WeightsError)
     else:
         state = read_weights(path)
     state, ours = published_to_ours(state), backbone.state_dict()
@@ -956,6 +995,10 @@ def load_timm(backbone, path):
         print(f"{path}: no name in common with timm's {backbone.name}, but all {len(full)} shapes agree in order: "
               f"loaded in order", file=sys.stderr)
         state = dict(zip(full, state.values()))
+    others = [k for k in state if k not in full and not re.match(r"(head|fc|classifier)[._]", k)]
+    if others:
+        raise WeightsError(f"{path}: not the weights of {backbone.name}, which has no {', '.join(others[:3])} "
+                           f"({len(others)} such names in all); give the weights of this very model")
     ours = backbone.net.state_dict()
     # timm flattens stages.0 to stages_0, and puts a transformer into .model
     used = {k: state.get(k.removeprefix("model."), state.get(k.replace("_", ".", 1))) for k in ours}

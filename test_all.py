@@ -16,6 +16,7 @@ import colorsys
 import contextlib
 import copy
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -535,7 +536,11 @@ def test_labeled_images_by_number_or_list(tmp_path):
         city = root / ("aachen" if i < 3 else "bremen")
         city.mkdir(parents=True, exist_ok=True)
         put(city / f"{city.name}_{i:06d}_000019_leftImg8bit.png", np.full((4, 4, 3), i, np.uint8))
-    dataset = data.open_dataset(f"folder:{root / 'aachen'}", "train", ("a", "b"))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        put(tmp_path / f"masks/{city.name}_{i:06d}_000019_leftImg8bit.png", np.full((4, 4), i % 2, np.uint8))
+    unlabelled = data.open_dataset(f"folder:{root}", "train", ("a", "b"))
+    refused(lambda: data.labeled_indices(unlabelled, "2"), "has no labels")
+    dataset = data.open_dataset(f"folder:{root / 'aachen'}:{tmp_path / 'masks'}", "train", ("a", "b"))
     assert data.labeled_indices(dataset, "all") == [0, 1, 2]
     names = [dataset.names[i] for i in data.labeled_indices(dataset, "2")]
     assert names == sorted(data.labeled_subset(dataset.names, 2))
@@ -545,10 +550,53 @@ def test_labeled_images_by_number_or_list(tmp_path):
     assert data.labeled_indices(dataset, str(split)) == [0, 2]
     refused(lambda: data.labeled_indices(dataset, "4"), "--labeled 4", "3 images")
     refused(lambda: data.labeled_indices(dataset, "/nonexistent.txt"), "/nonexistent.txt", "no such file")
-    for text, words in (("", "lists no image"), ("other.png x.png", "'other.png' is no image"),
-                        ("aachen_000000_000019\naachen_000000_000019", "twice"), (".png x", "no image")):
+    for text, words in (("", "lists no image"), ("other.png x.png", "'other.png x.png' is no image"),
+                        ("aachen_000000_000019\naachen_000000_000019", "for the second time"), (".png x", "no image")):
         split.write_text(text)
         refused(lambda: data.labeled_indices(dataset, str(split)), str(split), words)
+
+
+def test_lists_of_names_with_spaces_and_images_twice(tmp_path):
+    for part, shape in (("images", (4, 4, 3)), ("labels", (4, 4))):
+        (tmp_path / part).mkdir()
+        for name in ("a", "a b", "c d e"):
+            put(tmp_path / part / f"{name}.png", np.zeros(shape, np.uint8))
+    dataset = data.open_dataset(f"folder:{tmp_path}/images:{tmp_path}/labels", "train", ("a", "b"))
+    split = tmp_path / "labeled.txt"
+    for line, wanted in (("a b.png", "a b"), ("a b.png\tlabels/a b.png", "a b"), ("images/c d e.png", "c d e"),
+                         ("a", "a"), ("images/a.png labels/a.png", "a"), ("images\\c d e.png", "c d e"),
+                         ("./images/a b.png", "a b"), (str(tmp_path / "images/a b.png"), "a b")):
+        split.write_text(line)
+        assert [dataset.names[i] for i in data.labeled_indices(dataset, str(split))] == [wanted], line
+    twice = tmp_path / "twice.txt"
+    twice.write_text("images/a.png\tlabels/a.png\nimages/a.png\tlabels/a.png\n")
+    dataset = data.open_dataset(f"list:{twice}", "train", ("a", "b"))
+    assert data.labeled_indices(dataset, "all") == [0, 1]
+    refused(lambda: data.labeled_indices(dataset, "1"), str(twice), "twice")
+
+
+def test_images_without_a_mask_beside_labelled_ones(small_run, tmp_path):
+    """A target may be labelled in part; a source may not."""
+    masks = tmp_path / "target/labels"
+    for name in ("001", "003", "004"):
+        (masks / f"{name}.png").unlink()
+    part = f"folder:{tmp_path}/target/images:{masks}"
+    classes = data.class_names(str(tmp_path / "names.txt"))
+    for size, cache in ((None, None), ((56, 40), tmp_path / "cache")):
+        dataset = data.open_dataset(part, "train", classes, size, cache, partial=True)
+        assert dataset.labeled and data.labeled_indices(dataset, "all") == [0, 2]
+        assert (dataset[1]["label"] == 255).all() and (dataset[2]["label"] < 3).all()
+        counts = dataset.class_counts()
+        assert (counts.sum(1) > 0).tolist() == [True, False, True, False, False]
+    refused(lambda: data.open_dataset(part, "train", classes), "3 of 5 images")
+    refused(lambda: data.labeled_indices(dataset, "3"), "--labeled 3", "2 images with labels")
+    argv = [*small_run, "--target", part, "--val", "none", "--recipe", "semidavil", "--labeled", "all"]
+    run_train(argv)
+    assert load_checkpoint(tmp_path / "out/last.pt")["labeled"] == ["000", "002"]
+    split = tmp_path / "split.txt"
+    split.write_text("003\n")
+    done = run_train([*argv, "--labeled", str(split), "--out", str(tmp_path / "other")], check=False)
+    assert done.returncode == 1 and "no image with a label" in done.stderr
 
 
 def test_crops_of_a_subset(tmp_path):
@@ -2121,6 +2169,27 @@ def test_timm_weights_by_name_and_in_order(tmp_path, capsys):
         Segmenter("timm:nonsense")
 
 
+@pytest.mark.parametrize("small, large", [("resnet18", "resnet34"), ("vit_tiny_patch16_224", "deeper")])
+def test_weights_of_a_deeper_model_are_refused(small, large, tmp_path):
+    timm = model.import_optional("timm")
+    other = timm.create_model(small, depth=14) if large == "deeper" else timm.create_model(large)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match="which has no .*very model"):
+        load_backbone(Segmenter(f"timm:{small}", "segformer", 3, 16), tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "crossvit_9_240",
+                                  "vit_tiny_patch16_224.no_such_weights"])
+def test_models_without_maps_of_any_size_are_one_clear_line(name, small_run, capsys):
+    if "." in name:
+        with pytest.raises(SystemExit):
+            train.parse_flags(["--backbone", f"timm:{name}"])
+        assert "timm has no weights" in capsys.readouterr().err.splitlines()[-1]
+        return
+    done = run_train([*small_run, "--backbone", f"timm:{name}"], check=False)
+    assert done.returncode == 1 and f"timm:{name}" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
 def test_fusion_below_the_upsampling_is_exact():
     torch.manual_seed(0)
     pyramid = [torch.randn(2, c, s, s + 1, dtype=torch.float64) for c, s in ((4, 16), (6, 8), (8, 4), (10, 2))]
@@ -2578,7 +2647,9 @@ def test_recipes_and_derived_flags(capsys):
                "--recipe t2sda --beta 0.01 -1",
                "--recipe cluda --contrast-start 1000", "--recipe cluda --contrast-pixels 0",
                "--recipe cluda --contrast-pixels " + 30 * "9", "--recipe t2sda_dg --style fourier",
-               "--recipe t2sda --dyce", "--recipe semidavil --style random"))]
+               "--recipe t2sda --dyce", "--recipe semidavil --style random", "--recipe semidavil --hardest 0",
+               "--recipe semidavil --spatial-depth 0", "--recipe semidavil --threshold 0.1",
+               "--recipe dacs --mask-ratio 0.1", "--recipe oracle --labeled 2", "--source none --labeled 00"))]
     for argv in bad:
         with pytest.raises(SystemExit) as caught:
             train.parse_flags(argv)
@@ -3111,6 +3182,12 @@ def test_probe_spares_the_retries_without_network(tmp_path, monkeypatch):
     with pytest.raises(TextError, match="no weights"):
         text_bank("clip:ViT-B-16/laion2b_s34b_b88k", ("road",))
     assert hub.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1" and time.time() - begin < 30
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(WeightsError, match="^--init hub, timm:resnet18: no network, and no weights.* FILE or none$"):
+        Segmenter("timm:resnet18", "segformer", 3, 8, pretrained=True)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(WeightsError, match="^--init hub, nvidia/mit-b0: no network, and no weights"):
+        load_backbone(Segmenter("mit_b0", "segformer", 3, 8), "hub")
 
 
 def test_text_command(tmp_path, capsys):
@@ -3295,6 +3372,32 @@ def test_few_target_labels(flags, small_run, tmp_path, monkeypatch):
     evaluation.main([str(tmp_path / "out/last.pt")])
 
 
+def test_another_labelled_set_is_refused_on_resume(small_run, tmp_path):
+    split, given = tmp_path / "split.txt", small_run[5]
+    split.write_text("000\n002\n")
+    argv = [*small_run, "--target", given, "--recipe", "semidavil", "--labeled", str(split)]
+    run_train([*argv, "--stop-at", "1"])
+    state = load_checkpoint(tmp_path / "out/last.pt")
+    assert state["labeled_sha256"] == hashlib.sha256(b"000\n002").hexdigest()[:16]
+    split.write_text("000\n003\n")
+    done = run_train(argv, check=False)
+    assert done.returncode == 1 and f"{tmp_path}/out/last.pt" in done.stderr and "not all of them" in done.stderr
+    assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 1
+    split.write_text("002\n000\n")
+    run_train(argv)
+
+
+def test_trained_class_vectors_of_the_guidance_go_on_from_a_checkpoint(small_run, tmp_path):
+    argv = [*small_run, "--recipe", "semidavil", "--text", "learned"]
+    run_train(argv)
+    first = load_checkpoint(tmp_path / "out/last.pt")["student"]
+    other = ["--init", str(tmp_path / "out/last.pt"), "--lr", "0", "--seed", "1", "--out", str(tmp_path / "two")]
+    run_train([*argv, *other])
+    second = load_checkpoint(tmp_path / "two/last.pt")["student"]
+    assert first["guidance.vectors"].shape == (3, 8) and torch.equal(first["guidance.vectors"],
+                                                                      second["guidance.vectors"])
+
+
 def test_semi_supervised_needs_labels(small_run, capsys):
     for argv in (["--source", "none"], ["--target", "none", "--recipe", "source", "--labeled", "3"]):
         with pytest.raises(SystemExit) as caught:
@@ -3398,6 +3501,15 @@ def test_vision_language_towers_take_any_size(name, strides, mean, tmp_path):
         with torch.no_grad():
             out = net(torch.rand(1, 3, *size))
         assert out.logits.shape[2:] == tuple(-(-side // strides[0]) for side in size)
+    # what is seen at an edge is answered at that edge, also where the last patch is not a whole one
+    forward, cell = net.backbone.forward, strides[0]
+    net.backbone.forward = lambda x: 4 * [F.avg_pool2d(x[:, :1], cell)]
+    image = torch.zeros(1, 3, 9 * cell // 2, 9 * cell // 2)
+    image[..., 3 * cell:] = 1
+    answer = F.interpolate(net.encode(image)[0], (4, 9 * cell // 2), mode="bilinear")[0, 0, 0]
+    edge = int((answer < (answer.min() + answer.max()) / 2).sum())
+    assert len(set(strides)) > 1 or abs(edge - 3 * cell) <= cell // 8
+    net.backbone.forward = forward
     timm = model.import_optional("timm")
     other = timm.create_model(name)
     torch.save(other.state_dict(), tmp_path / "tower.pth")

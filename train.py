@@ -73,11 +73,12 @@ LIMITS = dict(crop=(1, 1e5), batch=(1, 1e5), steps=(1, 1e9), accum=(1, 1e4), sav
               lr=(0, 10), head_lr=(0, 1e3), alpha=(0, 1), mix=(0, 1e3), mask=(0, 1e3), fd=(0, 1e3), rcs=(0, 1e3),
               spatial_depth=(0, 9), mask_ratio=(0, 1), mask_block=(1, 1e5), threshold=(0, 2),
               warmup=(0, 1e9), cluda=(0, 1e3), t2s=(0, 1e3), sepico=(0, 1e3), tau=(1e-3, 1e3), restyled=(0, 1e3),
-              contrast_start=(0, 1e9), hardest=(0, 1), omega=(0, 1), consistency=(0, 1e3),
+              contrast_start=(0, 1e9), hardest=(1e-3, 1), omega=(0, 1), consistency=(0, 1e3),
               confident=(0, 1), profile=(0, 1e6), beta=(0, 0.5), border=(0, 1e5))  # least and most
 NEEDS = dict(text="language", spatial_depth="language", teacher_head="language", pooled="cluda", style="t2s",
              beta="t2s", restyle="t2s", restyled="t2s", class_weights="t2s", hardest="dyce", omega="dyce",
-             confident="consistency")  # flags that do nothing without another one
+             confident="consistency", mask_block="mask", mask_ratio="mask", mask_views="mask",
+             threshold="mix or mask")  # flags that do nothing without another one
 
 
 def backbone(text):
@@ -99,8 +100,8 @@ def build_parser():
       "alone, 'target' on all of the target's labels")
     a("--target", default="streets:shifted", help="data to adapt to, SPEC or none; of its training labels those of "
       "--labeled alone are used")
-    a("--labeled", default="0", help="target images with labels: N or all, by SemiDAViL's rule, or a list as "
-      "UniMatch's; the rest stay unlabelled")
+    a("--labeled", default="0", help="target images with labels: N by SemiDAViL's rule, all that have some, or a "
+      "list as UniMatch's; the rest stay unlabelled, and may lack masks")
     a("--val", help="labelled validation data, SPEC (default: the target's val split)")
     a("--classes", default="cityscapes19", help="cityscapes19, cityscapes16, camvid11 or a file with one name a line")
     a("--size", type=data.parse_size, help="WxH that every image is resized to (default: each set's published size)")
@@ -199,8 +200,9 @@ def parse_flags(argv=None):
     f = parser.parse_args(argv)
     contrast = f.cluda or f.sepico or f.t2s
     for name, needed in NEEDS.items():
-        if getattr(f, name) != parser.get_default(name) and not getattr(f, needed):
-            parser.error(f"--{name.replace('_', '-')} does nothing without --{needed}, or a recipe that has it")
+        if getattr(f, name) != parser.get_default(name) and not any(getattr(f, n) for n in needed.split(" or ")):
+            parser.error(f"--{name.replace('_', '-')} does nothing without --{needed.replace(' or ', ' or --')}, or a "
+                         "recipe that has it")
     if not contrast and (f.control or f.projection and not parser.get_default("projection")):
         parser.error(f"--{'control' if f.control else 'projection'} does nothing without --cluda, --sepico or --t2s")
     f.projection = bool(f.projection and contrast)  # a head that nothing trains would only be in the way
@@ -214,8 +216,11 @@ def parse_flags(argv=None):
     f.contrast_start = (f.warmup if f.t2s else 0) if f.contrast_start is None else f.contrast_start
     f.val = f.val or f.target
     f.border = list(f.border)
+    f.labeled = str(int(f.labeled)) if f.labeled.isdecimal() else f.labeled  # 00 is 0
     if f.source == "target":
         f.source = f.target
+        if f.labeled != "0":
+            parser.error("--source target, as in recipe oracle, takes all labels: --source none --labeled N takes some")
     if f.source == "none" and f.labeled == "0":
         parser.error("--source none leaves no label to learn from: --labeled N takes those of N target images")
     if f.target == "none" and f.labeled != "0":
@@ -224,6 +229,8 @@ def parse_flags(argv=None):
         parser.error("--target none leaves nothing to adapt to: use --recipe source, or give a target")
     if f.teacher_head == "language" and f.language != "lcmsm":
         parser.error("--teacher-head language needs a language decoder: --language lcmsm")
+    if f.language == "dlg" and f.spatial_depth != parser.get_default("spatial_depth"):
+        parser.error("--spatial-depth belongs to --language lcmsm")
     if f.language == "lcmsm" and not f.mask:
         parser.error("--language lcmsm trains its decoder on masked views alone: give --mask a weight")
     if f.dyce and f.t2s and f.class_weights == "confidence":
@@ -434,9 +441,9 @@ def setup():
     return device, rank, world
 
 
-def open_training_set(f, spec, classes, count=False):
+def open_training_set(f, spec, classes, count=False, partial=False):
     """A training split with its cache filled and its classes counted, by the first process where there are several."""
-    dataset = data.open_dataset(spec, "train", classes, f.size, f.cache)
+    dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial)
     if int(os.environ.get("RANK", 0)) == 0:
         dataset.prepare()
         if count and dataset.labeled:
@@ -453,10 +460,9 @@ def open_data(f):
     source_set = None if f.source == "none" else open_training_set(f, f.source, classes, count=f.rcs > 0)
     if source_set and not source_set.labeled:
         raise data.DataError(f"--source {f.source}: has no labels, and a source needs them")
-    target_set = None if f.target == "none" else open_training_set(f, f.target, classes, count=not source_set and f.rcs)
+    target_set = None if f.target == "none" else open_training_set(
+        f, f.target, classes, count=not source_set and f.rcs, partial=True)
     labeled = [] if f.labeled == "0" else data.labeled_indices(target_set, f.labeled)
-    if labeled and not target_set.labeled:
-        raise data.DataError(f"--labeled {f.labeled}: {f.target} has no labels")
     for dataset, indices in (source_set, None), (target_set, labeled):
         if dataset and indices != [] and not data.shows_classes(dataset, indices):
             raise data.DataError(f"{dataset.spec}: no pixel of its labels is one of the {len(classes)} classes; see "
@@ -811,6 +817,10 @@ def run(argv=None):
     classes, source_set, target_set, labeled, val_set = open_data(f)
     split = [target_set.names[i] for i in labeled]
     split_hash = hashlib.sha256("\n".join(split).encode()).hexdigest()[:16]
+    if checkpoint and checkpoint["labeled"] != split:
+        raise model.CheckpointError(
+            f"{last} was trained with the labels of {len(checkpoint['labeled'])} target images; --labeled {f.labeled} "
+            f"now gives {len(split)}, not all of them the same; restore the list or images, or give another --out")
     window = f.crop if f.slide else None
     things = torch.tensor([i for i, name in enumerate(classes) if name in THINGS], device=device)
     networks = open_networks(f, classes, bank, device)
@@ -864,7 +874,7 @@ def run(argv=None):
                 "flags": flags, "classes": list(classes), "student": student.state_dict(), "step": step, "best": best,
                 "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "versions": about,
                 "text": bank and {"embeddings": bank.embeddings, "kind": bank.kind, "about": bank.about},
-                "statistics": statistics.state_dict(), "labeled": split})
+                "statistics": statistics.state_dict(), "labeled": split, "labeled_sha256": split_hash})
 
     steps = tqdm(range(start, f.stop_at), f.recipe, f.stop_at, initial=start, disable=True if rank else None)
     for step in steps:
