@@ -13,6 +13,7 @@ import glob
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import logging
 import math
 import os
@@ -627,7 +628,7 @@ def read_bank(path, class_names):
     except Exception as error:  # zipfile, numpy and the file system each have their own
         raise TextError(f"{path}: not a text bank ({str(error).splitlines()[0]}); {remedy}") from None
     if names != wanted:
-        pair = next((pair for pair in zip(names, wanted) if pair[0] != pair[1]), ("-", "-"))
+        pair = next(pair for pair in itertools.zip_longest(names, wanted, fillvalue="none") if pair[0] != pair[1])
         raise TextError(f"{path}: its {len(names)} classes are not the run's {len(wanted)} in their order (first "
                         f"difference: {pair[0]} for {pair[1]}); make a bank for --classes")
     if rows.ndim != 2 or len(rows) != len(names) or not ((rows.norm(dim=1) - 1).abs() < 1e-2).all():

@@ -3118,6 +3118,8 @@ def test_text_banks(tmp_path, monkeypatch, capsys):
               "hash": (write_bank(tmp_path / "h.npz", bank, sha256="0", templates=np.array(["{}"]), model="m",
                                   pretrained="p"), bank.names),
               "spec": ("moon", bank.names), "random tower": ("clip:ViT-B-32/", bank.names)}
+    with pytest.raises(TextError, match="first difference: none for other"):
+        text_bank(path, (*bank.names, "other"))
     for spec, names in faults.values():
         with pytest.raises(TextError) as caught:
             text_bank(spec, names)
