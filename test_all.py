@@ -2464,7 +2464,7 @@ def test_guidance_formulas():
     constant = single.attend(features)[0]
     assert (constant - constant[:, :1]).abs().max() < 1e-6 and (vision - vision[:, :1]).abs().max() > 1e-3
     learned = model.DenseLanguageGuidance(bank._replace(kind="learned"), 8)
-    assert isinstance(learned.bank, torch.nn.Parameter)
+    assert isinstance(learned.vectors, torch.nn.Parameter) and learned.attend(features)[0].shape == vision.shape
 
 
 def unit(*shape, seed=0):
