@@ -2649,7 +2649,7 @@ def test_recipes_and_derived_flags(capsys):
                "--recipe cluda --contrast-pixels " + 30 * "9", "--recipe t2sda_dg --style fourier",
                "--recipe t2sda --dyce", "--recipe semidavil --style random", "--recipe semidavil --hardest 0",
                "--recipe semidavil --spatial-depth 0", "--recipe semidavil --threshold 0.1",
-               "--recipe dacs --mask-ratio 0.1", "--recipe oracle --labeled 2", "--source none --labeled 00"))]
+               "--recipe oracle --labeled 2", "--source none --labeled 00"))]
     for argv in bad:
         with pytest.raises(SystemExit) as caught:
             train.parse_flags(argv)

@@ -77,8 +77,7 @@ LIMITS = dict(crop=(1, 1e5), batch=(1, 1e5), steps=(1, 1e9), accum=(1, 1e4), sav
               confident=(0, 1), profile=(0, 1e6), beta=(0, 0.5), border=(0, 1e5))  # least and most
 NEEDS = dict(text="language", spatial_depth="language", teacher_head="language", pooled="cluda", style="t2s",
              beta="t2s", restyle="t2s", restyled="t2s", class_weights="t2s", hardest="dyce", omega="dyce",
-             confident="consistency", mask_block="mask", mask_ratio="mask", mask_views="mask",
-             threshold="mix or mask")  # flags that do nothing without another one
+             confident="consistency", threshold="mix or mask")  # flags that do nothing without another one
 
 
 def backbone(text):
