@@ -173,9 +173,18 @@ def _published(dataset, root):
         fills = [re.sub(r"\*\*/|\*", lambda _, rest=iter(matched): next(rest), label) for label in wanted]
         labels.append(next((root / f for f in fills if (root / f).is_file()), None))
     missing = [str(image) for image, label in zip(images, labels) if label is None]
-    if 0 < len(missing) < len(images) and not dataset.partial:
-        raise DataError(f"{spec}: {len(missing)} of {len(images)} images lack a label: {_some(missing)}; add them")
+    if 0 < len(missing) < len(images):
+        _partial(dataset, missing, len(images))
     return list(zip(images, labels))
+
+
+def _partial(dataset, missing, count):
+    """Note, or refuse, that some of `count` images have no label."""
+    text = f"{len(missing)} of {count} images have no label: {_some(missing)}"
+    if not dataset.partial:
+        raise DataError(f"{dataset.spec}: {text}; add them (only the --target of train.py may lack some, with another "
+                        "--val, or none)")
+    dataset.notes.append(text + "; a --target with --labeled may lack some, no other data set")
 
 
 def _folder(dataset, roots):
@@ -192,9 +201,10 @@ def _folder(dataset, roots):
         return [(image, None) for image in found[0].values()]
     images, labels = found
     missing = [str(images[stem]) for stem in images if stem not in labels]
-    if missing and (not dataset.partial or len(missing) == len(images)):
-        raise DataError(f"{dataset.spec}: {len(missing)} of {len(images)} images have no label of the same name: "
-                        f"{_some(missing)}; add them")
+    if len(missing) == len(images):
+        raise DataError(f"{dataset.spec}: no image has a label of the same name, such as {_some(missing)}")
+    if missing:
+        _partial(dataset, missing, len(images))
     if extra := [str(labels[stem]) for stem in labels if stem not in images]:
         dataset.notes.append(f"{len(extra)} labels have no image and are not used: {_some(extra)}")
     return [(images[stem], labels.get(stem)) for stem in images]
@@ -214,8 +224,11 @@ def _listed(dataset, path):
         if missing := [str(p) for p in pair if not p.is_file()]:
             raise DataError(f"{path}: {missing[0]} does not exist; paths are relative to the list's folder")
         files.append((pair[0], pair[1] if len(pair) == 2 else None))
-    if not files or len({label is None for _, label in files}) == 2 and not dataset.partial:
-        raise DataError(f"{path}: {'only some lines have a label; give all or none' if files else 'lists no image'}")
+    if not files:
+        raise DataError(f"{path}: lists no image")
+    missing = [str(image) for image, label in files if label is None]
+    if 0 < len(missing) < len(files):
+        _partial(dataset, missing, len(files))
     return files
 
 
@@ -879,7 +892,7 @@ def main():
     args = parser.parse_args()
     try:
         classes = args.classes or ("camvid11" if args.spec.startswith("camvid:") else "cityscapes19")
-        dataset = open_dataset(args.spec, args.split, classes, args.size, args.cache)
+        dataset = open_dataset(args.spec, args.split, classes, args.size, args.cache, partial=True)
         checked = _in_processes(dataset.check, range(len(dataset)), f"{args.spec}: reading every item")
     except DataError as error:
         sys.exit(f"data.py: {error}")

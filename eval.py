@@ -457,7 +457,8 @@ def spread(values):
 
 
 def read_run(path):
-    """(flags, result) of a run directory or log.jsonl. Raises DataError where the run has not finished."""
+    """(flags, result) of a run directory or log.jsonl, result None of a run without validation data. Raises DataError
+    where the run has not finished."""
     log, events = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path), {}
     if log.suffix == ".pt":
         raise DataError(f"{log}: a checkpoint; --table takes run directories or their log.jsonl")
@@ -465,6 +466,8 @@ def read_run(path):
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a killed run leaves half a line
             event = json.loads(line)
             events[event["event"]] = event
+    if events.get("start", {}).get("flags", {}).get("val") == "none":
+        return events["start"]["flags"], None
     if "start" not in events or "result" not in events:
         raise DataError(f"{log}: no {'result' if 'start' in events else 'start'} event; not a log, or not finished")
     flags = events["start"].get("flags", {})
@@ -491,7 +494,8 @@ def row_names(runs):
         return (" ".join(map(str, v)) if isinstance(v, list) else v) or None
 
     def short(v):
-        return re.sub("(^|:)[^:]*/(?=[^:])", r"\1", v) if isinstance(v, str) and not v.startswith("clip:") else v
+        path = isinstance(v, str) and not v.startswith("clip:") and not v.endswith("/class")
+        return re.sub("(^|:)[^:]*/(?=[^:])", r"\1", v) if path else v
 
     def typed(key, v, values):
         flag, like = "--" + key.replace("_", "-"), next(filter(None, values))
@@ -517,18 +521,23 @@ def table(paths, against=None):
     because the BatchNorm of an adapted teacher has seen the target too. Raises DataError on a file that is no finished
     log, a second run of a row and seed, runs that are not comparable, and where there is no row `against`.
     """
-    runs, logs = defaultdict(dict), [read_run(path) for path in paths]
-    for path, (flags, result), row in zip(paths, logs, row_names([flags for flags, _ in logs])):
-        seed, first = flags["seed"], logs[0][0]
+    runs, logs = defaultdict(dict), [(path, *read_run(path)) for path in paths]
+    for path in [path for path, _, result in logs if not result]:
+        print(f"{path}: no scores, the run had --val none; left out", file=sys.stderr)
+    logs = [log for log in logs if log[2]]
+    for (path, flags, result), row in zip(logs, row_names([flags for _, flags, _ in logs])):
+        seed, first = flags["seed"], logs[0][1]
         differs = [k for k in COMPARABLE if flags.get(k) != first.get(k)]
         if differs == ["target"] and "none" in (flags["target"], first["target"]):
             differs = []  # domain generalisation is validated on the same data, and sees none of it before
         if differs:
             what = ", ".join(f"{k} {flags.get(k)} instead of {first.get(k)}" for k in differs)
-            raise DataError(f"{path}: not comparable with {paths[0]}: {what}")
+            raise DataError(f"{path}: not comparable with {logs[0][0]}: {what}")
         if seed in runs[row]:
             raise DataError(f"{path}: a second run of {row} with seed {seed}")
         runs[row][seed] = result
+    if not runs:
+        raise DataError("--table: none of these runs has scores")
     if against and against not in runs:
         raise DataError(f"--against {against!r}: no such row; there are: {', '.join(runs)}")
     seeds = sorted({seed for results in runs.values() for seed in results})

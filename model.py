@@ -1043,7 +1043,8 @@ def load_checkpoint(path, map_location="cpu"):
     """
     remedy = "use another checkpoint of the run (last.pt, best.pt) or train again"
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: no such checkpoint")
+        what = "a folder, give its last.pt" if os.path.isdir(path) else "no such checkpoint"
+        raise CheckpointError(f"{path}: {what}")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

@@ -589,6 +589,9 @@ def test_images_without_a_mask_beside_labelled_ones(small_run, tmp_path):
         counts = dataset.class_counts()
         assert (counts.sum(1) > 0).tolist() == [True, False, True, False, False]
     refused(lambda: data.open_dataset(part, "train", classes), "3 of 5 images")
+    checked = subprocess.run([sys.executable, "data.py", part, "--classes", str(tmp_path / "names.txt"), "--out",
+                              str(tmp_path / "sheet.png")], cwd=HERE, capture_output=True, text=True)
+    assert checked.returncode == 0 and "note: 3 of 5 images have no label" in checked.stdout
     refused(lambda: data.labeled_indices(dataset, "3"), "--labeled 3", "2 images with labels")
     argv = [*small_run, "--target", part, "--val", "none", "--recipe", "semidavil", "--labeled", "all"]
     run_train(argv)
@@ -1712,6 +1715,14 @@ def test_table_of_few_runs_and_wrong_logs(tmp_path):
         assert str(bad) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_table_leaves_out_runs_without_scores(tmp_path, capsys):
+    one = made_log(tmp_path / "one", "mic", 0, 41, 45, None)
+    mine = made_log(tmp_path / "mine", "mic", 1, 0, 0, 0, finished=False, val="none")
+    assert evaluation.table([mine, one]) == evaluation.table([one]) and f"{mine}: no scores" in capsys.readouterr().err
+    with pytest.raises(DataError, match="none of these runs"):
+        evaluation.table([mine], "mic")
+
+
 def table_rows(text):
     """Cells of the first of a table's parts, keyed by row and read-out."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()]
@@ -1739,6 +1750,10 @@ def test_table_rows_are_variants(tmp_path):
              for i, text in enumerate(("a/photo.npz", "b/photo.npz", "b/other.npz"))]
     assert [row for row, _ in table_rows(evaluation.table(alike))][2:] == [
         "lcmsm --text a/photo.npz", "lcmsm --text b/photo.npz", "lcmsm --text other.npz"]
+    cells = [made_log(tmp_path / f"cells{i}", "cluda", 0, 40, None, None, contrast_pixels=count)
+             for i, count in enumerate(("64/class", "all"))]
+    assert [row for row, _ in table_rows(evaluation.table(cells))][2:] == ["cluda --contrast-pixels 64/class",
+                                                                          "cluda --contrast-pixels all"]
     with pytest.raises(DataError, match="second run of lcmsm --text stub with seed 0"):
         evaluation.table([*made[:6], made_log(tmp_path / "twice", "lcmsm", 0, 1, 1, 1, text="stub", fd=0.01)])
 
@@ -3387,6 +3402,17 @@ def test_another_labelled_set_is_refused_on_resume(small_run, tmp_path):
     assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 1
     split.write_text("002\n000\n")
     run_train(argv)
+
+
+def test_a_run_says_what_its_source_never_labels_and_where_it_goes_on(small_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.STREETS["streets"], "train", range(2))
+    (tmp_path / "names.txt").write_text("sky\nsofa\ncar\n")
+    argv = [*small_run, "--source", "streets", "--recipe", "source", "--val", "none", "--steps", "2"]
+    done = run_train([*argv, "--stop-at", "1"])
+    assert "note: streets has no label for sofa\n" in done.stdout and "goes on from" not in done.stdout
+    assert f"goes on from {tmp_path}/out/last.pt, step 1\n" in run_train(argv).stdout
+    with pytest.raises(model.CheckpointError, match="/out: a folder, give its last.pt"):
+        load_checkpoint(tmp_path / "out")
 
 
 def test_trained_class_vectors_of_the_guidance_go_on_from_a_checkpoint(small_run, tmp_path):

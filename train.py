@@ -6,7 +6,8 @@
     torchrun --nnodes 2 --node-rank R --master-addr A --nproc-per-node 8 train.py    two machines, R 0 or 1, A the first
 
 Without flags: rendered streets -> the same streets in another style, recipe mic, a few minutes on two CPU cores.
-A run writes OUT/last.pt, OUT/best.pt, OUT/log.jsonl, OUT/panels/*.png and starts again from OUT/last.pt by itself.
+A run writes OUT/last.pt, OUT/best.pt (with --eval-every), OUT/log.jsonl, OUT/panels/*.png and starts again from
+OUT/last.pt by itself.
 """
 import argparse
 import contextlib
@@ -459,6 +460,8 @@ def open_data(f):
     source_set = None if f.source == "none" else open_training_set(f, f.source, classes, count=f.rcs > 0)
     if source_set and not source_set.labeled:
         raise data.DataError(f"--source {f.source}: has no labels, and a source needs them")
+    if source_set and (never := [name for i, name in enumerate(classes) if i not in source_set.table]):
+        print0(f"note: {f.source} has no label for {', '.join(never)}")
     target_set = None if f.target == "none" else open_training_set(
         f, f.target, classes, count=not source_set and f.rcs, partial=True)
     labeled = [] if f.labeled == "0" else data.labeled_indices(target_set, f.labeled)
@@ -812,6 +815,8 @@ def run(argv=None):
             return print0(f"{last} is at step {checkpoint['step']} of {f.steps}, nothing is left to do; "
                           f"use it with: python eval.py {last}{' --images PATH' if f.val == 'none' else ''}")
 
+    if checkpoint:
+        print0(f"goes on from {last}, step {checkpoint['step']}")
     bank = open_bank(f, checkpoint)
     classes, source_set, target_set, labeled, val_set = open_data(f)
     split = [target_set.names[i] for i in labeled]
