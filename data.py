@@ -21,10 +21,13 @@ import os
 import re
 import struct
 import sys
+import threading
+import time
 import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -397,15 +400,16 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """Pixels per image and class, int64 (N,K), in the labels as served; counted once, then kept in the cache."""
         if not self.labeled:
             raise DataError(f"{self.spec}: the {self.split} split has no labels to count")
-        path = self.cache / f"{self._key(self.table.tobytes())}.npy"
-        if not path.is_file():
-            counts = _in_processes(self._count, range(len(self)), f"{self.spec} {self.split}: counting classes")
-            part = path.with_suffix(f".{os.getpid()}.npy")
-            with _writing(path, len(self) * len(self.classes) * 8):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(part, np.stack(counts))
-                os.replace(part, path)
-        return np.load(path)
+        path = self.cache / f"{self._key(self.table.tobytes(), self.train_table.tobytes())}.npy"
+        with contextlib.suppress(FileNotFoundError, ValueError, EOFError):                # not there, or damaged
+            return np.load(path)
+        counts = np.stack(_in_processes(self._count, range(len(self)), f"{self.spec} {self.split}: counting classes"))
+        part = path.with_suffix(f".{os.getpid()}.npy")
+        with _writing(path, counts.nbytes):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(part, counts)
+            os.replace(part, path)
+        return counts
 
     def check(self, i):
         """(size (W,H), pixels per class (K,) or None, None) of item i as it is on disk, or (None, None, problem)."""
@@ -461,24 +465,26 @@ class SegmentationDataset(torch.utils.data.Dataset):
             code = Path(__file__).read_text(encoding="utf-8").rpartition("\n# ---- the rendered streets")[2]
             parts = (STREETS_SEED, self.indices, code)
         else:
-            paths = [path for pair in self.files for path in pair if path]
-            parts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+            paths = [path for pair in self.files for path in pair]
+            parts = [path and (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         digest = hashlib.sha256(repr((self.kind, self.split, self.size, parts, extra)).encode()).hexdigest()[:16]
         return f"{self.kind.replace(':', '-')}-{self.split}-{digest}"
 
     @functools.cached_property
     def _cache_file(self):
-        return self.cache / f"{self._key(*([] if self.files is None else [self.table.tobytes()]))}.u8"
+        tables = [] if self.files is None else [self.table.tobytes(), self.train_table.tobytes()]
+        return self.cache / f"{self._key(*tables)}.u8"
 
     @functools.cached_property
     def _maps(self):
         """The cache file, created full of zeros: images (N,H,W,3), labels (N,H,W) or (0,H,W), done (N,), all uint8."""
         (width, height), count = self.size, len(self)
         total = count * (width * height * (4 if self.labeled else 3) + 1)
-        with _writing(self._cache_file, total):
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with open(self._cache_file, "ab") as file:
-                file.truncate(total)                                      # keeps what another run has written
+        if not self._cache_file.is_file() or self._cache_file.stat().st_size != total:    # else it may be read-only
+            with _writing(self._cache_file, total):
+                self.cache.mkdir(parents=True, exist_ok=True)
+                with open(self._cache_file, "ab") as file:
+                    file.truncate(total)                                  # keeps what another run has written
         flat = np.memmap(self._cache_file, np.uint8, "r")
         images, labels, done = np.split(flat, [count * width * height * 3, total - count])
         return images.reshape(count, height, width, 3), labels.reshape(-1, height, width), done
@@ -512,12 +518,25 @@ def _writing(path, size):
         raise DataError(f"{path}: cannot write {size:,} bytes ({error.strerror}); set --cache DIR") from error
 
 
+def _begin_worker(parent):
+    """One thread for torch, and one that ends the worker when its parent has gone: a pool's would wait for ever."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+    torch.set_num_threads(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _in_processes(task, items, text):
     """[task(i) for i in items] over all cores, with a bar on stderr."""
     workers = os.cpu_count()
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        results = pool.map(task, items, chunksize=max(1, min(32, len(items) // (8 * workers))))
-        return list(tqdm(results, total=len(items), desc=text, disable=None if len(items) else True))
+    try:
+        with ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
+            results = pool.map(task, items, chunksize=max(1, min(32, len(items) // (8 * workers))))
+            return list(tqdm(results, total=len(items), desc=text, disable=None if len(items) else True))
+    except BrokenProcessPool:
+        raise DataError(f"{text}: a process died, perhaps for lack of memory; what is done stays, try again") from None
 
 
 def _pixels_per_class(label, num_classes):

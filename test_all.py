@@ -438,6 +438,55 @@ def test_cache_that_cannot_be_written(tmp_path):
     assert done.returncode == 0 and "--cache" in done.stdout and done.stdout.count("\n") == 1, done.stderr
 
 
+def test_cache_is_of_its_classes_in_their_order(tmp_path):
+    """Also where a folder holds files of train ids, which are mapped by name."""
+    (tmp_path / "i").mkdir()
+    (tmp_path / "l").mkdir()
+    put(tmp_path / "i/a_labelTrainIds.png", np.zeros((4, 4, 3), np.uint8))
+    put(tmp_path / "l/a_labelTrainIds.png", np.full((4, 4), 2, np.uint8))
+    names = data.CLASS_SPACES["cityscapes19"]
+    for classes in (names, names[::-1]):
+        dataset = data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/l", "train", classes, (4, 4), tmp_path / "cache")
+        wanted = classes.index("building")
+        assert (dataset[0]["label"] == wanted).all() and dataset.class_counts()[0, wanted] == 16
+
+
+def test_finished_cache_serves_without_being_written_and_damaged_counts_are_made_again(tmp_path, monkeypatch):
+    labelled, _ = write_pairs(tmp_path)
+
+    def opened():
+        return data.open_dataset(labelled, "train", ("sky", "wall", "car"), (56, 40), tmp_path / "cache")
+
+    first = opened()
+    first.prepare()
+    counts = first.class_counts()
+    for damaged in (b"", next((tmp_path / "cache").glob("*.npy")).read_bytes()[:70]):
+        next((tmp_path / "cache").glob("*.npy")).write_bytes(damaged)
+        assert (opened().class_counts() == counts).all()
+    monkeypatch.setattr(data, "_writing", None)  # whoever writes needs it
+    assert torch.equal(opened()[0]["image"], first[0]["image"]) and (opened().class_counts() == counts).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at the process table in /proc")
+def test_workers_of_a_killed_process_do_not_stay():
+    code = (f"import sys, time; sys.path.insert(0, {HERE!r}); import data\n"
+            "def task(i):\n    print(__import__('os').getpid(), flush=True); time.sleep(60)\n"
+            "data._in_processes(task, range(2), 'waiting')")
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    run.kill()
+    run.wait()
+    for _ in range(100):
+        time.sleep(0.2)
+        try:
+            state = Path(f"/proc/{worker}/stat").read_text().split()[2]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+    pytest.fail("a worker outlived its parent")
+
+
 # ---------------------------------------------------------------- data.py: sampling
 
 
@@ -2982,6 +3031,60 @@ def test_a_dying_rank_ends_the_job(small_run, tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode != 0 and "rank 1 dies" in done.stderr and time.time() - begin < 60
     assert (tmp_path / "out/last.pt").read_bytes() == before
+
+
+def test_a_broken_image_in_a_loader_process_ends_the_run(small_run, tmp_path):
+    broken = tmp_path / "source/images/003.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    begin = time.time()
+    done = run_train([*small_run, "--rcs", "0", "--workers", "1"], check=False, launcher=(sys.executable,))
+    assert done.returncode == 1 and "003.png" in done.stderr.splitlines()[-1] and time.time() - begin < 120
+
+
+def test_a_delayed_check_saves_no_statistics_of_a_bad_step(small_run, tmp_path, monkeypatch):
+    real, calls, check = train.step_terms, [], train.GradientCheck
+
+    def step_terms(f, context, networks, source, *rest):
+        calls.append(1)
+        return real(f, context, networks, (source[0] * float("nan"), source[1]) if len(calls) == 2 else source, *rest)
+
+    monkeypatch.setattr(train, "step_terms", step_terms)
+    monkeypatch.setattr(train, "GradientCheck", lambda *a, delayed: check(*a, delayed=True))
+    done = run_train([*small_run, "--recipe", "source", "--eval-every", "2", "--log-every", "100"], check=False)
+    assert done.returncode == 1 and "step 1: the gradient is not finite" in done.stderr
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_times_in_the_log_are_of_steps_alone(small_run, tmp_path, monkeypatch):
+    real = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a: (time.sleep(3), real(*a))[1])
+    run_train([*small_run, "--recipe", "source", "--eval-every", "1", "--steps", "3", "--save-every", "1"])
+    steps = events(tmp_path / "out", "step")
+    assert len(steps) == 3 and all(sum(step["ms"].values()) < 3000 for step in steps)
+    assert all(step["images_per_s"] > 2 / 3 for step in steps)
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("x"), "out of memory"), (MemoryError(), "out of memory"),
+    (KeyboardInterrupt(), "interrupted"), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory")])
+def test_what_ends_a_run_from_outside_is_one_line(error, words, monkeypatch, capsys):
+    def run(argv):
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    with pytest.raises(SystemExit) as caught:
+        train.main([])
+    assert caught.value.code == (130 if words == "interrupted" else 1)
+    assert words in capsys.readouterr().err and "\n" not in capsys.readouterr().err
+    monkeypatch.setattr(train, "run", lambda argv: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):  # a fault of ours keeps its traceback
+        train.main([])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's code needs no C++ compiler")
+def test_compile_without_a_compiler_is_one_line(small_run, tmp_path):
+    done = run_train([*small_run, "--compile"], check=False, CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --compile: torch.compile does not")
 
 
 def test_a_failing_final_evaluation_loses_nothing(small_run, tmp_path):

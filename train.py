@@ -15,6 +15,7 @@ import copy
 import datetime
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import signal
@@ -177,7 +178,8 @@ def build_parser():
     a("--compile", action=argparse.BooleanOptionalAction, default=False,
       help="torch.compile backbone and decoders: minutes at first, pays on a GPU")
     a("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
-      help="keep fewer activations and compute them again, for small memory")
+      help="keep fewer activations and compute them again, for small memory (BatchNorm in a backbone of timm's then "
+      "counts each batch twice)")
     a("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
       help="auto: bf16 where a short measurement at the start finds it faster")
     # run
@@ -371,7 +373,8 @@ def step_terms(f, context, networks, source, labeled, target, things):
     for name in f.mask_views if f.mask else ():  # predict what blanked blocks hide from what surrounds them
         clear, answer, trust = {"source": lambda: (image, label, None), "target": lambda: (target, pseudo, weight),
                                 "mix": lambda: (mixed, mixed_label, mixed_weight)}[name]()
-        keep = data.block_mask(len(clear), clear.shape[2:], f.mask_block, f.mask_ratio, generator, shard).to(clear)
+        keep = data.block_mask(len(clear), clear.shape[2:], f.mask_block, f.mask_ratio, generator, shard)
+        keep = keep.to(clear, non_blocking=True)
         masked = data.strong_augment(clear, generator) * keep + teacher.pixel_mean * (1 - keep)
         logits = student(masked, head=teacher.heads[-1]).logits  # "language" in LC-MSM, else "plain"
         terms["mask" if name == "target" else f"mask_{name}"] = f.mask * cross_entropy(logits, answer, trust)
@@ -444,6 +447,8 @@ def setup():
 def open_training_set(f, spec, classes, count=False, partial=False):
     """A training split with its cache filled and its classes counted, by the first process where there are several."""
     dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial)
+    if f.cache and not dataset.cached:
+        print0(f"note: --cache: {spec} has no common size and is read from its files each time; give --size WxH")
     if int(os.environ.get("RANK", 0)) == 0:
         dataset.prepare()
         if count and dataset.labeled:
@@ -650,7 +655,7 @@ class GradientCheck:
         event = torch.cuda.Event() if norm.is_cuda else None
         if self.delayed:
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # the fused kernels skip the step where it is 1
-        self.pending.append((step, norm.to("cpu", non_blocking=True), terms, files, event))
+        self.pending.append((step, norm.to("cpu", non_blocking=norm.is_cuda), terms, files, event))
         if event:
             event.record()
         self.flush(keep=int(self.delayed))
@@ -683,9 +688,21 @@ class Log:
         self.sums, self.steps, self.began = {}, 0, time.perf_counter()
         self.clock.reset()
 
+    @contextlib.contextmanager
+    def left_out(self):
+        """Panels, validation and checkpoints take no time of a step's."""
+        begin = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - begin
+        self.clock.last = self.clock.now()
+
     def write(self, event, **values):
         if self.file:
-            self.file.write(json.dumps({"event": event, **values}) + "\n")
+            try:
+                self.file.write(json.dumps({"event": event, **values}) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.file.name}: cannot be written ({error.strerror}); make room, then start again; "
+                              "checkpoints stay as they are") from error
 
     def add(self, terms):
         self.steps += 1
@@ -838,8 +855,16 @@ def run(argv=None):
         model.load_weights(student, checkpoint["student"], last)
         model.load_weights(teacher, checkpoint["teacher"], last)
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["fused"] = device.type in ("cuda", "cpu")  # not that of the device that saved
         model.load_weights(statistics, checkpoint.get("statistics", statistics.state_dict()), last)
         start, best = checkpoint["step"], checkpoint["best"]
+    if f.compile:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        except Exception as error:  # of any backend
+            raise OSError(f"--compile: torch.compile does not work here ({str(error).splitlines()[0][:90]}); install a "
+                          "C++ compiler, or leave --compile out") from None
     for net in filter(None, networks[:3] if f.compile else ()):
         for module in net.compilable():
             module.compile()  # in place: names and weights stay those of the plain module
@@ -907,24 +932,31 @@ def run(argv=None):
             if finished:
                 parts, speed = log.report(steps, done, f)
                 print0(profile_table(parts, speed, flops, device, dtype))
+            elif signals:
+                sys.exit(130 if signal.SIGINT in signals else 0)
             continue
         if done % f.log_every == 0 or finished:
             doubts = {"class_weights": networks.confidence.weights().tolist()} if f.t2s else {}
             log.report(steps, done, f, lr=group["lr"], grad_norm=round(norm.item(), 4), **doubts)
         if rank == 0 and (done % f.panel_every == 0 or finished):
-            evaluation.training_panel(student, views, classes).save(out / "panels" / f"{done:06d}.png")
+            with log.left_out():
+                evaluation.training_panel(student, views, classes).save(out / "panels" / f"{done:06d}.png")
         if val_set and f.eval_every and done % f.eval_every == 0:
-            settle_buffers(student, teacher)
-            result = evaluation.evaluate(student, val_set, window)
-            log.write("eval", step=done, student=result)
-            print0(f"step {done}: student mIoU {result['miou']:.2f}")
-            if result["miou"] > best:
-                best = result["miou"]
-                save("best.pt", done)
+            check.flush()  # statistics of a step that was not finite must not be saved
+            with log.left_out():
+                settle_buffers(student, teacher)
+                result = evaluation.evaluate(student, val_set, window)
+                log.write("eval", step=done, student=result)
+                print0(f"step {done}: student mIoU {result['miou']:.2f}")
+                if result["miou"] > best:
+                    best = result["miou"]
+                    save("best.pt", done)
         leave = mean_over_ranks(torch.tensor(float(bool(signals)))) > 0  # on the CPU: no GPU is waited for
         if leave or finished or done % f.save_every == 0:
-            settle_buffers(student, teacher)
-            save("last.pt", done)
+            check.flush()
+            with log.left_out():
+                settle_buffers(student, teacher)
+                save("last.pt", done)
         if leave:
             print0(f"stopped by a signal, {last} saved at step {done}; the same command goes on from there")
             sys.exit(130 if signal.SIGINT in signals else 0)
@@ -943,7 +975,20 @@ def main(argv=None):
             OSError) as error:
         print("error:", str(error).splitlines()[-1], file=sys.stderr)  # a loader process puts its traceback before it
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        print("error: out of memory; try --checkpointing, --batch 1 --accum N or a smaller --crop", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # before the first step; later it is collected
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     finally:
+        if children := multiprocessing.active_children():  # loaders ignore SIGTERM, and Python would wait for them
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that they were killed
+            for child in children:
+                child.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
