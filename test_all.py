@@ -3066,7 +3066,8 @@ def test_times_in_the_log_are_of_steps_alone(small_run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error, words", [
     (torch.OutOfMemoryError("x"), "out of memory"), (MemoryError(), "out of memory"),
-    (KeyboardInterrupt(), "interrupted"), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory")])
+    (KeyboardInterrupt(), "interrupted"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory")])
 def test_what_ends_a_run_from_outside_is_one_line(error, words, monkeypatch, capsys):
     def run(argv):
         raise error
