@@ -303,7 +303,7 @@ def test_lists(tmp_path):
     assert listed("a b.png\tm.png\n").names == ["a b"] and not listed("a b.png\nc.png\n").labeled
     for outside in ("../outside.png", "c.png ../outside.png", f"{tmp_path}/outside.png", "c.png\tm.png\td.png"):
         refused(lambda: listed(outside), path, "below")
-    refused(lambda: listed("c.png m.png\nd.png\n"), path, "all or none")
+    refused(lambda: listed("c.png m.png\nd.png\n"), path, "1 of 2 images have no label", "d.png")
     refused(lambda: listed("c.png none.png\n"), path, "none.png does not exist")
     refused(lambda: listed(""), path, "no image")
     refused(lambda: data.open_dataset(f"list:{tmp_path}", "val", ("x",)), "no such file")
