@@ -2744,23 +2744,26 @@ def step_inputs(batch, size=64, classes=3, seed=0):
     return (images[0], label), (images[1], torch.zeros_like(label))
 
 
-def test_one_pseudo_label_weight_for_the_batch_and_border_rows_without(monkeypatch):
-    flags = train.parse_flags(["--recipe", "mic", "--border", "5", "7", "--threshold", "0.4"])
+def unsure_networks():
+    """A student and its teacher whose confidence differs from pixel to pixel."""
     torch.manual_seed(0)
     net = Segmenter("mit_b0", "segformer", 3, 8)
     with torch.no_grad():
         net.decoder.classifier.weight.normal_(std=1.0)
-    teacher = model.teacher_mode(copy.deepcopy(net).requires_grad_(False))
-    source, target = step_inputs(2)
+    return train.Networks(net, model.teacher_mode(copy.deepcopy(net).requires_grad_(False)), None, None, None)
+
+
+def test_one_pseudo_label_weight_for_the_batch_and_border_rows_without(monkeypatch):
+    flags = train.parse_flags(["--recipe", "mic", "--border", "5", "7", "--threshold", "0.4"])
+    networks, (source, target) = unsure_networks(), step_inputs(2)
     target[1][:, :, :4] = 255  # padding, where a pseudo-label would be an invention
     seen = []
     real = train.cross_entropy
     monkeypatch.setattr(train, "cross_entropy", lambda *a: (seen.append(a), real(*a))[1])
-    networks = train.Networks(net, teacher, None, None, None)
     terms, views = train.step_terms(flags, context(torch.Generator()), networks, source, None, target, [])
     assert list(terms) == ["source", "mix", "mask"]
     with torch.no_grad():
-        confidence = F.interpolate(teacher(target[0]).logits, size=(64, 64), mode="bilinear").softmax(1).amax(1)
+        confidence = F.interpolate(networks.teacher(target[0]).logits, size=(64, 64), mode="bilinear").softmax(1).amax(1)
     q = (confidence >= 0.4).float().mean()
     assert 0.05 < q < 0.95
     (_, _, mixed_weight), (_, pseudo, weight) = seen[1], seen[2]
@@ -3565,21 +3568,15 @@ def test_true_target_labels_join_the_supervised_loss_and_the_queries():
 
 def test_consistency_is_of_confident_pixels_that_stay_the_targets(monkeypatch):
     flags = train.parse_flags(["--recipe", "semidavil", "--confident", "0.5"])
-    torch.manual_seed(0)
-    net = Segmenter("mit_b0", "segformer", 3, 8)
-    with torch.no_grad():
-        net.decoder.classifier.weight.normal_(std=1.0)
-    teacher = model.teacher_mode(copy.deepcopy(net).requires_grad_(False))
-    source, target = step_inputs(2)
+    networks, (source, target) = unsure_networks(), step_inputs(2)
     source[1].copy_((torch.arange(64) // 32)[None, :, None].expand(2, 64, 64))
     target[1][:, :, :4] = 255  # padding
     seen, real = [], losses.consistency
     monkeypatch.setattr(losses, "consistency", lambda *a: (seen.append(a), real(*a))[1])
     monkeypatch.setattr(data, "strong_augment", lambda image, generator: image)
-    networks = train.Networks(net, teacher, None, None, None)
     terms, views = train.step_terms(flags, context(generator()), networks, source, None, target, [])
     with torch.no_grad():
-        confidence, label = F.interpolate(teacher(target[0]).logits, (64, 64), mode="bilinear").softmax(1).max(1)
+        confidence, label = F.interpolate(networks.teacher(target[0]).logits, (64, 64), mode="bilinear").softmax(1).max(1)
     (_, pseudo, trusted, valid), = seen
     assert torch.equal(pseudo, label.byte()) and 0.1 < trusted.float().mean() < 0.9
     clear = (confidence - 0.5).abs() > 1e-4  # not decided by rounding
