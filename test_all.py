@@ -2463,6 +2463,12 @@ def test_dyce_limits_bounds_and_nothing_to_learn():
     assert ours[i].item() == pytest.approx(((moved[0] - moved[1]) / (2 * step)).item(), rel=1e-3)
 
 
+def test_dyce_takes_at_least_the_hardest_pixel():
+    logits, label = dyce_inputs()
+    values = losses.upsample_cross_entropy(logits.float(), label, reduction="none")
+    torch.testing.assert_close(losses.dyce(logits.float(), label, 0.0, 1.0), values.max())
+
+
 def test_consistency_learns_trusted_pixels_over_valid_ones():
     logits, pseudo = dyce_inputs()
     logits, pseudo = logits.float(), pseudo.clamp(max=4)
