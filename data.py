@@ -655,7 +655,8 @@ def labeled_indices(dataset, spec):
     if spec.isdecimal():
         if len(set(names)) < len(names):
             raise DataError(f"--labeled {spec}: {dataset.spec} holds an image twice; remove one, or use all")
-        return sorted(known[names.index(name)] for name in labeled_subset(names, int(spec)))
+        at = dict(zip(names, known))
+        return sorted(at[name] for name in labeled_subset(names, int(spec)))
     if not Path(spec).is_file():
         raise DataError(f"--labeled {spec}: no such file; give a number, all, or a list with an image per line")
     paths = [os.path.abspath(dataset.files[i][0]).replace(os.sep, "/") if dataset.files else "" for i in known]

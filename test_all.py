@@ -2769,7 +2769,8 @@ def test_one_pseudo_label_weight_for_the_batch_and_border_rows_without(monkeypat
     terms, views = train.step_terms(flags, context(torch.Generator()), networks, source, None, target, [])
     assert list(terms) == ["source", "mix", "mask"]
     with torch.no_grad():
-        confidence = F.interpolate(networks.teacher(target[0]).logits, size=(64, 64), mode="bilinear").softmax(1).amax(1)
+        logits = networks.teacher(target[0]).logits
+        confidence = F.interpolate(logits, size=(64, 64), mode="bilinear").softmax(1).amax(1)
     q = (confidence >= 0.4).float().mean()
     assert 0.05 < q < 0.95
     (_, _, mixed_weight), (_, pseudo, weight) = seen[1], seen[2]
@@ -3582,7 +3583,8 @@ def test_consistency_is_of_confident_pixels_that_stay_the_targets(monkeypatch):
     monkeypatch.setattr(data, "strong_augment", lambda image, generator: image)
     terms, views = train.step_terms(flags, context(generator()), networks, source, None, target, [])
     with torch.no_grad():
-        confidence, label = F.interpolate(networks.teacher(target[0]).logits, (64, 64), mode="bilinear").softmax(1).max(1)
+        logits = networks.teacher(target[0]).logits
+        confidence, label = F.interpolate(logits, (64, 64), mode="bilinear").softmax(1).max(1)
     (_, pseudo, trusted, valid), = seen
     assert torch.equal(pseudo, label.byte()) and 0.1 < trusted.float().mean() < 0.9
     clear = (confidence - 0.5).abs() > 1e-4  # not decided by rounding

@@ -838,9 +838,9 @@ def run(argv=None):
     classes, source_set, target_set, labeled, val_set = open_data(f)
     split = [target_set.names[i] for i in labeled]
     split_hash = hashlib.sha256("\n".join(split).encode()).hexdigest()[:16]
-    if checkpoint and checkpoint["labeled"] != split:
+    if checkpoint and (known := checkpoint.get("labeled", [])) != split:
         raise model.CheckpointError(
-            f"{last} was trained with the labels of {len(checkpoint['labeled'])} target images; --labeled {f.labeled} "
+            f"{last} was trained with the labels of {len(known)} target images; --labeled {f.labeled} "
             f"now gives {len(split)}, not all of them the same; restore the list or images, or give another --out")
     window = f.crop if f.slide else None
     things = torch.tensor([i for i, name in enumerate(classes) if name in THINGS], device=device)
