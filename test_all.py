@@ -1,6 +1,7 @@
 """The tests: python -m pytest -q test_all.py. On a CPU, without network, in a few minutes.
 
     python test_all.py bench        times ours against named peers, where they are installed
+    python test_all.py record       compares six steps of every recipe with assets/record.json, bit for bit
 
 Comparisons with code that is not ours (transformers, scikit-learn) skip, and say so, where it is not installed.
 """
@@ -3865,6 +3866,185 @@ def test_runs_without_triton_and_open_clip(small_run, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# python test_all.py record: what every recipe computed when the record was made, and whether it still does
+#
+# A change of the code that should change no number is checked here: six steps of each row on made images, in fp32 on
+# one CPU thread, have to give the same loss terms, gradient norms, weights and scores bit for bit. A change that should
+# change a number writes its rows again, and its commit says why. On another kind of machine or version of torch the
+# rounding differs; there only the first step's terms are compared, to one percent.
+
+RECORD = Path(HERE) / "assets" / "record.json"
+RECORD_STEPS = 6
+RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
+    "source": "--recipe source",
+    "oracle": "--recipe oracle",
+    "dacs": "--recipe dacs --threshold 0.34",
+    "daformer": "--recipe daformer --threshold 0.34 --init MIT",
+    "mic": "--recipe mic --threshold 0.34 --init MIT",
+    "mic, six steps as three and three": "--recipe mic --threshold 0.34 --init MIT",
+    "mic, two processes": "2 x --recipe mic --threshold 0.34 --init MIT --batch 1",
+    "mic, accumulated": "--recipe mic --threshold 0.34 --init MIT --batch 1 --accum 2",
+    "mic, labels": "--recipe mic --threshold 0.34 --labeled 2",
+    "mic, decoder daformer, border, clean source":
+        "--recipe mic --threshold 0.34 --decoder daformer --border 5 9 --no-augment-source --slide",
+    "mic, timm backbone, bf16": "--recipe mic --threshold 0.34 --backbone timm:resnet10t --dtype bf16",
+    "mic, recomputed activations, resized, workers": "--recipe mic --threshold 0.34 --checkpointing --size 96x80 --workers 1",
+    "lcmsm": "--recipe lcmsm --threshold 0.34 --text BANK --mask-block 8",
+    "lcmsm, learned vectors": "--recipe lcmsm --threshold 0.34 --text learned",
+    "lcmsm, two processes": "2 x --recipe lcmsm --threshold 0.34 --text stub --batch 1",
+    "cluda": "--recipe cluda --threshold 0.34",
+    "t2sda": "--recipe t2sda --threshold 0.34 --warmup 2",
+    "t2sda, control": "--recipe t2sda --threshold 0.34 --control",
+    "t2sda, labels": "--recipe t2sda --threshold 0.34 --labeled 2 --restyled 0.5",
+    "t2sda_dg": "--recipe t2sda_dg",
+    "sepico": "--recipe sepico --threshold 0.34",
+    "semidavil": "--recipe semidavil --text BANK --labeled 2 --confident 0.34",
+    "semidavil, no labels": "--recipe semidavil --text stub --confident 0.34",
+    "labels alone": "--recipe source --source none --labeled 3 --dyce --hardest 0.5",
+    "all": "--recipe all --threshold 0.34 --text BANK --restyle extra",
+    "all, labels, two processes": "2 x --recipe all --threshold 0.34 --text BANK --restyle extra --labeled 2 --batch 1",
+}
+
+
+def record_inputs(root):
+    """Made data, a text bank and weights of a backbone below `root` -> the flags that all rows share."""
+    labelled, _ = write_pairs(root, 6, (104, 88), name="source")
+    val, _ = write_pairs(root, 5, (104, 88), name="target")
+    (root / "names.txt").write_text("sky\nwall\ncar\n")
+    write_bank(root / "bank.npz", made_bank()._replace(names=("sky", "wall", "car")))
+    torch.manual_seed(0)
+    torch.save(MixTransformer("mit_b0").state_dict(), root / "mit_b0.pth")
+    return ["--source", labelled, "--target", val, "--val", val, "--classes", str(root / "names.txt"),
+            "--cache", str(root / "cache"), *"--crop 64 --batch 2 --channels 16 --dtype fp32 --seed 3".split(),
+            *f"--lr 1e-3 --head-lr 1 --steps {RECORD_STEPS} --log-every 1 --save-every 1".split()]
+
+
+def digest(*arrays):
+    """The first digits of a sha256 over tensors or arrays."""
+    hashed = hashlib.sha256()
+    for array in arrays:
+        if torch.is_tensor(array):
+            array = array.detach().contiguous().view(-1).view(torch.uint8).numpy() if array.ndim else array.numpy()
+        hashed.update(np.ascontiguousarray(array).tobytes())
+    return hashed.hexdigest()[:12]
+
+
+def recorded_run(argv, out):
+    """Run train.py's main() -> {"terms": a dict for each batch, "norm", "student", "teacher": one value a step, ...}."""
+    row = {"terms": [], "norm": [], "student": [], "teacher": []}
+    step_terms, total_norm, save = train.step_terms, torch.nn.utils.get_total_norm, model.save_checkpoint
+
+    def spy_on_terms(*args, **options):
+        terms, *rest = step_terms(*args, **options)
+        row["terms"].append({name: value.item() for name, value in terms.items()})
+        return terms, *rest
+
+    def spy_on_norm(*args, **options):
+        norm = total_norm(*args, **options)
+        row["norm"].append(norm.item())
+        return norm
+
+    def spy_on_save(path, state):
+        for name in ("student", "teacher"):
+            row[name].append(digest(*state[name].values()))
+        return save(path, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "step_terms", spy_on_terms)
+        patch.setattr(torch.nn.utils, "get_total_norm", spy_on_norm)
+        patch.setattr(model, "save_checkpoint", spy_on_save)
+        run_train([*argv, "--out", str(out)])
+    if finished := events(out, "result"):
+        row["miou"] = [finished[-1][name]["miou"] if finished[-1][name] else None
+                       for name in ("student", "teacher", "adabn")]
+    return row
+
+
+def recorded_row(name, shared, root):
+    """One row of the record, computed anew."""
+    flags = [str({"MIT": root / "mit_b0.pth", "BANK": root / "bank.npz"}.get(word, word))
+             for word in RECORD_ROWS[name].split()]
+    out = root / re.sub(r"\W+", "-", name)
+    if flags[0] == "2":
+        command = [*TORCHRUN, __file__, "record-rank", str(root / "row.json"), *shared, *flags[2:], "--out", str(out)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return json.loads((root / "row.json").read_text())
+    if "t2sda_dg" in flags:
+        flags += ["--target", "none"]
+    if "three and three" in name:
+        half = RECORD_STEPS // 2
+        first = recorded_run([*shared, *flags, "--stop-at", str(half)], out)
+        second = recorded_run([*shared, *flags], out)
+        return {key: first.get(key, []) + second[key] for key in second}
+    return recorded_run([*shared, *flags], out)
+
+
+def recorded_pixels(root, shared):
+    """Checksums of rendered streets, of a resized data set and of crops."""
+    row = {}
+    for shifted in (False, True):
+        for index in (0, 7, 100_003, 200_001):
+            image, label = data.render_street(0, index, shifted, (256, 192))
+            row[f"street {index}{' shifted' if shifted else ''}"] = digest(image, label)
+    row["street 3, small"] = digest(*data.render_street(0, 3, False, (100, 76)))
+    classes = data.class_names(str(root / "names.txt"))
+    dataset = data.open_dataset(shared[1], "train", classes, (60, 50), root / "cache")
+    row["resized"] = digest(*(dataset[i][key] for i in range(len(dataset)) for key in ("image", "label")))
+    for size in (32, 80):  # the second is larger than the images: padded
+        crops = [data.Crops(dataset, size, 5)[k] for k in range(8)]
+        row[f"crops of {size}"] = digest(*(crop[key] for crop in crops for key in ("image", "label")))
+    return row
+
+
+def record(argv):
+    """python test_all.py record [--write] [NAME ...]"""
+    parser = argparse.ArgumentParser(prog="test_all.py record", description="compare with assets/record.json")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rows (default: all)")
+    parser.add_argument("--write", action="store_true", help="write the rows into the record instead")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    machine = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    exact = known.get("made on", machine) == machine
+    if not exact:
+        print(f"the record was made on {known['made on']}, here is {machine}: only first steps are compared")
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shared = record_inputs(root)
+        for name in args.names or ["pixels", *RECORD_ROWS]:
+            row = recorded_pixels(root, shared) if name == "pixels" else recorded_row(name, shared, root)
+            if args.write:
+                known[name] = row
+            fault = record_difference(known.get(name, {}), row, exact)
+            print(f"{name}: {fault or 'as recorded'}", flush=True)
+            if fault:
+                wrong.append(name)
+    if args.write:
+        rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in (known | {"made on": machine}).items())
+        RECORD.write_text("{" + rows + "}\n")
+    if wrong:
+        sys.exit(f"{len(wrong)} rows differ from the record: {', '.join(wrong)}")
+
+
+def record_difference(old, new, exact):
+    """In a few words, where a row first differs from the record; '' where it does not."""
+    if not exact and "terms" in new:
+        near = old["terms"][0].keys() == new["terms"][0].keys() and all(
+            new["terms"][0][name] == pytest.approx(value, rel=0.01) for name, value in old["terms"][0].items())
+        return "" if near else f"first terms {new['terms'][0]}, recorded {old['terms'][0]}"
+    for key in new:
+        if old.get(key) == new[key]:
+            continue
+        if isinstance(new[key], list) and isinstance(old.get(key), list):
+            at = next((i for i, pair in enumerate(zip(old[key], new[key])) if pair[0] != pair[1]), "length")
+            if at != "length":
+                return f"{key} of step {at + 1}: {new[key][at]}, recorded {old[key][at]}"
+        return f"{key}: {new[key]}, recorded {old.get(key)}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # python test_all.py bench [NAME ...] [--json FILE]: ours against named peers, side by side in one process
 #
 # Every side first has to come near the reference (float64; for networks the peer in float32). Then the sides take
@@ -4284,6 +4464,16 @@ def test_bench_has_a_row_for_every_peer(capsys, monkeypatch, tmp_path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["bench"]:
-        sys.exit("the tests: python -m pytest -q test_all.py; the benchmark: python test_all.py bench [NAME ...]")
-    bench(sys.argv[2:])
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "bench":
+        bench(sys.argv[2:])
+    elif command == "record":
+        record(sys.argv[2:])
+    elif command == "record-rank":  # one of the processes of a row of the record: FILE, then train.py's flags
+        torch.set_num_threads(1)
+        *flags, _, folder = sys.argv[3:]
+        row = recorded_run(flags, folder)
+        if os.environ["RANK"] == "0":
+            Path(sys.argv[2]).write_text(json.dumps(row))
+    else:
+        sys.exit("the tests: python -m pytest -q test_all.py; also: python test_all.py bench, python test_all.py record")
