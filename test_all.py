@@ -3877,7 +3877,7 @@ RECORD = Path(HERE) / "assets" / "record.json"
 RECORD_STEPS = 6
 RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
     "source": "--recipe source",
-    "oracle": "--recipe oracle",
+    "oracle": "--recipe oracle --source target",
     "dacs": "--recipe dacs --threshold 0.34",
     "daformer": "--recipe daformer --threshold 0.34 --init MIT",
     "mic": "--recipe mic --threshold 0.34 --init MIT",
@@ -3909,7 +3909,7 @@ RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
 def record_inputs(root):
     """Made data, a text bank and weights of a backbone below `root` -> the flags that all rows share."""
     labelled, _ = write_pairs(root, 6, (104, 88), name="source")
-    val, _ = write_pairs(root, 5, (104, 88), name="target")
+    val, _ = write_pairs(root, 5, (104, 88), name="the target")
     (root / "names.txt").write_text("sky\nwall\ncar\n")
     write_bank(root / "bank.npz", made_bank()._replace(names=("sky", "wall", "car")))
     torch.manual_seed(0)
