@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-IGNORE = 255
+from kernels import IGNORE
+
 UNKNOWN = 254                                             # marks a raw id that the label table does not list
 MEAN_COLOUR = (124, 116, 104)                             # of ImageNet: padding is near zero once normalised
 RARE_IMAGE, RARE_CROP = 3000 / 512 ** 2, 1500 / 512 ** 2  # DAFormer's rare-class pixel thresholds as shares of a crop
@@ -47,6 +48,23 @@ Image.MAX_IMAGE_PIXELS = 100_000_000                      # Pillow only warns ab
 
 class DataError(ValueError):
     """Bad input data: one line that names the file and the remedy."""
+
+
+def read_lines(path):
+    """The lines of a UTF-8 text file that hold something, stripped -> tuple of str. Raises DataError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path}: no readable UTF-8 text ({error}); save it as UTF-8") from error
+    stripped = [line.strip() for line in lines]
+    return tuple(line for line in stripped if line)
+
+
+def cache_folder(path=None):
+    """Where decoded images and text banks are kept: `path`, or nanouda below XDG_CACHE_HOME or ~/.cache."""
+    if path:
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanouda"
 
 
 # ---------------------------------------------------------------- classes
@@ -81,18 +99,10 @@ def class_names(spec):
         return CLASS_SPACES[spec]
     if not Path(spec).is_file():
         raise DataError(f"classes {spec!r}: neither a file nor one of {', '.join(CLASS_SPACES)}")
-    names = _lines(spec)
+    names = read_lines(spec)
     if not 1 <= len(names) < UNKNOWN or len(set(names)) < len(names):
         raise DataError(f"{spec}: needs 1 to {UNKNOWN - 1} different class names, one a line, not {len(names)} lines")
     return names
-
-
-def _lines(path):
-    """The lines of a text file that hold something, stripped -> tuple of str; DataError where it is no text."""
-    try:
-        return tuple(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8-sig").splitlines())))
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path}: no readable UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def class_index(name, classes):
@@ -106,6 +116,40 @@ def palette(names):
     known = [class_index(name, CITYSCAPES) for name in names]
     hues = [[255 * c for c in colorsys.hsv_to_rgb(0.618 * i % 1, 0.85, 0.95)] for i in range(len(names))]
     return np.array([hues[i] if k == IGNORE else COLOURS[k] for i, k in enumerate(known)]).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- pictures: uint8 arrays (h,w,3) until they are saved
+
+
+def as_picture(image):
+    """Image tensor (3,H,W), uint8 or float in [0,1], on any device -> uint8 array (H,W,3)."""
+    image = image if image.dtype == torch.uint8 else image.float().mul(255).round().clamp(0, 255).byte()
+    return image.permute(1, 2, 0).cpu().numpy()  # (3,H,W) -> (H,W,3)
+
+
+def colorize(label, colors):
+    """Ids uint8 (h,w), 255 drawn black, and a palette uint8 (K,3) -> uint8 (h,w,3)."""
+    table = np.zeros((256, 3), np.uint8)
+    table[:len(colors)] = colors
+    return table[label]
+
+
+def overlay(picture, label, colors):
+    """Half picture (h,w,3), half colours of the ids (h,w); the picture alone where they are 255."""
+    mixed = (picture.astype(np.uint16) + colorize(label, colors)) // 2
+    return np.where(label[..., None] == IGNORE, picture, mixed).astype(np.uint8)  # (h,w) -> (h,w,1) against (h,w,3)
+
+
+def grid(rows, titles, gap=4):
+    """PIL image of rows of pictures (lists of uint8 (h,w,3), any sizes) on white, a title above each column."""
+    h, w = (max(picture.shape[side] for row in rows for picture in row) + gap for side in (0, 1))
+    top = 14  # the height of Pillow's own font
+    sheet = Image.new("RGB", (len(titles) * w - gap, top + len(rows) * h - gap), "white")
+    for x, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((x * w + 2, 1), title, fill="black")
+        for y, row in enumerate(rows):
+            sheet.paste(Image.fromarray(row[x]), (x * w, top + y * h))
+    return sheet
 
 
 # ---------------------------------------------------------------- data sets: a label table and a line of globs each
@@ -218,7 +262,7 @@ def _listed(dataset, path):
     path, files = Path(path), []
     if not path.is_file():
         raise DataError(f"list:{path}: no such file; give a text file with an image and its label per line")
-    for line in _lines(path):
+    for line in read_lines(path):
         names = line.split("\t") if "\t" in line else [line] if (path.parent / line).is_file() else line.rsplit(" ", 1)
         # A list may come from anywhere and must not reach outside; symbolic links are the user's own and are followed.
         if len(names) > 2 or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
@@ -361,7 +405,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
                             f"or {', '.join(kind + ':DIR' for kind in SETS)}")
         self.size = tuple(size or published) if size or published else None
         self.table, self.train_table = label_table(ids, classes), label_table(TRAIN_IDS, classes)
-        self.cache = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanouda")
+        self.cache = cache_folder(cache)
         small = len(self) * math.prod(self.size or ()) * 4 < AUTO_CACHE_BYTES
         self.cached = self.files is None or bool(split == "train" and self.size and (cache or small))
 
@@ -661,7 +705,7 @@ def labeled_indices(dataset, spec):
         raise DataError(f"--labeled {spec}: no such file; give a number, all, or a list with an image per line")
     paths = [os.path.abspath(dataset.files[i][0]).replace(os.sep, "/") if dataset.files else "" for i in known]
     found = set()
-    for line in _lines(spec):
+    for line in read_lines(spec):
         whole, tab, _ = line.replace("\\", "/").removeprefix("./").partition("\t")
         for name in [whole] if tab else [whole, whole.rpartition(" ")[0]]:  # a name may hold spaces
             matches = [i for i, own, path in zip(known, names, paths)

@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, majority_label, open_dataset, palette,
-                  parse_size, read_image)
+from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, as_picture, colorize, grid, majority_label,
+                  open_dataset, overlay, palette, parse_size, read_image)
 from model import CheckpointError, WeightsError, build_segmenter, load_checkpoint, pseudo_label
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,37 +320,6 @@ def format_alignment(result):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures: uint8 arrays (h,w,3) until they are saved
-
-
-def as_picture(image):
-    """Image tensor (3,H,W), uint8 or float in [0,1], on any device -> uint8 array (H,W,3)."""
-    image = image if image.dtype == torch.uint8 else image.float().mul(255).round().clamp(0, 255).byte()
-    return image.permute(1, 2, 0).cpu().numpy()  # (3,H,W) -> (H,W,3)
-
-
-def colorize(label, colors):
-    """Ids uint8 (h,w), 255 drawn black, and a palette uint8 (K,3) -> uint8 (h,w,3)."""
-    table = np.zeros((256, 3), np.uint8)
-    table[:len(colors)] = colors
-    return table[label]
-
-
-def overlay(picture, label, colors):
-    """Half picture (h,w,3), half colours of the ids (h,w); the picture alone where they are 255."""
-    mixed = (picture.astype(np.uint16) + colorize(label, colors)) // 2
-    return np.where(label[..., None] == IGNORE, picture, mixed).astype(np.uint8)  # (h,w) -> (h,w,1) against (h,w,3)
-
-
-def grid(rows, titles, gap=4):
-    """PIL image of rows of pictures (lists of uint8 (h,w,3), any sizes) on white, a title above each column."""
-    h, w = (max(picture.shape[side] for row in rows for picture in row) + gap for side in (0, 1))
-    top = 14  # the height of Pillow's own font
-    sheet = Image.new("RGB", (len(titles) * w - gap, top + len(rows) * h - gap), "white")
-    for x, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((x * w + 2, 1), title, fill="black")
-        for y, row in enumerate(rows):
-            sheet.paste(Image.fromarray(row[x]), (x * w, top + y * h))
-    return sheet
 
 
 def panel(picture, label, prediction, colors):

@@ -27,6 +27,7 @@ except ImportError:                                             # no wheel for t
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TILE_PIXELS, TILE_CELLS = (1024, 256) if INTERPRET else (256, 64)       # the interpreter pays per tile, not per element
+IGNORE = 255                     # the label of pixels that take part in nothing
 NOBODY = 2**62                  # stands for label 255 where pixels are sorted: behind every other
 EPS = 1e-6                      # of a cosine: every vector x is divided by sqrt(|x|^2 + EPS^2)
 NCE_TILES = {True: {64: (128, 128), 128: (128, 128), 256: (128, 64), 512: (64, 32)},    # bf16, by C: own x other pixels
@@ -519,7 +520,7 @@ def _triton_pseudo_label(logits, size):
     confidence = torch.empty(B, H, W, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         _pixel_kernel[(triton.cdiv(H * W, TILE_PIXELS), B)](
-            logits.contiguous(), K, h, w, H, W, *row[:2], *column[:2], label, None, 255, confidence, None,
+            logits.contiguous(), K, h, w, H, W, *row[:2], *column[:2], label, None, IGNORE, confidence, None,
             LABELED=False, TILE=TILE_PIXELS)
     return label, confidence
 
@@ -621,7 +622,7 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         return gradient, None, None, None, None, None                   # autograd casts it to the logits' dtype
 
 
-def upsample_cross_entropy(logits, labels, weight=None, ignore_index=255, reduction="mean", backend="auto"):
+def upsample_cross_entropy(logits, labels, weight=None, ignore_index=IGNORE, reduction="mean", backend="auto"):
     """Cross-entropy of bilinearly upsampled logits (align_corners=False, any ratio) without the B x K x H x W tensor.
 
     logits (B,K,h,w) float, computed in float32, gradient in the logits' dtype. labels (B,H,W) uint8 or int64.
@@ -763,7 +764,7 @@ def pixel_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_se
             raise ValueError(f"y{name} is {tuple(y.shape)} {y.dtype}, it must be ({len(x)},) of an integer dtype")
         if w is not None and w.shape != y.shape:
             raise ValueError(f"w{name} is {tuple(w.shape)}, it must be ({len(x)},)")
-        labels.append(y.long().masked_fill(y == 255, NOBODY))
+        labels.append(y.long().masked_fill(y == IGNORE, NOBODY))
         weights.append(torch.ones(len(x), device=x.device) if w is None else w.detach().float())
     if backend == "auto" and q.shape[1] > (512 if q.dtype == k.dtype == torch.bfloat16 else 256):
         backend = "torch"                                       # Triton's tiles would not fit into registers

@@ -6,9 +6,7 @@ the gradient of one process that sees the joint batch.
 import torch
 import torch.distributed as dist
 
-from kernels import pixel_nce, upsample_cross_entropy
-
-IGNORE = 255
+from kernels import IGNORE, pixel_nce, upsample_cross_entropy
 
 
 def mean_over_ranks(value):

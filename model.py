@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from data import DataError, cache_folder, read_lines
 from kernels import text_correlation, upsample_pseudo_label
 
 Output = namedtuple("Output", "logits features pyramid")  # (B,K,h,w), (B,C,h,w), list of (B,C_i,h_i,w_i)
@@ -601,7 +602,7 @@ class TextError(ValueError):
 
 def text_cache():
     """Folder of the banks that were encoded here."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanouda", "text")
+    return str(cache_folder() / "text")
 
 
 def read_bank(path, class_names):
@@ -709,7 +710,7 @@ def encode_bank(spec, names):
     if tag in ("", "None", "none"):
         raise TextError(f"--text clip:{spec}: needs MODEL/TAG, such as ViT-B-16/laion2b_s34b_b88k; a tower without "
                         "weights knows no language")
-    templates, variants = PROMPTS[prompts] if prompts in PROMPTS else (text_lines(prompts), lambda name: (name,))
+    templates, variants = PROMPTS[prompts] if prompts in PROMPTS else (read_lines(prompts), lambda name: (name,))
     if not templates or any(re.findall("[{}]+", template) != ["{}"] for template in templates):
         raise TextError(f"{prompts}: every line is a template and needs one {{}} for the class: a photo of a {{}}.")
     texts = [[template.format(variant) for variant in variants(SPOKEN.get(name, name)) for template in templates]
@@ -731,15 +732,6 @@ def encode_bank(spec, names):
         except OSError as error:
             raise TextError(f"{path}: cannot be written ({error}); XDG_CACHE_HOME names another place") from None
     return read_bank(path, names)
-
-
-def text_lines(path):
-    """The lines of a UTF-8 file that hold something, stripped. Raises TextError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return list(filter(None, map(str.strip, file)))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{path}: no readable UTF-8 file, one name a line ({error})") from None
 
 
 def file_hash(path):
@@ -1012,6 +1004,43 @@ def load_timm(backbone, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: dicts of tensors and plain Python values
 
+def current_flags(flags):
+    """Flags of a log or checkpoint, of this or an earlier version -> the same in today's flags, a new dict.
+
+    Flags that are gone are left out where their value is the one that every run has now. Another value stays: a table
+    and a resumed run then name it as a difference.
+    """
+    flags = dict(flags)
+    hardest, confident = flags.pop("hardest", None), flags.pop("confident", None)
+    if flags.get("dyce") is True:  # was a switch beside the share
+        flags["dyce"] = hardest
+    flags["dyce"] = float(flags.get("dyce", 0))
+    if flags.get("consistency") and confident is not None:  # was a threshold of its own
+        flags["threshold"] = confident
+
+    lcmsm = flags.get("language") == "lcmsm"
+    gone = {
+        "panel_every": flags.get("panel_every"),  # changed no number
+        "profile": flags.get("profile"),
+        "spatial_depth": 2,
+        "omega": 0.5,
+        "beta": [0.01],
+        "contrast_pixels": "all",
+        "pooled": False,
+        "restyle": "extra",
+        "mask_views": ["source", "mix"] if lcmsm else ["target"],
+        "teacher_head": "language" if lcmsm else "plain",
+        "projection": bool(flags.get("t2s") or flags.get("sepico")),
+        "style": "random" if flags.get("t2s") and flags.get("target") == "none" else "fourier",
+        "contrast_start": flags.get("warmup") if flags.get("t2s") else 0,
+        "class_weights": "none" if flags["dyce"] else "confidence",
+    }
+    for name, value in gone.items():
+        if name in flags and flags[name] == value:
+            del flags[name]
+    return flags
+
+
 CHECKPOINT_KEYS = ("flags", "classes", "student", "teacher", "optimizer", "step", "versions")
 
 
@@ -1098,7 +1127,7 @@ def main(argv=None):
     p.add_argument("--out", help="bank to write, .npz")
     args = p.parse_args(argv)
     try:
-        names = tuple(map(str.strip, args.names.split(","))) if "," in args.names else tuple(text_lines(args.names))
+        names = tuple(map(str.strip, args.names.split(","))) if "," in args.names else tuple(read_lines(args.names))
         if "" in names or len(set(names)) < max(2, len(names)):
             raise TextError(f"--names {args.names}: needs two or more different names")
         bank = text_bank(args.text, names)
@@ -1108,7 +1137,7 @@ def main(argv=None):
         if args.out:
             write_bank(args.out, bank)
             print(f"written: {args.out}")
-    except (TextError, OSError) as error:
+    except (TextError, DataError, OSError) as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
 
