@@ -1033,7 +1033,7 @@ def current_flags(flags):
         "projection": bool(flags.get("t2s") or flags.get("sepico")),
         "style": "random" if flags.get("t2s") and flags.get("target") == "none" else "fourier",
         "contrast_start": flags.get("warmup") if flags.get("t2s") else 0,
-        "class_weights": "none" if flags["dyce"] else "confidence",
+        "class_weights": "none" if flags["dyce"] and flags.get("t2s") else "confidence",
     }
     for name, value in gone.items():
         if name in flags and flags[name] == value:
