@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -908,15 +909,30 @@ class Clock:
         self.spans.append((part, self.last, now))
         self.last = now
 
+    def milliseconds(self):
+        """[(part, milliseconds)] of all calls since the last reset."""
+        if not self.cuda:
+            return [(part, 1e3 * (end - begin)) for part, begin, end in self.spans]
+        self.last.synchronize()
+        return [(part, begin.elapsed_time(end)) for part, begin, end in self.spans]
+
     def sums(self):
         """{part: milliseconds since the last reset}, in the order of their first call."""
-        if self.cuda:
-            self.last.synchronize()
         total = {}
-        for part, begin, end in self.spans:
-            span = begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin)
+        for part, span in self.milliseconds():
             total[part] = total.get(part, 0.0) + span
         return total
+
+
+def product_rate(device, dtype, side=8192):
+    """FLOP/s of a large matrix product: the most that can be expected of a network here."""
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    clock = Clock(device)
+    for _ in range(10):
+        a @ a
+        clock("product")
+    fastest = min(span for _, span in clock.milliseconds())
+    return 2 * side**3 / (fastest / 1e3)
 
 
 class GradientGuard:
@@ -967,7 +983,8 @@ class Log:
     """OUT/log.jsonl: one JSON object a line.
 
     A "step" line has the means since the last one: loss terms, milliseconds of a step's parts,
-    images/s. The first process writes it.
+    images/s; on a GPU also the share of its peak that the network's products reach. The first
+    process writes it.
     """
 
     def __init__(self, path, images_per_step, clock):
@@ -978,6 +995,7 @@ class Log:
             self.file = open(path, "a", buffering=1)
         self.images = images_per_step
         self.clock = clock
+        self.least_ms = None  # of a step's products at the GPU's peak
         self.reset()
 
     def reset(self):
@@ -1017,6 +1035,8 @@ class Log:
         parts = {part: round(ms / self.steps, 2) for part, ms in self.clock.sums().items()}
         pace = self.steps / (time.perf_counter() - self.began)  # steps a second
         speed = round(pace * self.images, 2)
+        if self.least_ms:
+            values["share_of_peak"] = round(self.least_ms / sum(parts.values()), 4)
         self.write("step", step=done, images_per_s=speed, **values, **means, ms=parts,
                    peak_mib=round(peak_memory(self.clock.device)))
         bar.set_postfix({**means, "images/s": speed})
@@ -1170,6 +1190,22 @@ class Run:
             state["text"] = {"embeddings": bank.embeddings, "kind": bank.kind, "about": bank.about}
         model.save_checkpoint(self.out / name, state)
 
+    def measures_peak(self):
+        """Whether the log has the share of the GPU's peak; compiled code cannot be counted."""
+        return self.device.type == "cuda" and not self.f.compile
+
+    @contextlib.contextmanager
+    def counted(self, step):
+        """Inside, the FLOPs of the run's first step are counted, where the log wants them."""
+        if step > self.start or not self.measures_peak():
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        dtype = torch.bfloat16 if self.dtype_name == "bf16" else torch.float32
+        rate = product_rate(self.device, dtype)
+        self.log.least_ms = 1e3 * counter.get_total_flops() / rate
+
     def draw_panel(self, views, step):
         """OUT/panels/STEP.png: what this step was trained on, and the student's prediction."""
         if RANK > 0:
@@ -1262,7 +1298,8 @@ def loop(run, signals):
         # the teacher follows the weights after the previous step
         model.ema_update(teacher, student, step, f.alpha)
         clock("EMA")
-        terms, views = backward(run, step)
+        with run.counted(step):
+            terms, views = backward(run, step)
         gradients = [p.grad for p in student.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         run.check_gradients(step, norm, terms)
