@@ -8,7 +8,7 @@
 
 Without flags: rendered streets -> the same streets in another style, recipe mic, a few minutes on
 two CPU cores. A run writes OUT/last.pt, OUT/best.pt (with --eval-every), OUT/log.jsonl and
-OUT/panels/*.png, and starts again from OUT/last.pt by itself.
+OUT/panels/*.png. It goes on from OUT/last.pt if that is there; another --out begins anew.
 """
 import argparse
 import contextlib
@@ -58,8 +58,8 @@ RECIPES = {
     "t2sda": DAFORMER | dict(t2s=0.1),                     # after T2S-DA, Wang et al., 2023
     # its domain generalisation: no target image at all
     "t2sda_dg": dict(target="none", fd=0.005, rcs=0.01, t2s=0.1, restyled=1.0),
-    # after SemiDAViL, Basak and Yin, CVPR 2025, as reconstructed. Its first code has --dyce 0.2:
-    # easy pixels are then never learned well enough for a pseudo-label to be confident
+    # after SemiDAViL, Basak and Yin, CVPR 2025, as reconstructed; dyce=1.0, not the 0.2 of its
+    # first code, with which no pseudo-label ever becomes confident
     "semidavil": dict(consistency=1.0, dyce=1.0, threshold=0.95, language="dlg"),
     "all": DAFORMER | dict(mask=1.0, language="dlg", cluda=0.1, t2s=0.1),
 }
@@ -68,7 +68,7 @@ RECIPES = {
 THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train",
           "motorcycle", "bicycle", "SignSymbol", "Pedestrian", "Car", "Bicyclist"}
 
-# Flags that change no number: a resumed run may change them.
+# Flags that a resumed run may change: none of them changes what is learned.
 FREE_ON_RESUME = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache"}
 
 
@@ -85,7 +85,7 @@ def between(least, most, kind=float):
 
 count = between(1, 10**9, int)
 count_or_0 = between(0, 10**9, int)
-weight = between(0, 1000)
+factor = between(0, 1000)  # of a loss or a learning rate
 share = between(0, 1)
 switch = argparse.BooleanOptionalAction
 
@@ -99,7 +99,7 @@ def backbone(text):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """A line per flag, each with its default."""
+    """Each flag with its default, which is that of the recipe."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=27, width=118)
@@ -112,85 +112,85 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def build_parser():
     usage = "train.py [--recipe NAME] [flags]   (-h explains them)"
-    p = argparse.ArgumentParser("train.py", usage, description=__doc__, formatter_class=Help)
+    p = argparse.ArgumentParser(
+        "train.py", usage, description=__doc__, formatter_class=Help, allow_abbrev=False)
 
-    a = p.add_argument_group("data").add_argument
+    a = p.add_argument_group("data (SPEC: see python data.py -h)").add_argument
     a("--recipe", default="mic", choices=RECIPES, metavar="NAME",
-      help=f"a named set of flag values, flags given here override it: {', '.join(RECIPES)} "
-           f"(default: mic)")
+      help=f"a named set of values for the flags below, see README: {', '.join(RECIPES)}")
     a("--source", default="streets", metavar="SPEC",
-      help="labelled data, SPEC of data.py; 'target': all of the target's labels; none: those of "
-           "--labeled alone")
-    a("--target", default="streets:shifted", metavar="SPEC", help="data to adapt to, SPEC or none")
+      help="labelled data; 'target': the target's own labels, 'none': only those of --labeled")
+    a("--target", default="streets:shifted", metavar="SPEC", help="data to adapt to, or none")
     a("--labeled", default="0", metavar="N",
-      help="target images whose labels are used: N, all, or a file with one a line")
+      help="target images whose labels are used: N, all, or a file with one image name a line")
     a("--val", metavar="SPEC",
-      help="labelled validation data, SPEC or none (default: the target's val split)")
+      help="labelled validation data, or none (default: the target's val split)")
     a("--classes", default="cityscapes19", metavar="C",
-      help="cityscapes19, cityscapes16, camvid11 or a file, one name a line")
+      help="cityscapes19, cityscapes16, camvid11, or a file with one name a line")
     a("--size", type=data.parse_size, metavar="WxH",
       help="every image is resized to it (default: the data set's published size)")
     a("--crop", type=between(1, 10**5, int), default=128, metavar="S",
       help="side of the training crop, pixels; published: 512")
     a("--batch", type=between(1, 10**5, int), default=4, metavar="N",
-      help="images per process and domain; published: 2")
+      help="images per process of source, of target, and of labelled target; published: 2")
     a("--cache", metavar="DIR",
-      help="decoded images (default: ~/.cache/nanouda, and there only sets below 2 GiB)")
+      help="folder of decoded images (default: ~/.cache/nanouda, and there only sets below 2 GiB)")
     a("--workers", type=between(0, 1000, int), default=0, metavar="N",
       help="loader processes per domain; 0 is right where data are cached")
     a("--augment-source", action=switch, default=True,
-      help="jitter and blur source images; published: not")
+      help="jitter and blur source images; the papers do not")
 
     a = p.add_argument_group("network").add_argument
     a("--backbone", type=backbone, default="mit_b0", metavar="B",
       help="mit_b0..mit_b5 or timm:NAME")
     a("--decoder", default="segformer", choices=model.FUSIONS, metavar="D",
-      help="segformer or daformer, the published one, slow on a CPU")
+      help="segformer, or daformer, the published one, slow on a CPU")
     a("--channels", type=between(1, 10**5, int), default=256, metavar="N",
       help="width of the decoder")
     a("--init", default="none", metavar="W",
-      help="pretrained weights: FILE, hub (network), none, or a .pt of ours to go on from")
+      help="weights to start from: FILE of a backbone, hub (network), a .pt of train.py, or none")
     a("--language", choices=("lcmsm", "dlg"), metavar="L",
-      help="lcmsm: a second decoder that reads text; dlg: text guides the one (default: neither)")
+      help="lcmsm: a second decoder reads text; dlg: text guides the decoder (default: neither)")
     a("--text", default="auto", metavar="T",
-      help="class vectors: FILE.npz, clip:MODEL/TAG, stub, learned, none, shuffled:FILE; auto: "
-           "cached, else stub")
+      help="class vectors: FILE.npz, clip:MODEL/TAG, stub (of no language), learned, none, "
+           "shuffled:FILE; auto: a cached bank, else stub")
 
-    a = p.add_argument_group("method (a weight of 0 turns a part off)").add_argument
-    a("--mix", type=weight, default=0.0, metavar="X",
+    a = p.add_argument_group("method (a loss of weight 0 is off)").add_argument
+    a("--mix", type=factor, default=0.0, metavar="X",
       help="weight of self-training on ClassMix images")
-    a("--mask", type=weight, default=0.0, metavar="X",
+    a("--mask", type=factor, default=0.0, metavar="X",
       help="weight of the consistency of masked images (MIC)")
     a("--mask-block", type=between(1, 10**5, int), metavar="S",
       help="side of a masked block, pixels (default: 32 from crops of 512 on, else 16)")
     a("--mask-ratio", type=share, default=0.7, metavar="R", help="share of blocks that are masked")
-    a("--fd", type=weight, default=0.0, metavar="X",
-      help="weight of the distance to ImageNet features on things")
-    a("--rcs", type=weight, default=0.0, metavar="T",
+    a("--fd", type=factor, default=0.0, metavar="X",
+      help="weight of the distance to ImageNet features on things; needs --init FILE or hub")
+    a("--rcs", type=factor, default=0.0, metavar="T",
       help="temperature of rare-class sampling; 0 draws images uniformly")
     a("--threshold", type=share, default=0.968, metavar="P",
-      help="confidence from which a pseudo-label counts")
-    a("--border", type=between(0, 10**5, int), nargs=2, default=(0, 0), metavar=("TOP", "END"),
-      help="rows of a target crop without pseudo-labels; GTA5 or SYNTHIA -> Cityscapes: 15 120, "
-           "the hood of the car")
+      help="confidence from which the teacher is believed: --mix and --mask weigh all pixels by "
+           "the share of such pixels, --consistency takes these alone")
+    a("--border", type=between(0, 10**5, int), nargs=2, default=(0, 0), metavar=("TOP", "BOTTOM"),
+      help="pixel rows of a target crop without pseudo-labels; GTA5 or SYNTHIA -> Cityscapes: "
+           "15 120, the hood of the car")
     a("--alpha", type=share, metavar="A",
       help="EMA decay of the teacher (default: 0.999 from 10,000 steps on, else 0.99)")
-    a("--consistency", type=weight, default=0.0, metavar="X",
-      help="weight of the teacher's labels on a ClassMix image's target pixels")
+    a("--consistency", type=factor, default=0.0, metavar="X",
+      help="weight of SemiDAViL's consistency: confident target pixels of the ClassMix image")
     a("--dyce", type=share, default=0.0, metavar="H",
-      help="supervised loss balanced by class, on this share of hardest pixels; 0: plain mean")
-    a("--cluda", type=weight, default=0.0, metavar="X",
-      help="weight of the contrast among source and among mixed pixels")
-    a("--sepico", type=weight, default=0.0, metavar="X",
-      help="weight of the contrast with Gaussians of the source classes")
-    a("--t2s", type=weight, default=0.0, metavar="X",
-      help="weight of the pull of restyled source pixels to clean ones")
-    a("--restyled", type=weight, default=0.0, metavar="X",
-      help="weight of the cross-entropy on --t2s's restyled images")
+      help="supervised loss balanced by class, on this share of the hardest pixels; 0: plain mean")
+    a("--cluda", type=factor, default=0.0, metavar="X",
+      help="weight of CLUDA's contrast among source and among mixed cells")
+    a("--sepico", type=factor, default=0.0, metavar="X",
+      help="weight of SePiCo's contrast with Gaussians of the source classes")
+    a("--t2s", type=factor, default=0.0, metavar="X",
+      help="weight of T2S-DA's pull of restyled source cells to clean ones")
+    a("--restyled", type=factor, default=0.0, metavar="X",
+      help="weight of the cross-entropy on the restyled images of --t2s")
     a("--tau", type=between(1e-3, 1e3), default=0.1, metavar="T",
       help="temperature of the contrasts")
     a("--control", action=switch, default=False,
-      help="compute all of a contrast's passes, but give it no weight")
+      help="for ablations: compute all that a contrast needs, but give it no weight")
 
     a = p.add_argument_group("optimisation").add_argument
     a("--steps", type=count, default=1000, metavar="N",
@@ -200,10 +200,9 @@ def build_parser():
     a("--warmup", type=count_or_0, metavar="N",
       help="steps of linear warm-up (default: 1500, at most --steps / 20)")
     a("--lr", type=between(0, 10), metavar="X",
-      help="peak learning rate of the backbone (default: 6e-5 with --init, as published, else "
-           "1e-3)")
-    a("--head-lr", type=weight, metavar="X",
-      help="the decoder's rate over the backbone's (default: 10 with --init, else 1)")
+      help="peak learning rate of the backbone (default: 6e-5 with --init, published, else 1e-3)")
+    a("--head-lr", type=factor, metavar="X",
+      help="the decoder's learning rate over the backbone's (default: 10 with --init, else 1)")
     a("--accum", type=between(1, 10**4, int), default=1, metavar="N",
       help="batches per optimiser step, for small memory")
     a("--seed", type=between(0, 2**31, int), default=0, metavar="N",
@@ -218,7 +217,7 @@ def build_parser():
     a = p.add_argument_group("run").add_argument
     a("--out", default="out", metavar="DIR", help="folder of checkpoints, log and pictures")
     a("--eval-every", type=count_or_0, default=0, metavar="N",
-      help="validate every N steps; 0: only at the end")
+      help="validate every N steps; 0: only after the last one")
     a("--slide", action=switch, default=False,
       help="validate with half-overlapping windows of the crop's size")
     a("--save-every", type=count, default=500, metavar="N",
@@ -235,8 +234,10 @@ def parse_flags(argv=None):
     keep. Exits with status 2 on flags that contradict each other.
     """
     parser = build_parser()
-    known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**RECIPES[known.recipe])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="mic")
+    recipe = first.parse_known_args(argv)[0].recipe
+    parser.set_defaults(**RECIPES.get(recipe, {}))
     f = parser.parse_args(argv)
 
     # published: long runs from ImageNet weights on large crops
@@ -257,14 +258,19 @@ def parse_flags(argv=None):
     all_labels = f.source == "target"
     if all_labels:
         f.source = f.target
-    f.val = f.val or f.target
-    f.border = list(f.border)
-    f.saved = dict(vars(f))
+    if f.val is None:
+        f.val = f.target
+    f.saved = {}
+    for name, value in vars(f).items():
+        if name != "saved":
+            f.saved[name] = list(value) if isinstance(value, tuple) else value  # as JSON has it
 
-    # what follows from them
+    # what follows from them. A step adapts when it needs target images and what the teacher says of
+    # them; T2S-DA weighs its classes by that
     f.lcmsm = f.language == "lcmsm"
     f.contrasts = bool(f.cluda or f.sepico or f.t2s)
     f.adapts = bool(f.mix or f.mask or f.consistency or (f.t2s and f.target != "none"))
+    f.doubt = 0.0 if f.dyce else 0.5  # power of T2S-DA's class weights; DyCE weighs classes already
 
     for message, wrong in contradictions(f, parser.get_default, all_labels).items():
         if wrong:
@@ -273,11 +279,15 @@ def parse_flags(argv=None):
 
 
 def contradictions(f, default, all_labels):
-    """{message: whether it holds} of flags that do nothing together, or cannot be together."""
+    """{message: whether it holds} of flags that mislead: that cannot be together, or do nothing."""
+    def typed(name):
+        return getattr(f, name) != default(name)
+
     no_source = f.source == "none"
     no_target = f.target == "none"
     return {
         "--stop-at comes after --steps": f.stop_at > f.steps,
+        "--source target takes its labels from --target, which is none": all_labels and no_target,
         "--source none leaves no label to learn from: add --labeled N":
             no_source and f.labeled == "0",
         "--source target, as in oracle, takes all labels; --source none --labeled N takes some":
@@ -294,10 +304,12 @@ def contradictions(f, default, all_labels):
         "--text does nothing without --language": f.text != "auto" and not f.language,
         "--restyled does nothing without --t2s": f.restyled and not f.t2s,
         "--control does nothing without --cluda, --sepico or --t2s": f.control and not f.contrasts,
-        "--tau does nothing without --cluda, --sepico or --t2s":
-            f.tau != default("tau") and not f.contrasts,
+        "--tau does nothing without --cluda, --sepico or --t2s": typed("tau") and not f.contrasts,
+        "--mask-ratio does nothing without --mask": typed("mask_ratio") and not f.mask,
+        "--border does nothing without a target to adapt to": any(f.border) and not f.adapts,
         "--threshold does nothing without --mix, --mask or --consistency":
-            f.threshold != default("threshold") and not (f.mix or f.mask or f.consistency),
+            typed("threshold") and not (f.mix or f.mask or f.consistency),
+        "--eval-every needs validation data: --val SPEC": f.eval_every and f.val == "none",
     }
 
 
@@ -305,19 +317,20 @@ def contradictions(f, default, all_labels):
 # The method. A step has three acts: views, one pass of the student for each, terms
 
 # What the student looks at and what it should say there. image: float (B,3,S,S) in [0,1]; label:
-# uint8 (B,S,S), 255 is ignored; weight: (B,S,S), or None where every pixel weighs 1.
+# uint8 (B,S,S), 255 is ignored; weight of each pixel's loss: float (B,S,S), None where all are 1.
+# A target comes without a label; its weight is bool then, False on padding.
 View = namedtuple("View", "image label weight", defaults=(None,))
 
 # student, perhaps inside DDP's wrapper, and its frozen companions: the EMA teacher, and a copy with
-# ImageNet weights or None; running statistics of the contrasts.
-Networks = namedtuple("Networks", "student teacher imagenet confidence gaussians")
+# ImageNet weights or None; running statistics of the contrasts, by class.
+Networks = namedtuple("Networks", "student teacher imagenet class_confidence gaussians")
 
 # Where random numbers come from: a CPU generator for the joint batch; shard = (rank, processes).
 Draws = namedtuple("Draws", "generator shard")
 
 
 def augment(view, draw):
-    """The view with colour jitter and blur."""
+    """The view with colour jitter and blur, the same for the whole joint batch."""
     return view._replace(image=data.strong_augment(view.image, draw.generator))
 
 
@@ -339,7 +352,7 @@ def either(a, b, draw):
 
 
 def join(views):
-    """Several views as one of a larger batch, without weights."""
+    """Several views as one, concatenated along the batch; their weights are left out."""
     images = [view.image for view in views]
     labels = [view.label for view in views]
     return View(torch.cat(images), torch.cat(labels))
@@ -347,10 +360,10 @@ def join(views):
 
 @torch.no_grad()
 def pseudo_label(f, teacher, target):
-    """What the teacher says of the target: a View, its confidence (B,S,S), and which pixels count.
+    """What the teacher says of the target: a View, its confidence (B,S,S), and the valid pixels.
 
-    All pixels have one weight, the share of confident pixels in the joint batch (DACS). Those on
-    padding and in the rows of --border do not count: their weight is 0.
+    Every pixel gets the same weight, the share of confident pixels in the joint batch (DACS). Those
+    on padding and in the rows of --border are not valid and get 0.
     """
     size = target.image.shape[2:]
     head = "language" if f.lcmsm else "plain"
@@ -358,11 +371,11 @@ def pseudo_label(f, teacher, target):
     label, confidence, share = model.upsample_pseudo_label(logits, size, f.threshold)
 
     top, bottom = f.border
-    counts = target.weight.clone()  # False on padding
-    counts[:, :top] = False
-    counts[:, max(0, size[0] - bottom):] = False
-    weight = mean_over_ranks(share) * counts
-    return View(target.image, label, weight), confidence, counts
+    valid = target.weight.clone()  # bool (B,S,S), False on padding
+    valid[:, :top] = False
+    valid[:, max(0, size[0] - bottom):] = False
+    weight = mean_over_ranks(share) * valid
+    return View(target.image, label, weight), confidence, valid
 
 
 def make_views(f, teacher, source, labeled, target, draw):
@@ -376,13 +389,14 @@ def make_views(f, teacher, source, labeled, target, draw):
     if f.augment_source:
         views["source"] = augment(source, draw)
 
-    # T2S-DA: the source in the look of target images, or in a random one
+    # T2S-DA: the source in the look of target images, or in a random one. The order of all draws
+    # below is part of a run: to move one is to change every number
     if f.t2s:
         looks = target.image if target else None
         restyled = data.restyle(source.image, looks, *draw)
 
-    # target images with true labels. A teacher's BatchNorm sees the target alone, so the student's
-    # sees it alone too; without a teacher one pass sees source and target together
+    # target images with true labels. With a teacher they get a pass of their own, because its
+    # BatchNorm sees the target alone too; without one they join the source's
     if labeled:
         donor = either(source, labeled, draw)
         views["labeled"] = labeled
@@ -395,12 +409,13 @@ def make_views(f, teacher, source, labeled, target, draw):
     if f.mix or f.consistency:
         present = data.present_classes(donor.label, teacher.num_classes).float()
         present = mean_over_ranks(present) > 0  # (K,), in the joint batch
-        image, label, weight, pasted = data.class_mix(*donor[:2], *target, present, *draw)
+        image, label, weight, pasted = data.class_mix(
+            donor.image, donor.label, target.image, target.label, target.weight, present, *draw)
         views["mix"] = augment(View(image, label, weight), draw)
         pasted = pasted[:, 0]  # (B,1,S,S) -> (B,S,S)
 
     # MIC: hide blocks of the target; what is there has to follow from what surrounds them.
-    # LC-MSM hides blocks of the source and of the ClassMix image instead, and text helps out
+    # LC-MSM hides blocks of the source and of the augmented ClassMix image, and text helps out
     mean = teacher.pixel_mean
     if f.mask and f.lcmsm:
         views["mask_source"] = hide(source, f, mean, draw)
@@ -423,12 +438,13 @@ def true_labels(views, outs):
 def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     """The losses of one batch, {name: 0-d tensor}, and the views they are of, {name: View}.
 
-    source, labeled (target images with their labels): View with labels, or None. target: View whose
-    label is None and whose weight is bool, False on padding, or None. things: class indices, (n,).
+    source: View. labeled: View of target images with true labels, or None. target: View without a
+    label, or None. things: classes of the feature distance, int (n,). The views are for a picture:
+    "target" is as the teacher sees it.
     """
     # 1. views; the teacher speaks first
     if f.adapts:
-        target, confidence, counts = pseudo_label(f, nets.teacher, target)
+        target, confidence, valid = pseudo_label(f, nets.teacher, target)
         clock("teacher")
     views, pasted = make_views(f, nets.teacher, source, labeled, target, draw)
     clock("views")
@@ -440,7 +456,7 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
         outs[name] = nets.student(view.image, head=head)
         clock(name)
 
-    # 3. terms: the supervised loss
+    # 3. terms: the supervised loss, on source and labelled target
     terms = {}
     known, out = true_labels(views, outs)
     if f.dyce:
@@ -455,29 +471,31 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
         label = data.majority_label(known.label, reference.shape[2:], nets.teacher.num_classes)
         terms["fd"] = f.fd * losses.feature_distance(out.pyramid[-1], reference, label, things)
 
-    # every other view teaches by its labels, at its weight
-    weights = {
+    # every other view teaches by its labels, at the weight of its loss
+    loss_weights = {
         "mix": f.mix,
         "mask": f.mask,
         "mask_source": f.mask,
         "mask_mix": f.mask,
         "restyled": f.restyled,
     }
-    for name, weight in weights.items():
-        if name in views and weight:
+    for name, loss_weight in loss_weights.items():
+        if name in views and loss_weight:
             view = views[name]
-            terms[name] = weight * cross_entropy(outs[name].logits, view.label, view.weight)
+            value = cross_entropy(outs[name].logits, view.label, view.weight)
+            terms[name] = loss_weight * value
 
     # pixels of the ClassMix image that stay the target's, each trusted for itself (SemiDAViL)
     if f.consistency:
         trusted = confidence >= f.threshold
-        stays = counts & ~pasted
+        stays = valid & ~pasted
         value = losses.consistency(outs["mix"].logits, target.label, trusted, stays)
         terms["consistency"] = f.consistency * value
 
+    clock("losses")
     if f.contrasts:
         said = (target.label, confidence) if f.adapts else None
-        terms |= contrast_terms(f, step, nets, source, views, outs, said)
+        terms |= contrast_terms(f, step, nets, source, known, out, views, outs, said)
         clock("contrast")
     if f.adapts:
         views["target"] = target
@@ -487,15 +505,15 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
 def cells(net, features, view):
     """The view in cells of 8 x 8 pixels: rows (N,C), label (N,), weight (N,).
 
-    Rows are unit vectors behind the network's projection head. The label of a cell is the class
-    that covers 75 % of it, else 255. Cells come in the order image, row, column.
+    Rows are unit vectors after the network's projection head, where it has one. The label of a
+    cell is the class that covers 75 % of it, else 255. Cells come in the order image, row, column.
     """
     net = getattr(net, "module", net)  # out of DDP's wrapper: the projection is not in forward()
     grid = [max(1, side // 8) for side in view.label.shape[1:]]
     label = data.majority_label(view.label, grid, net.num_classes)  # (B,S,S) -> (B,h,w)
     pooled = F.adaptive_avg_pool2d(features, grid)  # (B,C,h,w)
     rows = pooled.permute(0, 2, 3, 1).flatten(0, 2)  # (B,C,h,w) -> (N,C)
-    rows = F.normalize(net.projection(rows).float(), dim=1, eps=1e-3)  # eps: a dead cell stays at 0
+    rows = F.normalize(net.projection(rows).float(), dim=1, eps=1e-3)  # a cell of zeros stays 0
     weight = view.weight
     if weight is None:
         weight = torch.ones(view.label.shape, device=label.device)
@@ -503,13 +521,13 @@ def cells(net, features, view):
     return rows, label.flatten(), weight.flatten()
 
 
-def contrast_terms(f, step, nets, source, views, outs, said):
+def contrast_terms(f, step, nets, source, known, out, views, outs, said):
     """The contrasts, {name: 0-d tensor}, on what the passes have seen.
 
-    Never on masked views, where a hidden cell shows nothing of its class. said: the teacher's
-    labels of the target and their confidence, or None.
+    Never on masked views, where a hidden cell shows nothing of its class. known, out: see
+    true_labels. said: the teacher's labels of the target and their confidence, or None.
     """
-    student, teacher, _, confidence, gaussians = nets
+    student, teacher, _, class_confidence, gaussians = nets
     live = 0.0 if f.control else 1.0
     terms = {}
 
@@ -521,7 +539,6 @@ def contrast_terms(f, step, nets, source, views, outs, said):
 
     # SePiCo and CLUDA contrast the cells of each domain
     if f.sepico or f.cluda:
-        known, out = true_labels(views, outs)
         sides = [cells(student, out.features, known)]
         if "mix" in views:
             sides.append(cells(student, outs["mix"].features, views["mix"]))
@@ -534,12 +551,13 @@ def contrast_terms(f, step, nets, source, views, outs, said):
         terms["cluda"] = live * f.cluda * value
 
     # T2S-DA pulls restyled cells, and labelled target cells, to those of the clean source; classes
-    # that the teacher doubts weigh more, unless DyCE weighs them already
+    # that the teacher doubts weigh more
     if f.t2s:
         if said is None:  # no target image: the teacher's confidence on the source
-            said = model.upsample_pseudo_label(clean.logits, source.label.shape[1:], 0.0)[:2]
-        confidence.update(*said)
-        class_weight = confidence.weights(0.0 if f.dyce else 0.5)
+            size = source.label.shape[1:]
+            said = model.upsample_pseudo_label(clean.logits, size, threshold=0.0)[:2]
+        class_confidence.update(*said)
+        class_weight = class_confidence.weights(f.doubt)
         names = [name for name in ("restyled", "labeled") if name in views]
         queries = join([views[name] for name in names])
         features = torch.cat([outs[name].features for name in names])
@@ -689,7 +707,7 @@ def open_sets(f):
 
 
 def leave_signals_to_the_run(_):
-    """A launcher signals loader processes too: they live until the step has ended and is saved."""
+    """Loader processes ignore a launcher's signals: the run needs them until its step has ended."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -697,8 +715,8 @@ def leave_signals_to_the_run(_):
 class Stream:
     """Batches of random crops of a data set, or of a subset of its indices.
 
-    Sample k of a run is the same whatever the number of processes. Without labels, those of the
-    data set are not looked at.
+    Sample k of a run is the same whatever the number of processes. With labels=False the data set's
+    own labels are not read.
     """
 
     def __init__(self, dataset, f, rare=None, labels=True, subset=None):
@@ -768,7 +786,7 @@ def open_streams(f, sets):
 def open_bank(f, checkpoint):
     """The text bank of a run, or None.
 
-    A resumed run has that of its checkpoint, whatever has become of --text since. Else the first
+    A resumed run has that of its checkpoint, even if the file of --text has changed. Else the first
     process makes or reads it, and sends it to the others.
     """
     if checkpoint:
@@ -796,7 +814,7 @@ def open_networks(f, classes, bank, device):
         f.language,
         bank,
         pretrained=timm_hub,
-        projection=bool(f.t2s or f.sepico),  # CLUDA contrasts the features themselves
+        projection=bool(f.t2s or f.sepico),  # CLUDA alone contrasts the features themselves
     )
     if ours:
         state = model.load_checkpoint(f.init)["student"]
@@ -829,7 +847,7 @@ def compile_networks(nets, device):
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # each backend has its own
-        reason = str(error).splitlines()[0][:90]
+        reason = str(error).partition("\n")[0][:90]
         raise OSError(f"--compile: torch.compile does not work here ({reason}); install a C++ "
                       "compiler, or leave --compile out") from None
     for net in (nets.student, nets.teacher, nets.imagenet):
@@ -862,17 +880,15 @@ def versions(device):
 def check_resume(flags, classes, checkpoint, path):
     """Raise CheckpointError that names what differs from the run that wrote the checkpoint."""
     before = model.current_flags(checkpoint["flags"])
-    before["the names in --classes"] = list(checkpoint["classes"])
-    now = flags | {"the names in --classes": list(classes)}
     changed = []
-    for name in before | now:
-        if name not in FREE_ON_RESUME and before.get(name) != now.get(name):
-            shown = "--" + name.replace("_", "-")
-            if name == "world":
-                shown = "the number of processes"
-            elif name not in flags and " " in name:
-                shown = name
-            changed.append(f"{shown} was {before.get(name)}, is {now.get(name)}")
+    for name in before | flags:
+        old = before.get(name) or None  # a flag that the checkpoint is older than: off
+        new = flags.get(name) or None
+        if name not in FREE_ON_RESUME and old != new:
+            shown = "the number of processes" if name == "world" else "--" + name.replace("_", "-")
+            changed.append(f"{shown} was {before.get(name)}, is {flags.get(name)}")
+    if list(classes) != list(checkpoint["classes"]):
+        changed.append(f"the names in --classes were {checkpoint['classes']}, are {list(classes)}")
     if changed:
         raise model.CheckpointError(f"{path} was trained with other flags: {', '.join(changed)}; "
                                     "repeat them, or give another --out")
@@ -936,10 +952,10 @@ def product_rate(device, dtype, side=8192):
 
 
 class GradientGuard:
-    """Stops a run whose gradient is not finite, before it reaches the weights.
+    """Remembers, on the device, the first step whose gradient was not finite, and its loss terms.
 
-    On a CPU each step is checked. On a GPU nothing waits: the optimiser itself skips the step, the
-    guard remembers the first such step on the device, and check() reads it.
+    On a CPU the run asks for it after each backward. On a GPU that would wait for it: there the
+    optimiser itself skips such a step, and the run asks when it reports or saves.
     """
 
     def __init__(self, optimizer, device):
@@ -956,15 +972,13 @@ class GradientGuard:
             self.terms[name] = torch.where(here, value, self.terms.get(name, value))
         if self.delayed:
             self.optimizer.found_inf = bad.float()  # the fused kernels skip the step where it is 1
-        else:
-            self.check()
 
-    def check(self):
-        """Raise FloatingPointError that names the step and its loss terms."""
+    def fault(self):
+        """(step, its loss terms as text), or None."""
         step = int(self.first)
-        if step >= 0:
-            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in self.terms.items())
-            raise FloatingPointError(step, parts)
+        if step < 0:
+            return None
+        return step, ", ".join(f"{name} {value.item():.4g}" for name, value in self.terms.items())
 
 
 def peak_memory(device):
@@ -995,7 +1009,7 @@ class Log:
             self.file = open(path, "a", buffering=1)
         self.images = images_per_step
         self.clock = clock
-        self.least_ms = None  # of a step's products at the GPU's peak
+        self.least_ms = None  # what a step's matrix products would take at the GPU's peak rate
         self.reset()
 
     def reset(self):
@@ -1052,16 +1066,14 @@ class Log:
 
 
 class Run:
-    """All that belongs to one training. Made once; loop() steps it, finish() reads it out."""
+    """All that belongs to one training. loop() steps it, read_out() scores it."""
 
     def __init__(self, f):
+        """Joins the other processes, and reads the checkpoint if there is one."""
         self.f = f
         self.device = setup()
         self.dtype_name, self.dtype_reason = pick_dtype(f.dtype, self.device)
         self.flags = f.saved | {"world": WORLD, "dtype": self.dtype_name}
-        for name, value in self.flags.items():
-            if isinstance(value, tuple):
-                self.flags[name] = list(value)  # as JSON has it
         self.out = Path(f.out)
         self.last = self.out / "last.pt"
         self.start = 0
@@ -1076,16 +1088,16 @@ class Run:
             self.best = self.checkpoint["best"]
 
     def open(self):
-        """Open data, networks and optimiser; go on from the checkpoint, if there is one."""
+        """Open data, networks, optimiser and log; go on from the checkpoint, if there is one."""
         f = self.f
         self.bank = open_bank(f, self.checkpoint)
         self.sets = open_sets(f)
-        self.split = [self.sets.target.names[i] for i in self.sets.labeled]
-        self.check_split()
+        self.labeled_names = [self.sets.target.names[i] for i in self.sets.labeled]
+        self.check_labeled()
         nets = open_networks(f, self.sets.classes, self.bank, self.device)
         self.student, self.teacher = nets.student, nets.teacher
         self.statistics = torch.nn.ModuleDict(
-            {"confidence": nets.confidence, "gaussians": nets.gaussians})
+            {"confidence": nets.class_confidence, "gaussians": nets.gaussians})
         groups = parameter_groups(self.student, f.lr, f.head_lr)
         self.fused = self.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(groups, fused=self.fused)
@@ -1106,16 +1118,23 @@ class Run:
         things = [i for i, name in enumerate(self.sets.classes) if name in THINGS]
         self.things = torch.tensor(things, device=self.device)
 
-    def check_split(self):
+        self.about = versions(self.device)
+        self.clock = Clock(self.device)
+        self.guard = GradientGuard(self.optimizer, self.device)
+        used = [stream for stream in self.streams.values() if stream]
+        images = len(used) * f.batch * f.accum * WORLD
+        self.log = Log(self.out / "log.jsonl", images, self.clock)
+
+    def check_labeled(self):
         """Raise CheckpointError where --labeled now gives other images than before."""
         if self.checkpoint is None:
             return
         before = self.checkpoint.get("labeled", [])
-        if before != self.split:
+        if before != self.labeled_names:
             raise model.CheckpointError(
-                f"{self.last} was trained with the labels of {len(before)} target images; "
-                f"--labeled {self.f.labeled} now gives {len(self.split)}, not all the same; "
-                "restore the list or images, or give another --out")
+                f"{self.last} was trained with the labels of {len(before)} target images; --labeled "
+                f"{self.f.labeled} now gives {len(self.labeled_names)}, not all the same; restore the "
+                "list or images, or give another --out")
 
     def restore(self):
         """Weights, optimiser and statistics of the checkpoint."""
@@ -1129,15 +1148,8 @@ class Run:
         model.load_weights(self.statistics, statistics, self.last)
 
     def announce(self):
-        """Say what is trained on what, and begin the log."""
+        """Say what is trained on what, and write the log's first line."""
         f, sets, bank = self.f, self.sets, self.bank
-        self.about = versions(self.device)
-        self.clock = Clock(self.device)
-        used = [stream for stream in self.streams.values() if stream]
-        images = len(used) * f.batch * f.accum * WORLD
-        self.log = Log(self.out / "log.jsonl", images, self.clock)
-        self.guard = GradientGuard(self.optimizer, self.device)
-
         begins = {
             "step": self.start,
             "flags": self.flags,
@@ -1145,11 +1157,11 @@ class Run:
             "versions": self.about,
         }
         labels = ""
-        if self.split:
-            names = "\n".join(self.split).encode()
-            self.split_hash = hashlib.sha256(names).hexdigest()[:16]
-            labels = f" ({len(self.split)} images with labels, split {self.split_hash})"
-            begins |= {"labeled": self.split, "labeled_sha256": self.split_hash}
+        if self.labeled_names:
+            names = "\n".join(self.labeled_names).encode()
+            hashed = hashlib.sha256(names).hexdigest()[:16]
+            labels = f" ({len(self.labeled_names)} images with labels, sha256 {hashed})"
+            begins |= {"labeled": self.labeled_names, "labeled_sha256": hashed}
         images = f" ({len(sets.source)} images)" if sets.source else ""
         print0(f"{f.recipe}: {f.source}{images} -> {f.target}{labels}, "
                f"{len(sets.classes)} classes; {f.backbone} + {f.decoder}-{f.channels}; "
@@ -1183,7 +1195,7 @@ class Run:
             "teacher": self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "statistics": self.statistics.state_dict(),
-            "labeled": self.split,
+            "labeled": self.labeled_names,
             "text": None,
         }
         if bank:
@@ -1203,7 +1215,8 @@ class Run:
         with FlopCounterMode(display=False) as counter:
             yield
         dtype = torch.bfloat16 if self.dtype_name == "bf16" else torch.float32
-        rate = product_rate(self.device, dtype)
+        with self.log.left_out():
+            rate = product_rate(self.device, dtype)
         self.log.least_ms = 1e3 * counter.get_total_flops() / rate
 
     def draw_panel(self, views, step):
@@ -1221,7 +1234,7 @@ class Run:
         sheet.save(folder / f"{step:06d}.png")
 
     def validate(self, step):
-        """Score the student, and keep it as best.pt where no earlier one was better."""
+        """Score the student, and write best.pt if it beats all earlier ones."""
         result = evaluation.evaluate(self.student, self.sets.val, self.window)
         self.log.write("eval", step=step, student=result)
         print0(f"step {step}: student mIoU {result['miou']:.2f}")
@@ -1229,31 +1242,30 @@ class Run:
             self.best = result["miou"]
             self.save("best.pt", step)
 
-    def check_gradients(self, step, norm=None, terms=None):
-        """Pass a step to the guard, or ask it; raise FloatingPointError with the whole story."""
-        try:
-            if norm is None:
-                self.guard.check()
-            else:
-                self.guard(step, norm, terms)
-        except FloatingPointError as error:
-            step, parts = error.args
-            files = []
-            for stream in self.streams.values():
-                if stream:
-                    files += stream.files(step)
-            self.log.write("non-finite", step=step, parts=parts, files=files)
-            left = "nothing was saved yet"
-            if self.last.exists():
-                left = f"{self.last} is from before"
-            raise FloatingPointError(
-                f"step {step}: the gradient is not finite ({parts}); files: {', '.join(files)}; "
-                f"stopped before the optimiser step, {left}; try a lower --lr or --dtype fp32"
-            ) from None
+    def check_gradients(self):
+        """Raise FloatingPointError, with the whole story, where a gradient was not finite."""
+        fault = self.guard.fault()
+        if fault is None:
+            return
+        step, parts = fault
+        files = []
+        for stream in self.streams.values():
+            if stream:
+                files += stream.files(step)
+        self.log.write("non-finite", step=step, parts=parts, files=files)
+        left = "nothing was saved yet"
+        if self.last.exists():
+            left = f"{self.last} is from before"
+        raise FloatingPointError(
+            f"step {step}: the gradient is not finite ({parts}); files: {', '.join(files)}; "
+            f"stopped before the optimiser step, {left}; try a lower --lr or --dtype fp32")
 
 
 def backward(run, step):
-    """The gradient of one step, from --accum batches. Returns (terms, views) for log and panel."""
+    """The gradient of one step, from --accum batches.
+
+    Returns (terms, views) for log and panel: the mean of the terms, the views of the last batch.
+    """
     f = run.f
     generator = torch.Generator()
     total = {}
@@ -1302,7 +1314,9 @@ def loop(run, signals):
             terms, views = backward(run, step)
         gradients = [p.grad for p in student.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        run.check_gradients(step, norm, terms)
+        run.guard(step, norm, terms)
+        if not run.guard.delayed:
+            run.check_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock("optimiser")
@@ -1311,30 +1325,30 @@ def loop(run, signals):
         # what is due; a signal on any process ends the run on all of them
         done = step + 1
         finished = done == f.stop_at
-        leave = mean_over_ranks(torch.tensor(float(bool(signals)))) > 0  # on the CPU: no GPU waits
-        report = finished or done % f.log_every == 0
-        validate = run.sets.val and f.eval_every and done % f.eval_every == 0
-        save = finished or leave or done % f.save_every == 0
+        leaves = mean_over_ranks(torch.tensor(float(bool(signals)))) > 0  # on the CPU: no GPU waits
+        reports = finished or done % f.log_every == 0
+        validates = f.eval_every and done % f.eval_every == 0
+        saves = finished or leaves or done % f.save_every == 0
 
-        if report or validate or save:
-            run.check_gradients(step)  # statistics of a bad step are neither saved nor scored
-        if report:
-            values = {"lr": group["lr"], "grad_norm": round(norm.item(), 4)}
+        if reports or validates or saves:
+            run.check_gradients()  # statistics of a bad step are neither saved nor scored
+        if reports:
+            values = {"lr": optimizer.param_groups[0]["lr"], "grad_norm": round(norm.item(), 4)}
             if f.t2s:
-                values["class_weights"] = run.nets.confidence.weights().tolist()
+                values["class_weights"] = run.nets.class_confidence.weights(f.doubt).tolist()
             log.report(bar, done, f, **values)
         with log.left_out():
-            if validate or save:
+            if validates or saves:
                 model.settle_batchnorm(student, teacher, mean_over_ranks)
-            if validate:
+            if validates:
                 run.validate(done)
-            if save:
+            if saves:
                 run.save("last.pt", done)
                 run.draw_panel(views, done)
-        if leave:
+        if leaves:
             print0(f"stopped by a signal, {run.last} saved at step {done}; the same command goes "
                    "on from there")
-            sys.exit(130 if signal.SIGINT in signals else 0)
+            sys.exit(130 if signal.SIGINT in signals else 0)  # SIGTERM: a scheduler asked
 
 
 def read_out(run):
@@ -1355,7 +1369,8 @@ def read_out(run):
     for name, result in results.items():
         if result:
             print0(f"{name} mIoU {result['miou']:.2f}")
-    print0("(adabn: the student with BatchNorm statistics of the target)")
+    if results["adabn"]:
+        print0("(adabn: the student with BatchNorm statistics of the target)")
 
 
 def catch_signals():
@@ -1372,6 +1387,12 @@ def catch_signals():
     return caught
 
 
+def release_signals():
+    """SIGTERM and SIGINT do again what they do in every program."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(argv=None):
     """Set-up, the loop, the read-out."""
     f = parse_flags(argv)
@@ -1386,6 +1407,7 @@ def run(argv=None):
     this.open()
     this.announce()
     loop(this, catch_signals())
+    release_signals()
     if this.sets.val and f.stop_at == f.steps:
         read_out(this)
     print0(f"step {f.stop_at} of {f.steps}: checkpoint {this.last}, panels {this.out / 'panels'}, "
@@ -1403,9 +1425,10 @@ def end_processes():
         dist.destroy_process_group()
 
 
-def fail(text, status):
-    """One line on stderr; exit."""
-    print("train.py: error:", text, file=sys.stderr)
+def fail(error, status):
+    """The last line of an error on stderr; exit. A loader process puts its traceback before it."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    print("train.py: error:", lines[-1], file=sys.stderr)
     sys.exit(status)
 
 
@@ -1414,9 +1437,9 @@ def main(argv=None):
     try:
         run(argv)
     except (data.DataError, model.WeightsError, model.CheckpointError, model.TextError) as error:
-        fail(str(error).splitlines()[-1], 2)  # a loader process puts its traceback before it
+        fail(error, 2)
     except (FloatingPointError, OSError) as error:
-        fail(str(error).splitlines()[-1], 1)
+        fail(error, 1)
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not memory and "allocate memory" not in str(error):
