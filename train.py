@@ -1132,9 +1132,9 @@ class Run:
         before = self.checkpoint.get("labeled", [])
         if before != self.labeled_names:
             raise model.CheckpointError(
-                f"{self.last} was trained with the labels of {len(before)} target images; --labeled "
-                f"{self.f.labeled} now gives {len(self.labeled_names)}, not all the same; restore the "
-                "list or images, or give another --out")
+                f"{self.last} was trained with the labels of {len(before)} target images; "
+                f"--labeled {self.f.labeled} now gives {len(self.labeled_names)}, not all the "
+                "same; restore the list or images, or give another --out")
 
     def restore(self):
         """Weights, optimiser and statistics of the checkpoint."""
