@@ -3783,7 +3783,7 @@ def test_kernels_and_bf16_do_not_change_what_is_learned(small_run, tmp_path, mon
         monkeypatch.undo()
         if wanted:
             monkeypatch.setattr(train, "cross_entropy", plain_cross_entropy)
-            monkeypatch.setattr(model, "pseudo_label", plain_pseudo_label)
+            monkeypatch.setattr(model, "upsample_pseudo_label", plain_pseudo_label)
 
     def first_step(dtype):
         networks = train.open_networks(flags, NAMES19, None, device)
@@ -4351,7 +4351,7 @@ def b0_passes(mode, B, height, width):
 
     def ours_forward():
         z = net(x).logits
-        return z, losses.cross_entropy(z, byte) if training else model.pseudo_label(z, size)[0]
+        return z, losses.cross_entropy(z, byte) if training else model.upsample_pseudo_label(z, size, 0.0)[0]
 
     def their_forward():
         if theirs is None:

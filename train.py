@@ -347,7 +347,7 @@ def step_terms(f, context, networks, source, labeled, target, things):
         with torch.no_grad():
             target, padding = target
             logits = teacher(target, head=f.teacher_head).logits
-            pseudo, certainty, fraction = model.pseudo_label(logits, target.shape[2:], f.threshold)
+            pseudo, certainty, fraction = model.upsample_pseudo_label(logits, target.shape[2:], f.threshold)
             inside = padding != data.IGNORE  # (B,S,S)
             inside[:, :f.border[0]] = False
             inside[:, max(0, inside.shape[1] - f.border[1]):] = False
@@ -408,7 +408,7 @@ def step_terms(f, context, networks, source, labeled, target, things):
             features.append(out.features[B:])
             labels.append(labeled[1])
         if f.target == "none":  # no target image: the teacher's confidence on source
-            pseudo, certainty, _ = model.pseudo_label(known.logits, label.shape[1:])
+            pseudo, certainty, _ = model.upsample_pseudo_label(known.logits, label.shape[1:], 0.0)
         confidence.update(pseudo, certainty)
         class_weight = confidence.weights(0.5 if f.class_weights == "confidence" else 0)
         rows, cells, _ = contrast_rows(f, student, torch.cat(features), torch.cat(labels), None, generator, shard)
@@ -543,8 +543,8 @@ def open_networks(f, classes, bank, device):
     torch.manual_seed(f.seed)
     timm_hub = f.init == "hub" and f.backbone.startswith("timm:")
     ours = f.init.endswith(".pt") and model.is_checkpoint(f.init)
-    student = model.Segmenter(f.backbone, f.decoder, len(classes), f.channels, f.language, bank, f.spatial_depth,
-                              timm_hub, f.projection)
+    student = model.Segmenter(f.backbone, f.decoder, len(classes), f.channels, f.language, bank,
+                              pretrained=timm_hub, projection=f.projection)
     if ours:
         model.load_weights(student, with_own_heads(model.load_checkpoint(f.init)["student"], student), f.init)
     elif f.init == "none":
