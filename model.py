@@ -1,4 +1,4 @@
-"""The networks: MiT and timm backbones, SegFormer and DAFormer decoders, language, EMA teacher, weights.
+"""The networks: backbones, decoders, language modules, the EMA teacher, weights in and out.
 
     from model import Segmenter, load_backbone
     net = Segmenter("mit_b5", "daformer", num_classes=19)
@@ -24,6 +24,7 @@ import glob
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import logging
 import math
 import os
@@ -66,7 +67,7 @@ class CheckpointError(ValueError):
 
 
 class TextError(ValueError):
-    """A text bank that is missing, damaged or for other classes; the message names it and the remedy."""
+    """A text bank that is missing, damaged or for other classes; the message names the remedy."""
 
 
 def reason_of(error):
@@ -74,7 +75,7 @@ def reason_of(error):
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return lines[0].split(". ")[0][:120]
+    return lines[0].split(". ")[0][:160]
 
 
 def import_optional(name):
@@ -112,8 +113,8 @@ def from_hub(fetch, what, remedy, error_type):
         return fetch()
     except Exception as error:  # timm, open_clip, huggingface_hub, torch: each has its own
         raise error_type(
-            f"{what}: no weights: {reason_of(error)}; {remedy} "
-            "(without network HF_HUB_OFFLINE=1 spares the retries)"
+            f"{what}: no weights: {reason_of(error)}; {remedy}; "
+            "HF_HUB_OFFLINE=1 spares the retries where there is no network"
         ) from None
     finally:
         logging.disable(logging.NOTSET)
@@ -137,10 +138,10 @@ REDUCTIONS = (8, 4, 2, 1)  # of the side of the grid that keys and values live o
 def to_map(tokens, size):
     """(B,H*W,C) -> (B,C,H,W) as a channels-last view, no copy.
 
-    Channels-last maps spare a copy at every change between maps and tokens: a training pass of
-    MiT-B0 takes 1.3 (crops of 128) to 1.5 times as long (256) with copies into torch's usual layout.
-    In the other order of operations (transpose, unflatten) torch does not recognise the layout of a
-    single image, and one image takes 1.1 to 1.35 times as long.
+    Channels-last maps spare a copy at every change between maps and tokens. With copies into
+    torch's usual layout a training pass of MiT-B0 takes 1.3 (crops of 128) to 1.5 times as long
+    (256) on a CPU. In the other order of operations (transpose, unflatten) torch does not recognise
+    the layout of a single image, which then takes 1.1 to 1.35 times as long.
     """
     return tokens.unflatten(1, size).permute(0, 3, 1, 2)  # (B,H*W,C) -> (B,H,W,C) -> (B,C,H,W)
 
@@ -274,10 +275,12 @@ class MixTransformer(nn.Module):
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         inputs, kernel, stride = 3, 7, 4
         for i, channels in enumerate(self.channels):
-            blocks = [Block(channels, HEADS[i], REDUCTIONS[i], next(rates)) for _ in range(depths[i])]
+            blocks = nn.ModuleList()
+            for _ in range(depths[i]):
+                blocks.append(Block(channels, HEADS[i], REDUCTIONS[i], next(rates)))
             # These names are those of NVIDIA's files
             setattr(self, f"patch_embed{i + 1}", PatchEmbed(inputs, channels, kernel, stride))
-            setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
+            setattr(self, f"block{i + 1}", blocks)
             setattr(self, f"norm{i + 1}", nn.LayerNorm(channels, eps=1e-6))
             inputs, kernel, stride = channels, 3, 2
         self.apply(self._init)
@@ -349,8 +352,8 @@ def check_backbone(name):
 def probe_timm(timm, name):
     """How to build a timm model with four maps, found out on a model without weights.
 
-    Returns (options for timm.create_model, channels of the four maps, their strides, whether it is a
-    plain transformer). Raises whatever timm raises, or ValueError where the maps do not fit.
+    Returns (options for timm.create_model, channels of the four maps, their strides, whether it is
+    a plain transformer). Raises whatever timm raises, or ValueError where the maps do not fit.
     """
     options = {}
     with torch.device("meta"):
@@ -381,9 +384,9 @@ def probe_timm(timm, name):
 class TimmBackbone(nn.Module):
     """A timm model as backbone.
 
-    Pyramids give their last four maps. Plain transformers (CLIP, DINOv2, EVA) give the map after each
-    quarter of their blocks. Uses the model's own pixel statistics. Raises WeightsError for models
-    without such maps, and where pretrained weights cannot be fetched.
+    Pyramids give their last four maps. Plain transformers (CLIP, DINOv2, EVA) give the map after
+    each quarter of their blocks. Uses the model's own pixel statistics. Raises WeightsError for
+    models without such maps, and where pretrained weights cannot be fetched.
     """
 
     def __init__(self, name, pretrained=False):
@@ -441,11 +444,13 @@ def resize(x, size):
 def project_and_fuse(pyramid, linears, weight):
     """conv1x1(concat_i(upsample(linear_i(x_i)))) -> (B,E,H,W), computed below the upsampling.
 
-    A 1x1 convolution and bilinear upsampling commute exactly: both are linear, and the interpolation
-    weights of a pixel sum to one, so that biases pass as well. Each level gets the product of its two
-    matrices at its own resolution, and the wide concatenation never exists. On a CPU the plain form
-    takes 1.7 to 2.2 times as long for a training pass of MiT-B0 with the SegFormer decoder, 1.03 to
-    1.06 with DAFormer's. weight: (E,4C,1,1), its columns in the order of the pyramid.
+    A 1x1 convolution and bilinear upsampling commute exactly: both are linear, and the
+    interpolation weights of a pixel sum to one, so that biases pass as well. Each level gets the
+    product of its two matrices at its own resolution, and the wide concatenation never exists. With
+    the plain form a training pass on a CPU takes 1.7 (crops of 128) to 2.2 times as long (256) for
+    MiT-B0 with the SegFormer decoder, 1.03 to 1.06 with DAFormer's.
+
+    weight: (E,4C,1,1), its columns in the order of the pyramid.
     """
     size = pyramid[0].shape[2:]
     parts = weight.flatten(1).chunk(len(linears), 1)  # (E,4C,1,1) -> (E,4C) -> four of (E,C)
@@ -464,7 +469,7 @@ def project_and_fuse(pyramid, linears, weight):
 
 
 def init_decoder(module):
-    """Kaiming-normal (fan-out) convolutions; the classifier, the only one with a bias, N(0, 0.01)."""
+    """Kaiming-normal (fan-out) convolutions; N(0, 0.01) for the classifier, which has a bias."""
     for m in module.modules():
         if not isinstance(m, nn.Conv2d):
             continue
@@ -492,10 +497,9 @@ class SegFormerFusion(nn.Module):
 class DilatedDepthwise(nn.Conv2d):
     """A dilated depthwise 3x3 convolution, on a CPU by way of sub-images. float (B,C,H,W) -> same.
 
-    In each of the d x d interleaved sub-images the convolution is not dilated; the sums are the same,
-    their order is not. This was made for a torch without a fast kernel. Today's has one: the plain
-    convolution is as fast in a training pass, and that of the whole network takes 0.9 of the time. So
-    it stays for the last digits of recorded runs alone.
+    In each of the d x d interleaved sub-images the convolution is not dilated; the sums are the
+    same, in another order. It no longer pays: with torch 2.13's plain convolution a training pass
+    of MiT-B0 with this decoder takes 0.9 of the time. It stays for the last digits of old runs.
     """
 
     def forward(self, x):
@@ -557,8 +561,8 @@ FUSIONS = {"segformer": SegFormerFusion, "daformer": DAFormerFusion}
 class Decoder(nn.Module):
     """Fusion of the pyramid, dropout, 1x1 classifier.
 
-    forward(pyramid, guidance) -> (logits (B,K,h,w), features (B,C,h,w)); guidance, a module or None,
-    changes the features.
+    forward(pyramid, guidance) -> (logits (B,K,h,w), features (B,C,h,w)); guidance, a module or
+    None, changes the features.
     """
 
     def __init__(self, name, inputs, channels, num_classes):
@@ -583,8 +587,8 @@ class LanguageDecoder(nn.Module):
     """Decoder conditioned on text (LC-MSM, Kim et al., 2024, after its released code).
 
     The scaled cosine between each pixel's feature and each class's text, refined by LSeg's spatial
-    block, is concatenated to the features. forward(pyramid, text) -> as Decoder; text float (K,C), or
-    None where it was built without text: the ablation's second plain decoder.
+    block, is concatenated to the features. forward(pyramid, text) -> as Decoder; text float (K,C),
+    or None where it was built without text: the ablation's second plain decoder.
     """
 
     scale = 1 / 0.07  # a constant: the released code exponentiates it once and never trains it
@@ -869,8 +873,10 @@ def cached_bank(names):
         with contextlib.suppress(TextError):
             fitting[path] = read_bank(path, names)
     if len(fitting) > 1:
-        paths = ", ".join(fitting)
-        raise TextError(f"--text auto: several cached banks are for these classes; name one: {paths}")
+        found = ", ".join(fitting)
+        raise TextError(
+            f"--text auto: several cached banks have these classes, name one: {found}"
+        )
     if len(fitting) == 1:
         return fitting.popitem()[1]
     print(
@@ -900,18 +906,18 @@ def read_bank(path, class_names):
         raise TextError(f"{path}: not a text bank ({reason_of(error)}); {remedy}") from None
 
     wanted = tuple(class_names)
-    if names != wanted:
-        at = 0
-        while names[at:at + 1] == wanted[at:at + 1]:
-            at += 1
-        there, here = (*names, "none")[at], (*wanted, "none")[at]
+    for there, here in itertools.zip_longest(names, wanted, fillvalue="none"):
+        if there != here:
+            raise TextError(
+                f"{path}: its {len(names)} classes are not the run's {len(wanted)} in their order "
+                f"(first difference: {there} for {here}); make a bank for --classes"
+            )
+    shape = tuple(rows.shape)
+    unit = (rows.norm(dim=-1) - 1).abs() < 0.01  # not so where a number is not finite
+    if len(shape) != 2 or shape[0] != len(names) or not unit.all():
         raise TextError(
-            f"{path}: its {len(names)} classes are not the run's {len(wanted)} in their order (first "
-            f"difference: {there} for {here}); make a bank for --classes"
+            f"{path}: its rows {shape} are not {len(names)} finite unit vectors; {remedy}"
         )
-    if rows.ndim != 2 or len(rows) != len(names) or not is_unit(rows):
-        shape = tuple(rows.shape)
-        raise TextError(f"{path}: its rows {shape} are not {len(names)} finite unit vectors; {remedy}")
     if "sha256" in bank and str(bank["sha256"]) != bank_hash(bank):
         raise TextError(f"{path}: its sha256 does not belong to its content; {remedy}")
 
@@ -924,15 +930,11 @@ def read_bank(path, class_names):
     return TextBank(rows, names, kind, about)
 
 
-def is_unit(rows):
-    """Whether all rows (K,D) have length one, to a hundredth; not so where a number is not finite."""
-    return bool(((rows.norm(dim=1) - 1).abs() < 1e-2).all())
-
-
 def write_bank(path, bank):
     """A TextBank as .npz, never half a file."""
     part = f"{path}.{os.getpid()}.npz"
-    np.savez(part, emb=bank.embeddings.numpy(), names=np.array(bank.names), kind=bank.kind, **bank.about)
+    rows = bank.embeddings.numpy()
+    np.savez(part, emb=rows, names=np.array(bank.names), kind=bank.kind, **bank.about)
     os.replace(part, path)
 
 
@@ -962,8 +964,8 @@ def clip_bank(spec, names):
     architecture, _, tag = spec.partition("/")
     if tag in ("", "None", "none"):
         raise TextError(
-            f"--text clip:{spec}: needs MODEL/TAG, such as ViT-B-16/laion2b_s34b_b88k; a tower without "
-            "weights knows no language"
+            f"--text clip:{spec}: needs MODEL/TAG, such as ViT-B-16/laion2b_s34b_b88k; a tower "
+            "without weights knows no language"
         )
     prompts = []
     for name in names:
@@ -1047,7 +1049,7 @@ def similarity_table(bank):
 
 @torch.no_grad()
 def ema_update(teacher, student, step, alpha):
-    """teacher <- a * teacher + (1-a) * student with a = min(1 - 1/(step+1), alpha): a copy at step 0.
+    """teacher <- a * teacher + (1-a) * student, a = min(1 - 1/(step+1), alpha): a copy at step 0.
 
     Parameters only, as in DAFormer: BatchNorm buffers are not averaged, the teacher keeps its own.
     The projection of the text is not averaged either, student and teacher share the current one
@@ -1060,8 +1062,8 @@ def ema_update(teacher, student, step, alpha):
 
 
 def teacher_mode(teacher):
-    """The teacher, in train mode without dropout and stochastic depth: BatchNorm uses the statistics
-    of the batch (DAFormer)."""
+    """The teacher, in train mode without dropout and stochastic depth: BatchNorm uses the
+    statistics of the batch (DAFormer)."""
     teacher.train()
     for m in teacher.modules():
         if "drop" in type(m).__name__.lower():
@@ -1078,8 +1080,8 @@ def batchnorms(net):
 def frozen_statistics(net):
     """Inside, BatchNorm's running statistics stay as they are.
 
-    In train mode it still normalises by the batch. So a teacher that looks at source images keeps the
-    statistics of the target.
+    In train mode it still normalises by the batch. So a teacher that looks at source images keeps
+    the statistics of the target.
     """
     norms = batchnorms(net)
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
@@ -1134,8 +1136,8 @@ MIT_LAYOUTS = [
 MIT_BLOCKS = [  # the part of the name inside a block: Hugging Face 4.x | 5.x | mmseg
     (r"\.layer_norm_1\.|\.layernorm_before\.", ".norm1."),
     (r"\.layer_norm_2\.|\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.self\.layer_norm\.|\.attention\.sequence_reduction\.layer_norm\.", ".attn.norm."),
-    (r"\.attention\.self\.sr\.|\.attention\.sequence_reduction\.sequence_reduction\.", ".attn.sr."),
+    (r"\.attention\.(?:self|sequence_reduction)\.layer_norm\.", ".attn.norm."),
+    (r"\.attention\.(?:self\.sr|sequence_reduction\.sequence_reduction)\.", ".attn.sr."),
     (r"\.attention\.self\.query\.|\.attention\.q_proj\.", ".attn.q."),
     (r"\.attention\.self\.key\.|\.attention\.k_proj\.", ".attn.k."),
     (r"\.attention\.self\.value\.|\.attention\.v_proj\.", ".attn.v."),
@@ -1234,9 +1236,9 @@ def load_backbone(module, path):
 
     path: a file in NVIDIA's, Hugging Face's or mmseg's layout (MiT), or a state dict of the timm
     model; `hub` fetches nvidia/mit-b* (timm backbones fetch theirs when built). A timm file without
-    any name in common is taken in order if every shape agrees, which is printed. Raises WeightsError
-    naming the file and what is missing, unexpected or of another shape; only ImageNet classifiers and
-    decoders of the file are left out.
+    any name in common is taken in order if every shape agrees, which is printed. Only ImageNet
+    classifiers and decoders of the file are left out. Raises WeightsError naming the file and what
+    is missing, unexpected or of another shape.
     """
     backbone = getattr(module, "backbone", module)
     if isinstance(backbone, TimmBackbone):
@@ -1254,7 +1256,9 @@ def load_backbone(module, path):
     ours = backbone.state_dict()
     problem = differences(ours, state)
     if problem:
-        raise WeightsError(f"{path}: not the weights of this backbone ({len(ours)} tensors): {problem}")
+        raise WeightsError(
+            f"{path}: not the weights of this backbone ({len(ours)} tensors): {problem}"
+        )
     backbone.load_state_dict(state)
 
 
@@ -1275,7 +1279,7 @@ def load_timm(backbone, path):
             f"({len(others)} such names in all); give the weights of this very model"
         )
 
-    # The model with maps has other names: its stages.0 is stages_0, a transformer's are below .model
+    # The model with maps says stages_0 for stages.0; a transformer's names are below .model
     ours = backbone.net.state_dict()
     used = {}
     for key in ours:
@@ -1290,13 +1294,13 @@ def load_timm(backbone, path):
 
 
 def in_order(state, full, name, path):
-    """The tensors of `state` by the names of `full`, in order. Raises WeightsError where their number
-    or a shape differs."""
+    """The tensors of `state` by the names of `full`, in order. Raises WeightsError where their
+    number or a shape differs."""
     shapes = [value.shape for value in state.values()]
     if shapes != [value.shape for value in full.values()]:
         raise WeightsError(
-            f"{path}: no name in common with {name} and {len(state)} tensors for its {len(full)}, or "
-            "other shapes in that order; give the weights of this very model"
+            f"{path}: no name in common with {name} and {len(state)} tensors for its {len(full)}, "
+            "or other shapes in that order; give the weights of this very model"
         )
     print(
         f"{path}: no name in common with timm's {name}, but all {len(full)} shapes agree in order: "
@@ -1325,7 +1329,7 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk surfaces as RuntimeError "unexpected pos"
+    except (OSError, RuntimeError) as error:  # a full disk: RuntimeError "unexpected pos"
         folder = os.path.dirname(os.path.abspath(path))
         free = 0
         if os.path.isdir(folder):
@@ -1340,8 +1344,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, map_location="cpu"):
-    """One of our checkpoints, checked: a dict with flags, classes, student, teacher, optimizer, step,
-    versions.
+    """One of our checkpoints, checked: a dict that has CHECKPOINT_KEYS.
 
     Every byte is checked against the archive's CRC (torch.load alone does not notice a flipped one)
     and nothing in the file is executed. Raises CheckpointError naming the file.
