@@ -1469,6 +1469,8 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
             f"{path}: trained with --spatial-depth {flags['spatial_depth']}, now always "
             f"{LanguageDecoder.spatial_depth}; train again"
         )
+    # These contrasts have a projection; an older checkpoint says where its network was another
+    contrasts = bool(flags.get("t2s") or flags.get("sepico"))
     net = Segmenter(
         flags["backbone"],
         flags["decoder"],
@@ -1476,7 +1478,7 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
         flags["channels"],
         flags.get("language"),
         checkpoint_bank(checkpoint),
-        projection=bool(flags.get("t2s") or flags.get("sepico")),
+        projection=flags.get("projection", contrasts),
     )
     load_weights(net, checkpoint[weights], path)
     return net.eval()

@@ -2489,9 +2489,11 @@ def test_a_checkpoint_is_built_as_its_flags_say():
     alone = tiny_checkpoint(teacher=None)
     refused_by(CheckpointError, "holds no teacher", model.build_segmenter, alone, "teacher")
     flags = tiny_checkpoint()["flags"]
-    for contrast in ("t2s", "sepico"):
-        net = Segmenter("mit_b0", "segformer", 3, 8, projection=True)
-        known = tiny_checkpoint(student=net.state_dict(), flags=flags | {contrast: 0.1})
+    cases = {"t2s": 0.1}, {"sepico": 0.1}, {"t2s": 0.1, "projection": False}
+    for changes in cases:
+        head = changes.get("projection", True)
+        net = Segmenter("mit_b0", "segformer", 3, 8, projection=head)
+        known = tiny_checkpoint(student=net.state_dict(), flags=flags | changes)
         assert same_tensors(dict(model.build_segmenter(known).state_dict()), dict(net.state_dict()))
     net, bank = language_net(), made_bank()
     flags |= {"language": "lcmsm", "spatial_depth": 2}
