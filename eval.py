@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, as_picture, colorize, grid, majority_label,
                   open_dataset, overlay, palette, parse_size, read_image)
-from model import CheckpointError, WeightsError, build_segmenter, load_checkpoint, pseudo_label
+from model import CheckpointError, WeightsError, build_segmenter, load_checkpoint, upsample_pseudo_label
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction
@@ -87,7 +87,8 @@ def predict(model, image, size=None, window=None, stride=None, flip=False, head=
 @torch.no_grad()
 def predict_labels(model, image, size=None, window=None, stride=None, flip=False, head="plain"):
     """Arg-max of `predict`, uint8 (B,h,w), without K maps at `size`."""
-    return pseudo_label(raw_logits(model, image, window, stride, flip, head), size or image.shape[2:])[0]
+    logits = raw_logits(model, image, window, stride, flip, head)
+    return upsample_pseudo_label(logits, size or image.shape[2:], 0.0)[0]
 
 
 def to_batch(image, model):
