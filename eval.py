@@ -547,7 +547,7 @@ def legend(entries, width):
     """PIL image `width` wide from (name, RGB colour) pairs: squares of the colours and names."""
     height = 16  # of a line
     square = 10
-    sheet = Image.new("RGB", (width, height * len(entries)), "white")
+    sheet = Image.new("RGB", (width, height * (len(entries) + 1)), "white")  # cut at the end
     draw = ImageDraw.Draw(sheet)
     x, y = 2, 2
     for name, colour in entries:
@@ -834,7 +834,7 @@ def group_runs(runs):
 
 
 def read_runs(paths):
-    """The rows of group_runs, from run folders or logs. A run without scores is said and left out."""
+    """The rows of group_runs, from run folders or logs. Runs without scores are named, not taken."""
     runs = []
     for path in paths:
         run = read_run(path)
@@ -1014,10 +1014,11 @@ def label_curves(rows):
 
 
 def axis_values(least, most):
-    """Round numbers on an axis that covers least..most, at most nine of them."""
+    """Two to nine round numbers of an axis that covers least..most, percentages."""
     step = next(step for step in (1, 2, 5, 10, 20) if (most - least) / step <= 7)
     first = math.floor(least / step) * step
-    return list(range(first, math.ceil(most / step) * step + 1, step))
+    last = max(first + step, math.ceil(most / step) * step)
+    return list(range(first, last + 1, step))
 
 
 def draw_curves(curves, ticks):
