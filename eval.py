@@ -543,31 +543,23 @@ def training_panel(model, views, names, rows=4):
     return grid(sheet, list(views))
 
 
-def legend(entries, width):
-    """PIL image `width` wide from (name, RGB colour) pairs: squares of the colours and names."""
-    height = 16  # of a line
-    square = 10
-    sheet = Image.new("RGB", (width, height * (len(entries) + 1)), "white")  # cut at the end
-    draw = ImageDraw.Draw(sheet)
-    x, y = 2, 2
+def with_legend(sheet, entries):
+    """PIL image: the sheet, below it a square of each colour and its name. entries: (name, RGB)."""
+    line, square = 16, 10  # heights
+    larger = Image.new("RGB", (sheet.width, sheet.height + line * (len(entries) + 1)), "white")
+    larger.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(larger)
+    x = 2
+    y = sheet.height + 2
     for name, colour in entries:
-        end = x + square + 4 + math.ceil(draw.textlength(name))
-        if end > width and x > 2:
-            end = end - x + 2
-            x, y = 2, y + height
+        wide = square + 4 + math.ceil(draw.textlength(name))
+        if x > 2 and x + wide > sheet.width:
+            x = 2
+            y += line
         draw.rectangle((x, y, x + square, y + square), fill=tuple(int(c) for c in colour))
         draw.text((x + square + 4, y), name, fill="black")
-        x = end + 14
-    return sheet.crop((0, 0, width, y + height))
-
-
-def below(upper, lower):
-    """PIL image of one image below the other."""
-    width = max(upper.width, lower.width)
-    sheet = Image.new("RGB", (width, upper.height + lower.height), "white")
-    sheet.paste(upper, (0, 0))
-    sheet.paste(lower, (0, upper.height))
-    return sheet
+        x += wide + 14
+    return larger.crop((0, 0, sheet.width, y + line))
 
 
 @torch.no_grad()
@@ -633,7 +625,7 @@ def before_after(before, after, dataset, titles=("before", "after"), **how):
     if IGNORE in occurring:
         entries.append(("not labelled", (0, 0, 0)))
     sheet = grid(rows, ["image", "label", *titles])
-    return below(sheet, legend(entries, sheet.width)), report | {"frames": frames}
+    return with_legend(sheet, entries), report | {"frames": frames}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -925,7 +917,10 @@ def table(paths, against=None):
         raise DataError(f"--against {against!r}: no such row; there are: {', '.join(rows)}")
     reference = against or source_only_row(rows)
     found = read_outs(rows)
-    seeds = sorted({seed for results in found.values() for seed in results})
+    seeds = set()
+    for results in found.values():
+        seeds.update(results)
+    seeds = sorted(seeds)
     header = ["run", "read-out", *(f"seed {seed}" for seed in seeds), "mean ± sd"]
     if reference:
         title = against or f"{reference} AdaBN"
