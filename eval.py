@@ -1,71 +1,91 @@
 """Prediction, metrics, pictures, export. Everything about the network comes from the checkpoint.
 
-    python eval.py out/last.pt                                      per-class IoU on the validation data of the run
+    python eval.py out/last.pt                         IoU per class on the run's validation data
     python eval.py out/last.pt --data cityscapes:DIR --slide --flip --json scores.json --save panels
-    python eval.py out/last.pt --adabn camvid:DIR                   BatchNorm statistics of unlabelled target images
-    python eval.py out/last.pt --images photo.jpg --save pictures   any image, or a folder of them
+    python eval.py out/last.pt --adabn camvid:DIR      BatchNorm statistics of unlabelled images
+    python eval.py out/last.pt --images photo.jpg      any image, or a folder of them
     python eval.py out/last.pt --data cityscapes:DIR --split test --submit upload
-    python eval.py out/last.pt --alignment streets                  distance of the domains in feature space, per class
-    python eval.py --table runs/* [--against ROW]                   mean, spread and paired differences over seeds
+    python eval.py out/last.pt --alignment streets     distance of the domains, per class
+    python eval.py out/last.pt --before source/last.pt --picture gain.png
+    python eval.py --table runs/* [--against ROW]      mean, spread and differences over seeds
+    python eval.py --table runs/* --picture curve.png  mIoU over the number of labelled images
 """
+
 import argparse
 import contextlib
 import copy
 import json
 import math
+import os
 import re
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, as_picture, colorize, grid, majority_label,
-                  open_dataset, overlay, palette, parse_size, read_image)
-from model import CheckpointError, WeightsError, build_segmenter, load_checkpoint, upsample_pseudo_label
+from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, as_picture, colorize, grid,
+                  majority_label, open_dataset, overlay, palette, parse_size, read_image)
+from model import (CheckpointError, WeightsError, build_segmenter, current_flags, load_checkpoint,
+                   upsample_pseudo_label)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prediction
 
 
 def starts(length, window, stride):
-    """First pixels of the windows along one side; the last window is shifted back so that it stays inside."""
+    """First pixels of the windows along one side; the last one is shifted back to stay inside."""
     return [*range(0, length - window, stride), length - window]
 
 
 def head_logits(model, image, head):
-    """Logits float32 (B,K,h,w) of one decoder; of head "mean" those of the mean probability of both decoders."""
+    """Logits float32 (B,K,h,w) of one decoder, or of the mean probability of both ("mean")."""
     if head != "mean":
         return model(image, head).logits.float()
-    return torch.logaddexp(*(model(image, name).logits.float().log_softmax(1) for name in ("plain", "language")))
+    plain = model(image, "plain").logits.float().log_softmax(1)
+    language = model(image, "language").logits.float().log_softmax(1)
+    return torch.logaddexp(plain, language)
 
 
 def raw_logits(model, image, window=None, stride=None, flip=False, head="plain"):
-    """float32 logits (B,K,h,w) before the last upsampling: on the network's grid or, from windows, on the image's."""
+    """Logits float32 (B,K,h,w) before the last upsampling.
+
+    They are on the network's grid or, where windows were slid, on the image's. Arguments: see
+    predict.
+    """
     if flip:
         straight = raw_logits(model, image, window, stride, head=head)
-        return (straight + raw_logits(model, image.flip(-1), window, stride, head=head).flip(-1)) / 2
-    (B, _, H, W), S = image.shape, window
-    if S is None or max(H, W) <= S:
+        mirrored = raw_logits(model, image.flip(-1), window, stride, head=head)
+        return (straight + mirrored.flip(-1)) / 2
+
+    B, _, H, W = image.shape
+    if window is None or max(H, W) <= window:
         return head_logits(model, image, head)
-    stride = stride or max(1, S // 2)
-    if not 0 < stride <= S:
-        raise ValueError(f"stride {stride} leaves pixels uncovered: it must be in 1..{S}, the window's side")
-    h, w = min(S, H), min(S, W)
-    total, count = image.new_zeros(B, model.num_classes, H, W), image.new_zeros(H, W)
+
+    if stride is None:
+        stride = max(1, window // 2)
+    if not 0 < stride <= window:
+        raise ValueError(f"stride {stride} leaves pixels uncovered: it must be in 1..{window}, "
+                         "the window's side")
+    h = min(window, H)
+    w = min(window, W)
+    total = image.new_zeros(B, model.num_classes, H, W)
+    count = image.new_zeros(H, W)
     for y in starts(H, h, stride):
         for x in starts(W, w, stride):
             logits = head_logits(model, image[..., y:y + h, x:x + w], head)
-            total[..., y:y + h, x:x + w] += F.interpolate(logits, (h, w), mode="bilinear", align_corners=False)
+            logits = F.interpolate(logits, (h, w), mode="bilinear", align_corners=False)
+            total[..., y:y + h, x:x + w] += logits
             count[y:y + h, x:x + w] += 1
     return total.div_(count)
 
@@ -74,467 +94,995 @@ def raw_logits(model, image, window=None, stride=None, flip=False, head="plain")
 def predict(model, image, size=None, window=None, stride=None, flip=False, head="plain"):
     """Class probabilities, float32 (B,K,h,w) at `size` (h,w), by default the image's own.
 
-    image: float (B,3,H,W), RGB in [0,1], any size. window None: one pass over the whole image (DAFormer's protocol).
-    window S: S x S windows, `stride` apart (default S // 2), logits averaged where they overlap (HRDA, MIC); a side
-    shorter than S is taken whole. flip: logits averaged with those of the mirror image. Without windows one bilinear
-    step leads from the network's grid to `size`. head: plain | language | mean. The caller puts the model into eval
-    mode. Raises ValueError on a stride that leaves gaps.
+    image: float (B,3,H,W), RGB in [0,1], any size. The caller puts the model into eval mode.
+    window: None predicts the whole image in one pass (DAFormer's protocol). S slides windows of
+    S x S, `stride` apart (default S // 2), and averages logits where they overlap (HRDA, MIC); a
+    side shorter than S is taken whole. Without windows a single bilinear step leads from the
+    network's grid to `size`.
+    flip: logits are averaged with those of the mirror image.
+    head: plain | language | mean.
+    Raises ValueError on a stride that leaves gaps.
     """
+    if size is None:
+        size = image.shape[2:]
     logits = raw_logits(model, image, window, stride, flip, head)
-    return F.interpolate(logits, size or image.shape[2:], mode="bilinear", align_corners=False).softmax(1)
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
 
 
 @torch.no_grad()
 def predict_labels(model, image, size=None, window=None, stride=None, flip=False, head="plain"):
-    """Arg-max of `predict`, uint8 (B,h,w), without K maps at `size`."""
+    """Classes uint8 (B,h,w): the arg-max of `predict`, without K maps at `size`."""
+    if size is None:
+        size = image.shape[2:]
     logits = raw_logits(model, image, window, stride, flip, head)
-    return upsample_pseudo_label(logits, size or image.shape[2:], 0.0)[0]
+    label, _, _ = upsample_pseudo_label(logits, size, 0.0)
+    return label
 
 
 def to_batch(image, model):
-    """uint8 (3,H,W) or (B,3,H,W) -> float (B,3,H,W) in [0,1] on the model's device."""
+    """Float (B,3,H,W) in [0,1] on the model's device, from uint8 (3,H,W) or (B,3,H,W)."""
     image = image.view(-1, *image.shape[-3:])  # (3,H,W) -> (1,3,H,W)
     return image.to(model.pixel_mean.device).float().div(255)
 
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Eval mode inside, the mode of every single module (a teacher mixes them) restored after."""
-    modes = [(m, m.training) for m in model.modules()]
+    """Eval mode inside; afterwards every module has its own mode again (a teacher mixes them)."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for m, training in modes:
-            m.training = training
+        for module, training in modes:
+            module.training = training
 
 
 def read_ahead(dataset, indices, threads=4):
-    """dataset[i] for i in indices, read by threads while the caller computes."""
+    """Yield dataset[i] for i in indices, read by threads while the caller computes."""
     with ThreadPoolExecutor(threads) as pool:
-        queue = deque()
+        waiting = deque()
         for i in indices:
-            queue.append(pool.submit(dataset.__getitem__, i))
-            if len(queue) > threads:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+            waiting.append(pool.submit(dataset.__getitem__, i))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def predict_item(model, item, size=None, window=None, flip=False, head="plain"):
+    """Classes uint8 (h,w), on the device, of one item of a data set, at `size` or the label's."""
+    if size is None:
+        size = item["label"].shape
+    image = to_batch(item["image"], model)
+    return predict_labels(model, image, size, window, flip=flip, head=head)[0]
 
 
 def predictions(model, dataset, window=None, flip=False, head="plain", size=None):
-    """(item, uint8 prediction (h,w) on the device) for this rank's share of the data: rank, rank + world, ...
+    """Yield (item, uint8 prediction (h,w) on the device) for this process's share of the data.
 
-    One image at a time, because native sizes differ; predicted at `size` (h,w) or, without it, at the label's. No
-    image is repeated to fill up ranks, so that no score depends on their number.
+    The share is rank, rank + world, ...: no image is repeated to fill up ranks, so that no score
+    depends on their number. One image at a time, because native sizes differ. Predictions have
+    `size` (h,w), by default the label's.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
     share = range(rank, len(dataset), world)
-    bar = tqdm(read_ahead(dataset, share), "predict", len(share), disable=True if rank else None, leave=False)
-    for item in bar:
-        image = to_batch(item["image"], model)
-        yield item, predict_labels(model, image, size or item["label"].shape, window, flip=flip, head=head)[0]
+
+    silent = True if rank else None  # None: silent where stderr is no terminal
+    items = read_ahead(dataset, share)
+    for item in tqdm(items, "predict", len(share), disable=silent, leave=False):
+        yield item, predict_item(model, item, size, window, flip, head)
 
 
 @torch.no_grad()
 def adapt_batchnorm(model, dataset, images=96, batch=8):
-    """AdaBN: a copy of the model, in eval mode, with BatchNorm statistics of unlabelled images of another domain.
+    """AdaBN: a copy of the model, in eval mode, with BatchNorm statistics of another domain.
 
-    Li et al. 2016, "Revisiting Batch Normalization For Practical Domain Adaptation". The statistics are the mean over
-    batches of about `batch` of `images` images, evenly spread over the data set; the weights stay. Images of several
-    sizes are cropped to the smallest of their batch. A model without BatchNorm is returned as it is, and that is said.
+    Li et al. 2016, "Revisiting Batch Normalization For Practical Domain Adaptation". The statistics
+    come from `images` unlabelled images, evenly spread over the data set: the mean over batches of
+    about `batch`. The weights stay. Images of several sizes are cropped to the smallest of their
+    batch. A model without BatchNorm is returned as it is, and that is said.
     """
-    if not any(isinstance(m, _BatchNorm) for m in model.modules()):
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         print("AdaBN: this network has no BatchNorm, nothing to adapt", file=sys.stderr)
         return model
+
     model = copy.deepcopy(model).eval()
-    for m in model.modules():
-        if isinstance(m, _BatchNorm):
-            m.reset_running_stats()
-            m.momentum = None  # PyTorch's cumulative average
-            m.train()
-    chosen = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int)
-    for part in np.array_split(chosen, math.ceil(len(chosen) / batch)):
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # PyTorch's cumulative average
+            module.train()
+
+    count = min(images, len(dataset))
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    for part in np.array_split(chosen, math.ceil(count / batch)):
         loaded = [dataset[int(i)]["image"] for i in part]
-        h, w = (min(image.shape[side] for image in loaded) for side in (1, 2))
+        h = min(image.shape[1] for image in loaded)
+        w = min(image.shape[2] for image in loaded)
+        stacked = torch.stack([image[:, :h, :w] for image in loaded])  # (B,3,h,w)
         for head in model.heads:
-            model(to_batch(torch.stack([image[:, :h, :w] for image in loaded]), model), head)
+            model(to_batch(stacked, model), head)
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics
 
 
 def confusion(pred, label, K):
-    """Pixels per pair of classes: int64 (K,K), rows = label, columns = prediction, on the device of `pred`.
+    """Pixels per pair of classes: int64 (K,K), rows = label, columns = prediction.
 
-    pred: integers in 0..K-1; label: same shape, 0..K-1 or 255 (left out). Raises ValueError on any other label.
+    pred: integers in 0..K-1; the result is on its device. label: same shape, 0..K-1 or 255 (left
+    out). Raises ValueError on any other label.
     """
     row = label.to(torch.uint8) + 1  # uint8 wraps round: 255 becomes row 0, class k row k + 1
     counts = torch.bincount((row.int() * K + pred).flatten(), minlength=(K + 1) * K)
     if counts.numel() > (K + 1) * K:
-        raise ValueError(f"labels up to {(counts.numel() - 1) // K - 1} for {K} classes; only 255 may lie outside")
+        largest = (counts.numel() - 1) // K - 1
+        raise ValueError(f"labels up to {largest} for {K} classes; only 255 may lie outside")
     return counts.view(K + 1, K)[1:]
 
 
 def mean(values):
     """Mean of the values that are not None, None if there are none."""
-    values = [v for v in values if v is not None]
-    return statistics.fmean(values) if values else None
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return statistics.fmean(known)
 
 
 def number(value, form=".2f"):
     """A number as text, "-" for None."""
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    return format(value, form)
 
 
 def scores(confusion, names):
-    """Percentages from the (K,K) matrix of a data set: {"miou", "iou": {name: value}, "accuracy", "absent": names}.
+    """Percentages of a data set: {"miou", "iou": {name: value}, "accuracy", "absent": names}.
 
-    A class in neither labels nor predictions has IoU None, is left out of the mean and named in "absent". The 19
-    Cityscapes classes also get "miou16" and "miou13", means over the classes that SYNTHIA has (no terrain, truck,
-    train; nor wall, fence, pole). A mean of nothing is None.
+    confusion: its (K,K) matrix. A class in neither labels nor predictions has IoU None, is left out
+    of the mean and named in "absent". The 19 Cityscapes classes also get "miou16" and "miou13",
+    means over the classes that SYNTHIA has (no terrain, truck, train; nor wall, fence, pole). A
+    mean of nothing is None.
     """
     matrix = confusion.double().cpu()
-    hits, union = matrix.diag(), matrix.sum(0) + matrix.sum(1) - matrix.diag()  # (K,)
-    iou = {n: 100 * float(h / u) if u else None for n, h, u in zip(names, hits, union)}
-    accuracy = 100 * float(hits.sum() / matrix.sum()) if matrix.sum() else None
-    absent = [n for n, value in iou.items() if value is None]
+    hits = matrix.diag()  # (K,)
+    union = matrix.sum(0) + matrix.sum(1) - hits  # (K,)
+    iou = {}
+    for name, hit, all_of_it in zip(names, hits, union):
+        iou[name] = 100 * float(hit / all_of_it) if all_of_it else None
+
+    accuracy = None
+    if matrix.sum():
+        accuracy = 100 * float(hits.sum() / matrix.sum())
+    absent = [name for name, value in iou.items() if value is None]
     result = {"miou": mean(iou.values()), "iou": iou, "accuracy": accuracy, "absent": absent}
     if tuple(names) == CLASS_SPACES["cityscapes19"]:
-        result |= {f"miou{k}": mean(iou[n] for n in CLASS_SPACES[f"cityscapes{k}"]) for k in (16, 13)}
+        result["miou16"] = mean(iou[name] for name in CLASS_SPACES["cityscapes16"])
+        result["miou13"] = mean(iou[name] for name in CLASS_SPACES["cityscapes13"])
     return result
 
 
 def format_scores(result):
     """The scores as text: one class a line, then the means."""
-    width, present = max(map(len, result["iou"])), len(result["iou"]) - len(result["absent"])
+    width = max(map(len, result["iou"]))
     lines = [f"{name:<{width}}  {number(value):>6}" for name, value in result["iou"].items()]
-    means = {"miou": f"mIoU ({present} classes)", "miou16": "mIoU16", "miou13": "mIoU13", "accuracy": "accuracy"}
-    lines.append("  ".join(f"{title} {number(result[key])}" for key, title in means.items() if key in result))
+
+    present = len(result["iou"]) - len(result["absent"])
+    means = [f"mIoU ({present} classes) {number(result['miou'])}"]
+    for key, title in (("miou16", "mIoU16"), ("miou13", "mIoU13"), ("accuracy", "accuracy")):
+        if key in result:
+            means.append(f"{title} {number(result[key])}")
+    lines.append("  ".join(means))
     if result["absent"]:
-        lines.append(f"in neither labels nor predictions, left out of the mean: {', '.join(result['absent'])}")
+        absent = ", ".join(result["absent"])
+        lines.append(f"in neither labels nor predictions, left out of the mean: {absent}")
     return "\n".join(lines)
 
 
-def evaluate(model, dataset, window=None, flip=False, head="plain", save=None):
-    """scores() of a model on a labelled data set plus "images" and "images_per_s"; the same on every rank.
+def ignored_only(dataset):
+    """The error of a labelled data set in which no pixel has a class."""
+    return DataError(f"{dataset.spec}: split {dataset.split} has ignored pixels only; "
+                     "do labels and classes match?")
 
-    All ranks must call it: each predicts its share, in float32, and the confusion matrix is summed once. Labels keep
-    their native size. save: an existing folder for one panel per image. The train/eval mode of every module is
-    restored. Raises DataError where there are no labels or only ignored pixels.
+
+def evaluate(model, dataset, window=None, flip=False, head="plain", save=None):
+    """scores() of a model on a labelled data set plus "images" and "images_per_s".
+
+    All ranks must call it and get the same: each predicts its share, in float32, and the confusion
+    matrix is summed once. Labels keep their native size. save: an existing folder for one panel per
+    image. The train/eval mode of every module is restored. Raises DataError where there are no
+    labels or only ignored pixels.
     """
     if not dataset.labeled:
-        raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; for pictures alone use --images")
-    names, begin = dataset.classes, time.perf_counter()
-    total = torch.zeros(len(names), len(names), dtype=torch.int64, device=model.pixel_mean.device)
+        raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
+                        "for pictures alone use --images")
+    names = dataset.classes
+    K = len(names)
+    begin = time.perf_counter()
+    total = torch.zeros(K, K, dtype=torch.int64, device=model.pixel_mean.device)
     with eval_mode(model):
-        for item, label in predictions(model, dataset, window, flip, head):
-            total += confusion(label, item["label"].to(label.device), len(names))
+        for item, pred in predictions(model, dataset, window, flip, head):
+            total += confusion(pred, item["label"].to(pred.device), K)
             if save:
-                sheet = panel(as_picture(item["image"]), item["label"].numpy(), label.cpu().numpy(), palette(names))
+                picture = as_picture(item["image"])
+                label = item["label"].numpy()
+                sheet = panel(picture, label, pred.cpu().numpy(), palette(names))
                 sheet.save(Path(save) / f"{item['name']}.png")
     if dist.is_initialized():
         dist.all_reduce(total)
     result = scores(total, names)  # waits for the device
     if result["accuracy"] is None:
-        raise DataError(f"{dataset.spec}: split {dataset.split} has ignored pixels only; do labels and classes match?")
-    return result | {"images": len(dataset), "images_per_s": len(dataset) / (time.perf_counter() - begin)}
+        raise ignored_only(dataset)
+    result["images"] = len(dataset)
+    result["images_per_s"] = len(dataset) / (time.perf_counter() - begin)
+    return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Alignment of two domains in feature space
+# --------------------------------------------------------------------------------------------------
+# Alignment: how near two domains lie in feature space
 
 ROUNDING = 1e-9  # margins and variances of unit vectors below it are what float32 leaves of zero
 
 
+class Cells(NamedTuple):
+    """Sums over the cells of a data set, float64 on the CPU: K classes, features of C channels."""
+
+    sums: torch.Tensor  # (K,C) sum of a class's unit vectors
+    second: torch.Tensor  # (C,C) sum of all outer products
+    count: torch.Tensor  # (K,) cells of a class
+    hits: torch.Tensor  # (K,) those of them whose nearest centroid is their class's
+
+
+def accumulate_cells(model, dataset, head, centroids=None, known=None):
+    """Cells of a labelled data set in one decoder's features.
+
+    Features of a whole image are averaged over 2 x 2 positions (stride 8 where they have 4) and
+    scaled to length 1; such a cell counts where one class covers 75 % of it. centroids: unit
+    vectors (K,C) of another domain, to count hits; `known` (K,) is 0 for a class that has none
+    there. Raises DataError where no cell has a class.
+    """
+    K = len(dataset.classes)
+    sums, second = 0, 0  # C is known from the first features
+    count = torch.zeros(K).double()
+    hits = torch.zeros(K).double()
+    items = read_ahead(dataset, range(len(dataset)))
+    with eval_mode(model):
+        for item in tqdm(items, "alignment", len(dataset), disable=None, leave=False):
+            features = model(to_batch(item["image"], model), head).features.float()  # (1,C,H,W)
+            h = math.ceil(features.shape[2] / 2)
+            w = math.ceil(features.shape[3] / 2)
+            unit = F.normalize(F.adaptive_avg_pool2d(features, (h, w)), dim=1)
+            unit = unit[0].flatten(1).T  # (1,C,h,w) -> (n,C)
+            label = majority_label(item["label"][None].to(unit.device), (h, w), K)
+            label = label.flatten().cpu()  # (1,h,w) -> (n,)
+
+            has_class = label != IGNORE
+            unit = unit.cpu().double()[has_class]  # on the CPU, because MPS has no float64
+            label = label[has_class]
+            member = F.one_hot(label, K).double()  # (n,K)
+            sums = sums + member.T @ unit
+            second = second + unit.T @ unit
+            count = count + member.sum(0)
+            if centroids is not None:
+                cosine = (unit @ centroids.T).masked_fill(known == 0, -2)  # (n,K)
+                hits += member[cosine.argmax(1) == label].sum(0)
+    if not count.sum():
+        raise DataError(f"{dataset.spec}: no cell of split {dataset.split} has a class; "
+                        "do labels and classes match?")
+    return Cells(sums, second, count, hits)
+
+
+def effective_rank(cells):
+    """exp(entropy) of the normalised eigenvalues of the cells' covariance, 1..C, None without any.
+
+    Roy & Vetterli 2007, "The Effective Rank".
+    """
+    n = cells.count.sum()
+    center = cells.sums.sum(0) / n  # (K,C) -> (C,)
+    covariance = cells.second / n - center.outer(center)  # (C,C)
+    spectrum = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    if spectrum.sum() <= ROUNDING:
+        return None
+    return torch.special.entr(spectrum / spectrum.sum()).sum().exp().item()
+
+
+def class_margin(centroids):
+    """Mean 1 - cosine over pairs of different classes, from unit rows (P,C); None for one class."""
+    P = len(centroids)
+    if P < 2:
+        return None
+    pairs = (centroids @ centroids.T).sum().item() - P  # the sum without its P ones
+    return max(0.0, 1 - pairs / (P * (P - 1)))
+
+
+def compare_domains(names, source, target):
+    """The measures of alignment() from the Cells of both domains -> dict of plain numbers."""
+    near = F.normalize(source.sums, dim=1)  # (K,C)
+    far = F.normalize(target.sums, dim=1)  # (K,C)
+    both = (source.count > 0) & (target.count > 0)  # (K,)
+    distance = (1 - (near * far).sum(1)).clamp(min=0).tolist()
+    accuracy = (100 * target.hits / target.count).tolist()
+
+    absent = []
+    classes = {}
+    for k, name in enumerate(names):
+        shared = bool(both[k])
+        if not shared:
+            absent.append(name)
+        classes[name] = {
+            "source_cells": int(source.count[k]),
+            "target_cells": int(target.count[k]),
+            "distance": distance[k] if shared else None,
+            "nearest_accuracy": accuracy[k] if shared else None,
+        }
+
+    mean_distance = mean(row["distance"] for row in classes.values())
+    margin = class_margin(far[both])
+    ratio = None
+    if margin is not None and margin > ROUNDING:
+        ratio = mean_distance / margin
+    nearest = None
+    if both.any():
+        nearest = 100 * (target.hits[both].sum() / target.count[both].sum()).item()
+    return {
+        "absent": absent,
+        "classes": classes,
+        "distance": mean_distance,
+        "margin": margin,
+        "margin_source": class_margin(near[both]),
+        "ratio": ratio,
+        "nearest_accuracy": nearest,
+        "nearest_class_accuracy": mean(row["nearest_accuracy"] for row in classes.values()),
+        "effective_rank": effective_rank(target),
+        "effective_rank_source": effective_rank(source),
+    }
+
+
+MEASURES = ("distance", "margin", "margin_source", "ratio", "nearest_accuracy",
+            "nearest_class_accuracy", "effective_rank", "effective_rank_source")
+
+
 @torch.no_grad()
 def alignment(model, source, target, head="plain"):
-    """How near two labelled data sets of the same K classes lie in one decoder's features -> dict of plain numbers.
+    """How near two labelled data sets of the same K classes lie in one decoder's features.
 
-    Features (C,h,w) of the whole image are averaged over 2 x 2 positions, stride 8 where they have 4, and scaled to
-    length 1; such a cell counts where one class covers 75 % of it. A class's centroid is the mean of its cells.
-    classes: {name: source_cells, target_cells, distance (1 - cosine of the two centroids, 0..2), nearest_accuracy (% of
-    the target cells whose nearest source centroid, by cosine, is their own class's)}; distance, nearest_class_accuracy:
-    means over classes; nearest_accuracy: over cells; margin, margin_source: mean 1 - cosine of two classes' centroids,
-    0 where they collapse; ratio: distance / margin; absent: classes without a cell in one of the domains, left out of
-    all these. effective_rank, effective_rank_source: exp of the entropy of the normalised eigenvalues of all cells'
-    covariance, 1..C (Roy & Vetterli 2007, "The Effective Rank"); the other measures are ours. None where undefined.
+    Returns a dict of plain numbers; a measure that is not defined is None. A cell is a patch of
+    8 x 8 pixels in most networks (see accumulate_cells), a class's centroid the mean of its cells.
+    classes: {name: source_cells, target_cells, distance, nearest_accuracy}. distance is 1 - cosine
+    of the two domains' centroids, 0..2. nearest_accuracy is the percentage of target cells whose
+    nearest source centroid, by cosine, is that of their own class.
+    distance, nearest_class_accuracy: means over classes. nearest_accuracy: over cells.
+    margin, margin_source: mean 1 - cosine of two classes' centroids, 0 where they collapse.
+    ratio: distance / margin.
+    absent: classes without a cell in one of the domains, left out of all these.
+    effective_rank, effective_rank_source: of all cells, see there. The other measures are ours.
     Raises DataError without labels or cells, and on head "mean", which has no features of its own.
     """
     if head == "mean":
-        raise DataError("alignment is measured in the features of one decoder: --head plain or language, not mean")
-    if bare := [d for d in (source, target) if not d.labeled]:
-        raise DataError(f"{bare[0].spec}: no labels in split {bare[0].split}; alignment needs those of both domains")
-    K, domains = len(target.classes), []
-    for data in (source, target):
-        sums, second, count, hits = 0, 0, torch.zeros(K).double(), torch.zeros(K).double()
-        with eval_mode(model):
-            for item in tqdm(read_ahead(data, range(len(data))), "alignment", len(data), disable=None, leave=False):
-                features = model(to_batch(item["image"], model), head).features.float()
-                size = [-(-side // 2) for side in features.shape[2:]]
-                unit = F.normalize(F.adaptive_avg_pool2d(features, size), dim=1)[0].flatten(1).T  # (1,C,h,w) -> (n,C)
-                label = majority_label(item["label"][None].to(unit.device), size, K).flatten().cpu()  # (1,h,w) -> (n,)
-                unit, label = unit.cpu().double()[label != IGNORE], label[label != IGNORE]  # MPS has no float64
-                member = F.one_hot(label, K).double()  # (n,K)
-                sums, second, count = sums + member.T @ unit, second + unit.T @ unit, count + member.sum(0)
-                for mu, known, _ in domains:  # the source's, in the target's turn
-                    nearest = (unit @ mu.T).masked_fill(known == 0, -2).argmax(1)  # (n,K) -> (n,)
-                    hits += member[nearest == label].sum(0)
-        if not (n := count.sum()):
-            raise DataError(f"{data.spec}: no cell of split {data.split} has a class; do labels and classes match?")
-        center = sums.sum(0) / n  # (K,C) -> (C,)
-        spectrum = torch.linalg.eigvalsh(second / n - center.outer(center)).clamp(min=0)
-        entropy = torch.special.entr(spectrum / spectrum.sum()).sum()
-        domains.append((F.normalize(sums, dim=1), count, entropy.exp().item() if spectrum.sum() > ROUNDING else None))
-    (near, n_source, rank_source), (far, n_target, rank) = domains
-    both = (n_source > 0) & (n_target > 0)
-    P = int(both.sum())
-    margin, margin_source = (max(0.0, 1 - ((mu[both] @ mu[both].T).sum().item() - P) / (P * (P - 1))) if P > 1 else None
-                             for mu in (far, near))  # the sum without its P ones: pairs of different classes
-    distances, accuracies = ([v if there else None for v, there in zip(values.tolist(), both)] for values in (
-        (1 - (near * far).sum(1)).clamp(min=0), 100 * hits / n_target))
-    rows = zip(target.classes, n_source.int().tolist(), n_target.int().tolist(), distances, accuracies)
-    distance = mean(distances)
-    return {"source": source.spec, "target": target.spec, "head": head, "absent": [
-                name for name, there in zip(target.classes, both) if not there],
-            "classes": {name: dict(zip(("source_cells", "target_cells", "distance", "nearest_accuracy"), row))
-                        for name, *row in rows},
-            "distance": distance, "margin": margin, "margin_source": margin_source,
-            "ratio": distance / margin if P > 1 and margin > ROUNDING else None,
-            "nearest_accuracy": 100 * (hits[both].sum() / n_target[both].sum()).item() if P else None,
-            "nearest_class_accuracy": mean(accuracies), "effective_rank": rank, "effective_rank_source": rank_source}
+        raise DataError("alignment is measured in the features of one decoder: --head plain or "
+                        "language, not mean")
+    for dataset in (source, target):
+        if not dataset.labeled:
+            raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
+                            "alignment needs those of both domains")
+    from_source = accumulate_cells(model, source, head)
+    centroids = F.normalize(from_source.sums, dim=1)  # (K,C)
+    from_target = accumulate_cells(model, target, head, centroids, from_source.count)
+    about = {"source": source.spec, "target": target.spec, "head": head}
+    return about | compare_domains(target.classes, from_source, from_target)
 
 
 def format_alignment(result):
-    """The alignment as text: one class a line, then the means."""
-    source, target, head, absent, classes, *_ = result.values()
-    width, forms = max(map(len, classes)), ("", "", ".3f", ".2f")
-    titles = "source cells", "target cells", "distance", "nearest %"
-    lines = [f"alignment: source {source}, target {target}, features of the {head} decoder",
-             " " * width + "".join(f"{title:>14}" for title in titles)]
-    lines += [f"{name:<{width}}" + "".join(f"{number(v, form):>14}" for v, form in zip(row.values(), forms))
-              for name, row in classes.items()]
-    lines.append("  ".join(f"{key.replace('_', ' ')} {number(v, '.3f')}" for key, v in [*result.items()][5:]))
-    return "\n".join(lines + ["without a cell in one of the domains, left out: " + ", ".join(absent)] * bool(absent))
+    """The alignment as text: one class a line, then the measures over all classes."""
+    width = max(map(len, result["classes"]))
+    titles = ("source cells", "target cells", "distance", "nearest %")
+    lines = [
+        f"alignment: source {result['source']}, target {result['target']}, "
+        f"features of the {result['head']} decoder",
+        " " * width + "".join(f"{title:>14}" for title in titles),
+    ]
+    for name, row in result["classes"].items():
+        distance = number(row["distance"], ".3f")
+        nearest = number(row["nearest_accuracy"], ".2f")
+        lines.append(
+            f"{name:<{width}}{row['source_cells']:>14}{row['target_cells']:>14}"
+            f"{distance:>14}{nearest:>14}"
+        )
+    measures = [f"{key.replace('_', ' ')} {number(result[key], '.3f')}" for key in MEASURES]
+    lines.append("  ".join(measures))
+    if result["absent"]:
+        absent = ", ".join(result["absent"])
+        lines.append(f"without a cell in one of the domains, left out: {absent}")
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures: uint8 arrays (h,w,3) until they are saved
 
 
+def fitted(ids, picture):
+    """Ids uint8 (h,w) at the size of the picture, taken from the nearest pixel."""
+    h, w = picture.shape[:2]
+    return np.asarray(Image.fromarray(ids).resize((w, h), Image.Resampling.NEAREST))
+
+
 def panel(picture, label, prediction, colors):
-    """One row at the picture's size: image, label (None: left out), prediction, overlay -> PIL image."""
-    prediction, *rest = (np.asarray(Image.fromarray(ids).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
-                         for ids in (prediction, label) if ids is not None)
-    row = {"image": picture} | {"label": colorize(ids, colors) for ids in rest} | {
-        "prediction": colorize(prediction, colors), "overlay": overlay(picture, prediction, colors)}
+    """PIL image, one row: image, label (None: left out), prediction, overlay, all of one size."""
+    prediction = fitted(prediction, picture)
+    row = {"image": picture}
+    if label is not None:
+        row["label"] = colorize(fitted(label, picture), colors)
+    row["prediction"] = colorize(prediction, colors)
+    row["overlay"] = overlay(picture, prediction, colors)
     return grid([list(row.values())], list(row))
 
 
 def training_panel(model, views, names, rows=4):
-    """What a training step saw, one sample a row -> PIL image.
+    """PIL image of what a training step saw, one sample a row.
 
-    views: title -> float images (B,3,S,S) in [0,1] or uint8 labels (B,S,S). The last column is the model's prediction
-    of the view called target, of source where there is none.
+    views: title -> float images (B,3,S,S) in [0,1] or uint8 labels (B,S,S). The last column is the
+    model's prediction of the view called target, of source where there is none.
     """
+    seen = views.get("target", views["source"])
     with eval_mode(model):
-        views = views | {"prediction": predict_labels(model, views.get("target", views["source"]))}
+        views = views | {"prediction": predict_labels(model, seen)}
     colors = palette(names)
-    return grid([[as_picture(view[i]) if view.ndim == 4 else colorize(view[i].cpu().numpy(), colors)
-                  for view in views.values()] for i in range(min(rows, len(views["prediction"])))], list(views))
+    sheet = []
+    for i in range(min(rows, len(seen))):
+        row = []
+        for view in views.values():
+            if view.ndim == 4:
+                row.append(as_picture(view[i]))
+            else:
+                row.append(colorize(view[i].cpu().numpy(), colors))
+        sheet.append(row)
+    return grid(sheet, list(views))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Own images and benchmark servers
-
-TRAIN_TO_LABEL_IDS = sorted(raw for raw, name in LABEL_IDS.items() if name)  # both count the classes in one order
-SERVERS = {  # kind of data set: size (h,w) that the server wants, id written for each train id, file names
-    "cityscapes": ((1024, 2048), TRAIN_TO_LABEL_IDS, r"[^_]+_\d{6}_\d{6}.*"),
-    "acdc": ((1080, 1920), range(19), ".+"), "darkzurich": ((1080, 1920), range(19), ".+")}
+def with_legend(sheet, entries):
+    """PIL image: the sheet, below it a square of each colour and its name. entries: (name, RGB)."""
+    line, square = 16, 10  # heights
+    larger = Image.new("RGB", (sheet.width, sheet.height + line * (len(entries) + 1)), "white")
+    larger.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(larger)
+    x = 2
+    y = sheet.height + 2
+    for name, colour in entries:
+        wide = square + 4 + math.ceil(draw.textlength(name))
+        if x > 2 and x + wide > sheet.width:
+            x = 2
+            y += line
+        draw.rectangle((x, y, x + square, y + square), fill=tuple(int(c) for c in colour))
+        draw.text((x + square + 4, y), name, fill="black")
+        x += wide + 14
+    return larger.crop((0, 0, sheet.width, y + line))
 
 
 @torch.no_grad()
-def predict_images(model, path, names, folder, size=None, window=None, flip=False, head="plain"):
-    """Predict a file or every image of a folder; write NAME_ids.png and NAME_panel.png (image, prediction, overlay).
+def gain_per_frame(before, after, dataset, **how):
+    """What `after` gains over `before`: {"before", "after", "pixels", "ignored"}, [(gain, index)].
 
-    Images are predicted at the training scale, their longer side as long as that of `size` (W,H), and written at their
-    own size. NAME is the file's own, without its folder. Returns the number of images. Raises DataError.
+    before, after: pixel accuracy over all images, percent; pixels, ignored: labelled ones and the
+    rest. gain: percentage points of one frame; a frame without a labelled pixel has none. how:
+    window, flip and head as in predict. Raises DataError where no pixel has a label.
     """
-    path, folder, colors = Path(path), Path(folder), palette(names)
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    right = {"before": 0, "after": 0}
+    pixels, ignored = 0, 0
+    gains = []
+    items = read_ahead(dataset, range(len(dataset)))
+    for i, item in enumerate(tqdm(items, "compare", len(dataset), disable=None, leave=False)):
+        label = item["label"]
+        known = int((label != IGNORE).sum())
+        hits = {}
+        for name, model in (("before", before), ("after", after)):
+            pred = predict_item(model, item, **how).cpu()
+            hits[name] = int((pred == label).sum())  # no class has the id of ignored pixels
+            right[name] += hits[name]
+        if known:
+            gains.append((100 * (hits["after"] - hits["before"]) / known, i))
+        pixels += known
+        ignored += label.numel() - known
+    if not pixels:
+        raise ignored_only(dataset)
+    accuracies = {name: 100 * count / pixels for name, count in right.items()}
+    return accuracies | {"pixels": pixels, "ignored": ignored}, gains
+
+
+def before_after(before, after, dataset, titles=("before", "after"), **how):
+    """What one model gains over another on a labelled data set -> PIL image, report.
+
+    The image shows the three frames around the median gain in pixel accuracy, not the best ones:
+    image, label, prediction before, prediction after, one frame a row, then a legend of the classes
+    that occur. report: see gain_per_frame, and "frames": [(name, gain)]. One process does all the
+    work. Raises DataError where there are no labels or only ignored pixels.
+    """
+    if not dataset.labeled:
+        raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; a gain needs them")
+    colors = palette(dataset.classes)
+    rows, frames = [], []
+    occurring = set()
+    with eval_mode(before), eval_mode(after):
+        report, gains = gain_per_frame(before, after, dataset, **how)
+        gains.sort()
+        middle = len(gains) // 2
+        for gain, i in gains[max(0, middle - 1):middle + 2]:
+            item = dataset[i]
+            picture = as_picture(item["image"])
+            row = [picture]
+            pred_before = predict_item(before, item, **how)
+            pred_after = predict_item(after, item, **how)
+            for ids in (item["label"], pred_before, pred_after):
+                row.append(colorize(fitted(ids.cpu().numpy(), picture), colors))
+                occurring.update(ids.unique().tolist())
+            rows.append(row)
+            frames.append((item["name"], gain))
+
+    entries = [(name, colors[k]) for k, name in enumerate(dataset.classes) if k in occurring]
+    if IGNORE in occurring:
+        entries.append(("not labelled", (0, 0, 0)))
+    sheet = grid(rows, ["image", "label", *titles])
+    return with_legend(sheet, entries), report | {"frames": frames}
+
+
+# --------------------------------------------------------------------------------------------------
+# Own images and benchmark servers
+
+# Label ids in the order of the train ids: both count the 19 classes in one order.
+TRAIN_TO_LABEL_IDS = sorted(raw for raw, name in LABEL_IDS.items() if name)
+# Kind of data set: size (h,w) that the server wants, id written for each train id, file names.
+SERVERS = {
+    "cityscapes": ((1024, 2048), TRAIN_TO_LABEL_IDS, r"[^_]+_\d{6}_\d{6}.*"),
+    "acdc": ((1080, 1920), range(19), ".+"),
+    "darkzurich": ((1080, 1920), range(19), ".+"),
+}
+
+
+def predict_images(model, path, names, folder, size=None, window=None, flip=False, head="plain"):
+    """Predict a file or every image of a folder; returns the number of images.
+
+    Writes NAME_ids.png and NAME_panel.png (image, prediction, overlay) to `folder`, at the image's
+    own size; NAME is the file's own, without its folder. The network sees images at the training
+    scale: their longer side is that of `size` (W,H). Raises DataError.
+    """
+    path = Path(path)
+    folder = Path(folder)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(f"{path}: no images here ({', '.join(sorted(SUFFIXES))})")
-    stems = Counter(f.stem for f in files)
+
+    colors = palette(names)
+    stems = Counter(file.stem for file in files)
     folder.mkdir(parents=True, exist_ok=True)
     for file in tqdm(files, "images", disable=None, leave=False):
-        picture = read_image(file)
+        picture = read_image(file)  # (h,w,3)
         h, w = picture.shape[:2]
-        scale = max(size) / max(h, w) if size else 1
-        fitted = [max(1, round(side * scale)) for side in (w, h)]
-        small = Image.fromarray(picture).resize(fitted, Image.Resampling.BILINEAR)
-        image = to_batch(torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous(), model)  # (h,w,3) -> (1,3,h,w)
-        label = predict_labels(model, image, (h, w), window, flip=flip, head=head)[0].cpu().numpy()
-        name = file.stem if stems[file.stem] == 1 else file.name  # a.jpg beside a.png
+        scale = 1
+        if size:
+            scale = max(size) / max(h, w)
+        at_scale = [max(1, round(side * scale)) for side in (w, h)]
+        small = Image.fromarray(picture).resize(at_scale, Image.Resampling.BILINEAR)
+        image = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()  # -> (3,h,w)
+        image = to_batch(image, model)  # (1,3,h,w)
+        label = predict_labels(model, image, (h, w), window, flip=flip, head=head)[0]
+        label = label.cpu().numpy()
+
+        name = file.stem
+        if stems[name] > 1:  # a.jpg beside a.png
+            name = file.name
         Image.fromarray(label).save(folder / f"{name}_ids.png")
         panel(picture, None, label, colors).save(folder / f"{name}_panel.png")
     return len(files)
 
 
 def submit(model, dataset, folder, window=None, flip=False, head="plain"):
-    """Write what the benchmark's server takes, one id PNG per image in a flat, empty folder; returns their number.
+    """Write what the benchmark's server takes; returns the number of images.
 
-    Cityscapes wants label ids in <city>_<sequence>_<frame>*.png, ACDC and Dark Zurich train ids under the image's name.
-    Raises DataError on other data sets or classes, a folder that is not empty, and names that the server refuses.
+    That is one PNG of ids per image in a flat, empty folder. Cityscapes wants label ids in files
+    <city>_<sequence>_<frame>*.png, ACDC and Dark Zurich train ids under the image's name. Raises
+    DataError on other data sets or classes, a folder that is not empty, and names that the server
+    refuses.
     """
-    kind, folder = dataset.spec.partition(":")[0], Path(folder)
+    kind = dataset.spec.partition(":")[0]
+    folder = Path(folder)
     if kind not in SERVERS or dataset.classes != CLASS_SPACES["cityscapes19"]:
-        raise DataError(f"{dataset.spec}: --submit needs the 19 Cityscapes classes and one of {', '.join(SERVERS)}")
+        raise DataError(f"{dataset.spec}: --submit needs the 19 Cityscapes classes and one of "
+                        f"{', '.join(SERVERS)}")
     size, ids, pattern = SERVERS[kind]
     stems = {name: image.stem for name, (image, _) in zip(dataset.names, dataset.files)}
-    if wrong := [s for s, n in Counter(stems.values()).items() if n > 1 or not re.fullmatch(pattern, s)]:
-        raise DataError(f"{dataset.spec}: the server would refuse {wrong[0]}.png: not its naming, or there twice")
+    for stem, count in Counter(stems.values()).items():
+        if count > 1 or not re.fullmatch(pattern, stem):
+            raise DataError(f"{dataset.spec}: the server would refuse {stem}.png: not its naming, "
+                            "or there twice")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise DataError(f"{folder}: not empty; --submit needs a folder of its own, the server reads every file")
+        raise DataError(f"{folder}: not empty; --submit needs a folder of its own, the server "
+                        "reads every file")
+    ids = np.array(ids, np.uint8)
     for item, label in predictions(model, dataset, window, flip, head, size):
-        written = np.array(ids, np.uint8)[label.cpu().numpy()]
+        written = ids[label.cpu().numpy()]
         Image.fromarray(written).save(folder / f"{stems[item['name']]}.png")
     return len(dataset)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables over runs
+# --------------------------------------------------------------------------------------------------
+# Tables over runs: a row is a run's name without its seed
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-         2.120, 2.110, 2.101, 2.093, 2.086)  # Student's t, two-sided 95 %, 1 to 20 degrees of freedom
-COMPARABLE = ("target", "val", "classes", "size", "crop", "batch", "steps", "backbone", "decoder", "channels", "init")
-UNNAMED = {"recipe", "seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
-           "panel_every", "world", "profile", "compile", "checkpointing", *COMPARABLE}  # flags that give no row a name
-# Flags whose default is not "off", as runs did whose logs are older than the flag.
-OLD = {"text": "auto", "spatial_depth": 2, "mask_views": ["target"], "teacher_head": "plain", "tau": 0.1,
-       "contrast_pixels": "all", "style": "fourier", "beta": [0.01], "restyle": "extra", "class_weights": "confidence",
-       "hardest": 0.2, "omega": 0.5, "confident": 0.95, "labeled": "0"}
+# Student's t, two-sided 95 %, 1 to 20 degrees of freedom. More runs take the last one, and their
+# interval is a little too wide.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+         2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+# Flags that have to be the same in all runs of one table.
+COMPARABLE = ("target", "val", "classes", "size", "crop", "batch", "steps", "backbone", "decoder",
+              "channels", "init")
+# Flags that may differ within a row: the seed, and those that change no number.
+FREE = {"seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
+        "world", "compile", "checkpointing"}
+# What a run did whose log is older than the flag, where that is not None, False or 0.
+BEFORE_THE_FLAG = {"text": "auto", "tau": 0.1, "labeled": "0"}
 
 
-def spread(values):
-    """(mean, standard deviation with n - 1, half width of the 95 % t-interval of the mean); None where n = 1."""
-    n, center = len(values), statistics.fmean(values)
-    if n == 1:
-        return center, None, None
-    deviation = statistics.stdev(values)
-    return center, deviation, T_975[min(n - 1, len(T_975)) - 1] * deviation / math.sqrt(n)  # a little wide beyond 20
+class Run(NamedTuple):
+    """What a table takes from one log."""
+
+    path: str  # as the user gave it
+    row: str  # name of its row
+    flags: dict  # as of today
+    bank: str  # checksum of the text bank's vectors, None in a run without or an old log
+    labels: int  # number of labelled target images
+    result: dict  # scores of each read-out, None in a run without validation data
+
+
+def row_name(log, seed):
+    """The run's name without a trailing -SEED: its folder's, or that of a renamed log file."""
+    name = log.stem
+    if log.name == "log.jsonl":
+        name = Path(os.path.abspath(log)).parent.name
+    return name.removesuffix(f"-{seed}") or name
 
 
 def read_run(path):
-    """(flags, result) of a run directory or log.jsonl, result None of a run without validation data. Raises DataError
-    where the run has not finished."""
-    log, events = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path), {}
+    """The Run of a run folder or a log file. Raises DataError where the run has not finished."""
+    log = Path(path)
+    if log.is_dir():
+        log = log / "log.jsonl"
     if log.suffix == ".pt":
-        raise DataError(f"{log}: a checkpoint; --table takes run directories or their log.jsonl")
+        raise DataError(f"{log}: a checkpoint; --table takes run folders or their log.jsonl")
+    events = {}
     for line in log.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a killed run leaves half a line
+        # A killed run leaves half a line.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             event = json.loads(line)
             events[event["event"]] = event
-    if events.get("start", {}).get("flags", {}).get("val") == "none":
-        return events["start"]["flags"], None
-    if "start" not in events or "result" not in events:
-        raise DataError(f"{log}: no {'result' if 'start' in events else 'start'} event; not a log, or not finished")
-    flags = events["start"].get("flags", {})
-    if not {"recipe", "seed"} <= flags.keys() or "student" not in events["result"]:
-        raise DataError(f"{log}: no log of train.py; --table takes run directories or their log.jsonl")
-    if flags.get("dtype") == "auto":  # logs from before the measurement
-        flags["dtype"] = "fp32" if events["start"]["versions"]["device"].startswith("cpu") else "bf16"
-    return flags, events["result"]
+
+    if "start" not in events:
+        raise DataError(f"{log}: no start event; not a log, or not finished")
+    start = events["start"]
+    result = events.get("result")
+    flags = start.get("flags", {})
+    if flags.get("val") == "none":
+        result = None
+    elif result is None:
+        raise DataError(f"{log}: no result event; not a log, or not finished")
+    if not {"recipe", "seed"} <= flags.keys() or (result and "student" not in result):
+        raise DataError(f"{log}: no log of train.py; --table takes run folders or their log.jsonl")
+
+    flags = current_flags(flags)
+    if flags.get("dtype") == "auto":  # logs from before the answer was logged
+        flags["dtype"] = "fp32" if start["versions"]["device"].startswith("cpu") else "bf16"
+    bank = (start.get("text") or {}).get("rows_sha256")
+    labels = len(start.get("labeled") or [])
+    return Run(str(path), row_name(log, flags["seed"]), flags, bank, labels, result)
+
+
+def flag_of(run, name):
+    """Value of a run's flag; None, False, 0 and nothing all mean off, which is None here."""
+    return run.flags.get(name, BEFORE_THE_FLAG.get(name)) or None
+
+
+def differences(run, other, names):
+    """What `run` has instead of `other` in these flags, as text: "fd 0.01 instead of None, ..."."""
+    found = []
+    for name in names:
+        mine = flag_of(run, name)
+        theirs = flag_of(other, name)
+        if name == "text" and run.bank and other.bank:  # a bank may lie elsewhere
+            mine = run.bank
+            theirs = other.bank
+        if mine != theirs:
+            found.append(f"{name} {mine} instead of {theirs}")
+    return ", ".join(found)
+
+
+def group_runs(runs):
+    """Runs -> {row: {seed: run}}. Raises DataError on runs that one table, or row, cannot hold."""
+    rows = {}
+    first = runs[0]
+    for run in runs:
+        compared = list(COMPARABLE)
+        if "none" in (flag_of(run, "target"), flag_of(first, "target")):
+            # Domain generalisation is validated on the same data, and sees none of it before.
+            compared.remove("target")
+        if different := differences(run, first, compared):
+            raise DataError(f"{run.path}: not comparable with {first.path}: {different}")
+
+        row = rows.setdefault(run.row, {})
+        for other in row.values():
+            names = sorted({*run.flags, *other.flags} - FREE)
+            if different := differences(run, other, names):
+                raise DataError(f"{run.path}: not of one row {run.row} with {other.path}: "
+                                f"{different}; rename one of them")
+        seed = run.flags["seed"]
+        if seed in row:
+            raise DataError(f"{run.path}: a second run of {run.row} with seed {seed}, beside "
+                            f"{row[seed].path}")
+        row[seed] = run
+    return rows
+
+
+def read_runs(paths):
+    """The rows of group_runs, from run folders or logs. Runs without scores are named, not taken."""
+    runs = []
+    for path in paths:
+        run = read_run(path)
+        if run.result:
+            runs.append(run)
+        else:
+            print(f"{path}: no scores, the run had --val none; left out", file=sys.stderr)
+    if not runs:
+        raise DataError("--table: none of these runs has scores")
+    return group_runs(runs)
+
+
+def source_only_row(rows):
+    """Name of the row that trained on the source alone, None if there is none.
+
+    Raises DataError where several rows did.
+    """
+    found = []
+    for row, seeds in rows.items():
+        run = next(iter(seeds.values()))
+        if run.flags["recipe"] == "source" and flag_of(run, "labeled") == "0":
+            found.append(row)
+    if len(found) > 1:
+        raise DataError(f"--table: {', '.join(found)} are all of recipe source, so that it is not "
+                        "clear which AdaBN is the reference; name a row with --against")
+    if not found:
+        return None
+    return found[0]
+
+
+def spread(values):
+    """(mean, standard deviation with n - 1, half width of the 95 % t-interval of the mean).
+
+    The last two are None where n = 1.
+    """
+    n = len(values)
+    center = statistics.fmean(values)
+    if n == 1:
+        return center, None, None
+    deviation = statistics.stdev(values)
+    t = T_975[min(n - 1, len(T_975)) - 1]
+    return center, deviation, t * deviation / math.sqrt(n)
 
 
 def markdown(header, rows):
-    """Markdown table from rows of cells, the first being the header."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+    """Markdown table; header and rows are lists of cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def row_names(runs):
-    """Flags of runs -> the name of each one's row: its recipe, then, as typed, what differs among that recipe's runs.
+def difference_cells(found, base):
+    """Three cells: mean difference of the seeds that both have, its 95 % interval, their number.
 
-    None, False, 0, "" and a flag that the log lacks are the same, unless OLD knows better. A path loses its folders
-    where it stays unique.
+    found, base: {seed: mIoU}.
     """
-    def value(flags, key):
-        v = flags.get(key, OLD.get(key))
-        return (" ".join(map(str, v)) if isinstance(v, list) else v) or None
+    pairs = [found[seed] - base[seed] for seed in found if seed in base]
+    if not pairs:
+        return ["-", "-", "0"]
+    gain, _, half = spread(pairs)
+    interval = "-"
+    if half is not None:
+        interval = f"{gain - half:+.1f} to {gain + half:+.1f}"
+    return [f"{gain:+.1f}", interval, str(len(pairs))]
 
-    def short(v):
-        path = isinstance(v, str) and not v.startswith("clip:") and not v.endswith("/class")
-        return re.sub("(^|:)[^:]*/(?=[^:])", r"\1", v) if path else v
 
-    def typed(key, v, values):
-        flag, like = "--" + key.replace("_", "-"), next(filter(None, values))
-        if isinstance(like, bool):
-            return f" {flag}" if v else f" --no{flag[1:]}"
-        if v is None:
-            return "" if isinstance(like, str) else f" {flag} 0"
-        return f" {flag} {v if [*map(short, values)].count(short(v)) > 1 else short(v)}"
-
-    names = []
-    for flags in runs:
-        same = [other for other in runs if other["recipe"] == flags["recipe"]]
-        found = {key: {value(other, key) for other in same} for other in same for key in other if key not in UNNAMED}
-        told = (typed(key, value(flags, key), values) for key, values in found.items() if len(values) > 1)
-        names.append(flags["recipe"] + "".join(told))
-    return names
+def read_outs(rows):
+    """{(row, read-out): {seed: scores}} from the rows of group_runs, what no run has left out."""
+    found = {}
+    for row, runs in rows.items():
+        for readout in ("student", "teacher", "adabn"):
+            for seed, run in runs.items():
+                if run.result.get(readout):
+                    found.setdefault((row, readout), {})[seed] = run.result[readout]
+    return found
 
 
 def table(paths, against=None):
-    """Markdown: mIoU of each row's read-outs over seeds, paired differences, then the IoUs. Rows: see row_names.
+    """Markdown: mIoU of each row's read-outs over seeds, paired differences, then the IoUs.
 
-    The differences are to the same read-out of the row `against`, without it to source-only AdaBN: the fair reference,
-    because the BatchNorm of an adapted teacher has seen the target too. Raises DataError on a file that is no finished
-    log, a second run of a row and seed, runs that are not comparable, and where there is no row `against`.
+    paths: run folders or logs; a row is a run's name without its seed. The differences are to the
+    same read-out of the row `against`. Without it they are to the AdaBN read-out of the row that
+    trained on the source alone: the fair reference, because the BatchNorm of an adapted teacher has
+    seen the target too. Raises DataError on a file that is no finished log, on runs that are not
+    comparable, and where there is no row `against` or no single reference.
     """
-    runs, logs = defaultdict(dict), [(path, *read_run(path)) for path in paths]
-    for path in [path for path, _, result in logs if not result]:
-        print(f"{path}: no scores, the run had --val none; left out", file=sys.stderr)
-    logs = [log for log in logs if log[2]]
-    for (path, flags, result), row in zip(logs, row_names([flags for _, flags, _ in logs])):
-        seed, first = flags["seed"], logs[0][1]
-        differs = [k for k in COMPARABLE if flags.get(k) != first.get(k)]
-        if differs == ["target"] and "none" in (flags["target"], first["target"]):
-            differs = []  # domain generalisation is validated on the same data, and sees none of it before
-        if differs:
-            what = ", ".join(f"{k} {flags.get(k)} instead of {first.get(k)}" for k in differs)
-            raise DataError(f"{path}: not comparable with {logs[0][0]}: {what}")
-        if seed in runs[row]:
-            raise DataError(f"{path}: a second run of {row} with seed {seed}")
-        runs[row][seed] = result
-    if not runs:
-        raise DataError("--table: none of these runs has scores")
-    if against and against not in runs:
-        raise DataError(f"--against {against!r}: no such row; there are: {', '.join(runs)}")
-    seeds = sorted({seed for results in runs.values() for seed in results})
-    names = list(result["student"]["iou"])
-    means, classes = [], []
-    for row, readout in ((r, o) for r in runs for o in ("student", "teacher", "adabn")):
-        found = {seed: r[readout] for seed, r in runs[row].items() if r[readout]}
-        if not found:
-            continue
-        center, deviation, _ = spread([r["miou"] for r in found.values()])
-        reference = (against, readout) if against else ("source", "adabn")
-        base = {seed: r[reference[1]]["miou"] for seed, r in runs.get(reference[0], {}).items() if r[reference[1]]}
-        pairs = [r["miou"] - base[seed] for seed, r in found.items() if seed in base]
-        gain, _, half = spread(pairs) if pairs and (row, readout) != reference else (None, None, None)
-        means.append([row, readout, *(number(found[s]["miou"] if s in found else None, ".1f") for s in seeds),
-                      f"{center:.1f} ± {number(deviation, '.1f')}",
-                      "reference" if (row, readout) == reference else number(gain, "+.1f"),
-                      "-" if half is None else f"{gain - half:+.1f} to {gain + half:+.1f}", str(len(pairs))])
-        classes.append([row, readout, *(number(mean(r["iou"][n] for r in found.values()), ".1f") for n in names)])
-    header = [*(f"seed {s}" for s in seeds), "mean ± sd", f"minus {against or 'source AdaBN'}",
-              "95 % interval", "pairs"]
-    return (markdown(["recipe", "read-out", *header], means) + "\n\nIoU, mean over seeds\n\n"
-            + markdown(["recipe", "read-out", *names], classes))
+    rows = read_runs(paths)
+    if against and against not in rows:
+        raise DataError(f"--against {against!r}: no such row; there are: {', '.join(rows)}")
+    reference = against or source_only_row(rows)
+    found = read_outs(rows)
+    seeds = set()
+    for results in found.values():
+        seeds.update(results)
+    seeds = sorted(seeds)
+    header = ["run", "read-out", *(f"seed {seed}" for seed in seeds), "mean ± sd"]
+    if reference:
+        title = against or f"{reference} AdaBN"
+        header += [f"minus {title}", "95 % interval", "pairs"]
+
+    means = []
+    for (row, readout), results in found.items():
+        mious = {seed: result["miou"] for seed, result in results.items()}
+        center, deviation, _ = spread(list(mious.values()))
+        cells = [row, readout]
+        cells += [number(mious.get(seed), ".1f") for seed in seeds]
+        cells.append(f"{center:.1f} ± {number(deviation, '.1f')}")
+        if reference:
+            beside = (reference, readout if against else "adabn")
+            if (row, readout) == beside:
+                cells += ["reference", "-", str(len(mious))]
+            else:
+                base = {seed: result["miou"] for seed, result in found.get(beside, {}).items()}
+                cells += difference_cells(mious, base)
+        means.append(cells)
+
+    classes = []
+    first = next(iter(found.values()))  # {seed: scores}
+    names = list(next(iter(first.values()))["iou"])
+    for (row, readout), results in found.items():
+        cells = [row, readout]
+        for name in names:
+            cells.append(number(mean(result["iou"][name] for result in results.values()), ".1f"))
+        classes.append(cells)
+    ious = markdown(["run", "read-out", *names], classes)
+    return f"{markdown(header, means)}\n\nIoU, mean over seeds\n\n{ious}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Curve over runs: mIoU over the number of labelled target images
+
+CURVE_COLOURS = ((90, 90, 90), (31, 112, 180), (192, 57, 43), (230, 140, 40), (60, 150, 70),
+                 (130, 80, 170))
+
+
+def label_curves(rows):
+    """Lines over the number of labelled target images -> [(name, read-out, points)], ticks.
+
+    rows: of group_runs; those with the same recipe and source are one line, named by the runs
+    without their --labeled. points: {labels: [mIoU of each seed]}; ticks: {labels: text}. Read-outs
+    are the student and, where the recipe learns from it, the teacher, else AdaBN. Raises DataError
+    on rows that cannot be told apart by --labeled.
+    """
+    groups = {}
+    ticks = {}
+    for row, runs in rows.items():
+        run = next(iter(runs.values()))
+        source = flag_of(run, "source")
+        if source == flag_of(run, "target"):
+            raise DataError(f"--picture: {row} learns from all labels of the target; leave it out")
+        group = groups.setdefault((run.flags["recipe"], str(source)), {})
+        if run.labels in group:
+            raise DataError(f"--picture: {group[run.labels]} and {row} are the same recipe, source "
+                            "and number of labels; leave one out")
+        group[run.labels] = row
+        ticks[run.labels] = str(run.labels)
+        if flag_of(run, "labeled") == "all":
+            ticks[run.labels] = f"all ({run.labels})"
+    if len(ticks) < 2:
+        raise DataError("--picture: draws mIoU over the number of labelled images (--labeled), and "
+                        "all of these runs have the same")
+
+    found = read_outs(rows)
+    curves = []
+    for group in groups.values():
+        names = Counter()
+        for row in group.values():
+            run = next(iter(rows[row].values()))
+            names[row.removesuffix(f"-{flag_of(run, 'labeled')}")] += 1
+        name, _ = names.most_common(1)[0]
+        adapts = any(flag_of(run, weight) for weight in ("mix", "mask", "consistency"))
+        for readout in ("student", "teacher" if adapts else "adabn"):
+            points = {}
+            for labels, row in sorted(group.items()):
+                results = found.get((row, readout), {})
+                if results:
+                    points[labels] = [result["miou"] for result in results.values()]
+            if points:
+                curves.append((name, readout, points))
+    return curves, ticks
+
+
+def axis_values(least, most):
+    """Two to nine round numbers of an axis that covers least..most, percentages."""
+    step = next(step for step in (1, 2, 5, 10, 20) if (most - least) / step <= 7)
+    first = math.floor(least / step) * step
+    last = max(first + step, math.ceil(most / step) * step)
+    return list(range(first, last + 1, step))
+
+
+def draw_curves(curves, ticks):
+    """PIL image: a line through the means over seeds, a dot per seed. Arguments: see label_curves.
+
+    The numbers of labels stand at equal distances. Drawn three times as large and scaled down,
+    because Pillow's lines have no soft edges.
+    """
+    scale = 3
+    width, height = 900 * scale, 400 * scale
+    left, right, top, bottom = 50 * scale, 650 * scale, 30 * scale, 350 * scale
+    font = ImageFont.load_default(13 * scale)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    every = []
+    for _, _, points in curves:
+        for mious in points.values():
+            every += mious
+    marks = axis_values(min(every), max(every))
+    order = sorted(ticks)
+
+    def x_of(labels):
+        return left + (right - left) * (order.index(labels) + 0.5) / len(order)
+
+    def y_of(miou):
+        return bottom - (bottom - top) * (miou - marks[0]) / (marks[-1] - marks[0])
+
+    for mark in marks:
+        draw.line((left, y_of(mark), right, y_of(mark)), (225, 225, 225), scale)
+        draw.text((left - 8 * scale, y_of(mark)), str(mark), "black", font, anchor="rm")
+    for labels in order:
+        draw.line((x_of(labels), top, x_of(labels), bottom), (225, 225, 225), scale)
+        draw.text((x_of(labels), bottom + 8 * scale), ticks[labels], "black", font, anchor="mt")
+    draw.text((left, 8 * scale), "mIoU, %", "black", font)
+    draw.text(((left + right) / 2, height - 8 * scale), "target images with labels", "black", font,
+              anchor="mb")
+
+    names = list(dict.fromkeys(name for name, _, _ in curves))
+    for i, (name, readout, points) in enumerate(curves):
+        colour = CURVE_COLOURS[names.index(name) % len(CURVE_COLOURS)]
+        if readout != "student":  # the lighter one of a pair
+            colour = tuple((c + 255) // 2 for c in colour)
+        line = [(x_of(labels), y_of(statistics.fmean(mious))) for labels, mious in points.items()]
+        draw.line(line, colour, 2 * scale, joint="curve")
+        for labels, mious in points.items():
+            for miou in mious:
+                draw.circle((x_of(labels), y_of(miou)), 3 * scale, colour)
+        y = top + (10 + 22 * i) * scale
+        draw.line((right + 15 * scale, y, right + 45 * scale, y), colour, 2 * scale)
+        draw.text((right + 52 * scale, y), f"{name}, {readout}", "black", font, anchor="lm")
+    return sheet.resize((width // scale, height // scale), Image.Resampling.LANCZOS)
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all others of this script."""
+
+    def error(self, message):
+        fail(f"{message} (-h explains the flags)", 2)
+
+
+def fail(text, status):
+    """End with one line on stderr; status 2 for bad input, 1 for a run that broke."""
+    print("eval.py: error:", " ".join(str(text).split()), file=sys.stderr)
+    sys.exit(status)
 
 
 def device(text):
@@ -542,32 +1090,54 @@ def device(text):
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError):  # no such device, or a torch built without it
-        raise argparse.ArgumentTypeError(f"{text!r} is not there; this torch sees "
-                                         f"{'cuda and ' if torch.cuda.is_available() else ''}cpu") from None
+        known = "cuda and cpu" if torch.cuda.is_available() else "cpu"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not there; this torch sees {known}") from None
 
 
-def arguments(argv):
-    """Command line -> checked arguments."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a, task = p.add_argument, p.add_mutually_exclusive_group()
+def build_parser():
+    """One line per flag."""
+    p = Parser(prog="eval.py", description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = p.add_argument
     a("checkpoint", nargs="?", metavar="CKPT", help="last.pt or best.pt of a run")
-    a("--data", metavar="SPEC", help="data set, as in data.py (default: the validation data of the run)")
+    a("--data", metavar="SPEC", help="data set, as in data.py (default: the run's validation data)")
     a("--split", default="val", choices=("train", "val", "test"), help="split of the data set")
-    task.add_argument("--images", metavar="PATH", help="predict an image file or a folder of images instead")
-    task.add_argument("--submit", metavar="DIR", help="write ids for the benchmark's server there instead")
-    task.add_argument("--table", nargs="+", metavar="RUN", help="tabulate run directories or log.jsonl files instead")
-    task.add_argument("--alignment", metavar="SPEC", help="also compare features with this source, its val split")
-    a("--against", metavar="ROW", help="row of the table that the others are compared with (default: source, AdaBN)")
+
+    task = p.add_mutually_exclusive_group().add_argument
+    task("--images", metavar="PATH", help="predict an image file or a folder of images instead")
+    task("--submit", metavar="DIR", help="write ids for the benchmark's server there instead")
+    task("--table", nargs="+", metavar="RUN", help="tabulate run folders or log files instead")
+    task("--before", metavar="CKPT0",
+         help="draw the gain over this run's student instead, with --picture")
+    task("--alignment", metavar="SPEC",
+         help="also compare features with this source, its val split")
+
+    a("--against", metavar="ROW",
+      help="row of the table that others are compared with (default: the source-only run's AdaBN)")
+    a("--picture", metavar="FILE",
+      help="with --before: frames around the median gain; with --table: mIoU over --labeled")
     a("--save", metavar="DIR", help="folder for panels (default: none; with --images: predictions)")
     a("--slide", action=argparse.BooleanOptionalAction,
-      help="half overlapping windows of the training crop (HRDA, MIC; default: as the run validated)")
+      help="half overlapping windows of the training crop (HRDA, MIC; default: as in the run)")
     a("--flip", action="store_true", help="average with the mirror image")
-    a("--head", default="plain", choices=("plain", "language", "mean"), help="decoder; language where one was trained")
-    a("--weights", default="student", choices=("student", "teacher"), help="which network of the run")
-    a("--adabn", metavar="SPEC", help="first re-estimate BatchNorm on unlabelled train images of this data set")
-    a("--size", type=parse_size, metavar="WxH", help="size at the network (default: as trained; --images: longer side)")
+    a("--head", default="plain", choices=("plain", "language", "mean"),
+      help="decoder; language where one was trained")
+    a("--weights", default="student", choices=("student", "teacher"),
+      help="which network of the run")
+    a("--adabn", metavar="SPEC",
+      help="first re-estimate BatchNorm on unlabelled train images of this data set")
+    a("--size", type=parse_size, metavar="WxH",
+      help="size at the network (default: as trained; --images: longer side)")
     a("--json", metavar="FILE", help="write the scores there too")
-    a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, mps, cpu")
+    a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
+      help="cuda, cuda:1, mps, cpu")
+    return p
+
+
+def parse_flags(argv):
+    """Command line -> checked arguments."""
+    p = build_parser()
     args = p.parse_args(argv)
     if bool(args.checkpoint) == bool(args.table):
         p.error("give a checkpoint, or --table with runs")
@@ -575,62 +1145,139 @@ def arguments(argv):
         p.error("--images and --data both name what to predict: give one of them")
     if args.against and not args.table:
         p.error("--against names a row of --table")
+    if args.before and not args.picture:
+        p.error("--before draws a picture: add --picture FILE.png")
+    if args.picture and not (args.before or args.table):
+        p.error("--picture needs --before CKPT0, or --table with runs")
     return args
 
 
-def run(args):
-    """The command line's work after its flags are known."""
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise DataError(f"--json {args.json}: there is no such folder")
-    checkpoint = load_checkpoint(args.checkpoint)
-    flags, classes = checkpoint["flags"], tuple(checkpoint["classes"])
-    model = build_segmenter(checkpoint, args.weights, args.checkpoint).to(args.device)
+def check_outputs(args):
+    """Raise DataError where a file that the work ends with could not be written."""
+    for name, path in (("json", args.json), ("picture", args.picture)):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise DataError(f"--{name} {path}: there is no such folder")
+    if args.picture and Path(args.picture).suffix.lower() not in Image.registered_extensions():
+        raise DataError(f"--picture {args.picture}: no kind of picture; write FILE.png")
+
+
+def open_network(path, weights, args):
+    """A checkpoint and its network on the device, in eval mode."""
+    checkpoint = load_checkpoint(path)
+    model = build_segmenter(checkpoint, weights, path).to(args.device)
     if args.head != "plain" and "language" not in model.heads:
-        raise CheckpointError(f"{args.checkpoint}: --head {args.head} needs a language decoder, and it has none")
+        raise CheckpointError(f"{path}: --head {args.head} needs a language decoder, "
+                              "and it has none")
+    return checkpoint, model
+
+
+def draw_gain(args, checkpoint, model, dataset, how):
+    """Save the picture of before_after, print its report; returns the number of images."""
+    old, before = open_network(args.before, "student", args)
+    if old["classes"] != checkpoint["classes"]:
+        raise CheckpointError(f"{args.before}: has other classes than {args.checkpoint}")
+    titles = (f"{old['flags']['recipe']}, student",
+              f"{checkpoint['flags']['recipe']}, {args.weights}")
+    picture, report = before_after(before, model, dataset, titles, **how)
+    picture.save(args.picture)
+    print(f"pixel accuracy {report['before']:.1f} % before, {report['after']:.1f} % after, over "
+          f"{len(dataset)} images of {dataset.spec}, split {dataset.split}: {report['pixels']} "
+          f"pixels, {report['ignored']} without label left out")
+    frames = ", ".join(f"{name} ({gain:+.1f})" for name, gain in report["frames"])
+    print(f"{args.picture}: the frames around the median gain, in points: {frames}")
+    return len(dataset)
+
+
+def score(args, about, model, dataset, aligned, how):
+    """Print the scores, write them to --json; returns the number of images."""
+    if args.save:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+    result = evaluate(model, dataset, save=args.save, **how)
+    print(", ".join(f"{key} {value}" for key, value in about.items() if value))
+    print(format_scores(result))
+    if aligned:
+        print(format_alignment(aligned["alignment"]))
+    if args.json:
+        Path(args.json).write_text(json.dumps(about | result | aligned, indent=1) + "\n")
+    return result["images"]
+
+
+def run(args):
+    """The command line's work with a checkpoint."""
+    check_outputs(args)
+    checkpoint, model = open_network(args.checkpoint, args.weights, args)
+    flags = checkpoint["flags"]
+    classes = tuple(checkpoint["classes"])
+    size = args.size or flags["size"]
     slide = flags.get("slide") if args.slide is None else args.slide
-    size, window = args.size or flags["size"], flags["crop"] if slide else None
-    if args.adabn:
-        model = adapt_batchnorm(model, open_dataset(args.adabn, "train", classes, size, flags["cache"]))
+    how = {"window": flags["crop"] if slide else None, "flip": args.flip, "head": args.head}
     spec = args.data or flags["val"]
-    if spec == "none" and not args.images:
-        raise DataError(f"{args.checkpoint}: the run had no validation data; give --data SPEC or --images PATH")
-    dataset = None if args.images else open_dataset(spec, args.split, classes, size, flags["cache"])
-    source = args.alignment and open_dataset(args.alignment, "val", classes, size, flags["cache"])
-    aligned = {"alignment": alignment(model, source, dataset, args.head)} if source else {}
+
+    if args.adabn:
+        target = open_dataset(args.adabn, "train", classes, size, flags["cache"])
+        model = adapt_batchnorm(model, target)
+    dataset = None
+    if not args.images:
+        if spec == "none":
+            raise DataError(f"{args.checkpoint}: the run had no validation data; "
+                            "give --data SPEC or --images PATH")
+        dataset = open_dataset(spec, args.split, classes, size, flags["cache"])
+    aligned = {}
+    if args.alignment:
+        source = open_dataset(args.alignment, "val", classes, size, flags["cache"])
+        aligned["alignment"] = alignment(model, source, dataset, args.head)
+
     begin = time.perf_counter()
     if args.images:
         folder = args.save or "predictions"
-        count = predict_images(model, args.images, classes, folder, size, window, args.flip, args.head)
-        scale = f"scaled to a longer side of {max(size)} for the network, " if size else ""
-        print(f"{scale}panels and ids at native size in {folder}")
+        count = predict_images(model, args.images, classes, folder, size, **how)
+        if size:
+            print(f"scaled to a longer side of {max(size)} for the network, ", end="")
+        print(f"panels and ids at native size in {folder}")
     elif args.submit:
-        count = submit(model, dataset, args.submit, window, args.flip, args.head)
+        count = submit(model, dataset, args.submit, **how)
         print(f"ids of {spec}, split {args.split}, for the server in {args.submit}")
+    elif args.before:
+        count = draw_gain(args, checkpoint, model, dataset, how)
     else:
-        if args.save:
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-        result = evaluate(model, dataset, window, args.flip, args.head, args.save)
-        what = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights, "data": spec,
-                "split": args.split, "adabn": args.adabn, "head": args.head, "slide": slide,
-                "flip": args.flip}
-        print(", ".join(f"{k} {v}" for k, v in what.items() if v), format_scores(result), sep="\n")
-        if aligned:
-            print(format_alignment(aligned["alignment"]))
-        if args.json:
-            Path(args.json).write_text(json.dumps(what | result | aligned, indent=1) + "\n")
-        count = result["images"]
-    peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if args.device.type == "cuda" else ""
-    print(f"{count} images, {count / (time.perf_counter() - begin):.1f} images/s{peak}")
+        about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights,
+                 "data": spec, "split": args.split, "adabn": args.adabn, "head": args.head,
+                 "slide": slide, "flip": args.flip}
+        count = score(args, about, model, dataset, aligned, how)
+
+    print(f"{count} images, {count / (time.perf_counter() - begin):.1f} images/s", end="")
+    if args.device.type == "cuda":
+        print(f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", end="")
+    print()
+
+
+def run_table(args):
+    """The command line's work without a checkpoint: a table, or its picture."""
+    if not args.picture:
+        print(table(args.table, args.against))
+        return
+    check_outputs(args)
+    curves, ticks = label_curves(read_runs(args.table))
+    draw_curves(curves, ticks).save(args.picture)
+    numbers = ", ".join(ticks[labels] for labels in sorted(ticks))
+    print(f"{args.picture}: {len(curves)} lines over {numbers} labelled images")
 
 
 def main(argv=None):
-    """run(), with bad input as one line on stderr and exit status 2."""
-    args = arguments(argv)
+    """run() or run_table(). Bad input ends with exit status 2, a run that broke with 1."""
+    args = parse_flags(argv)
     try:
-        print(table(args.table, args.against)) if args.table else run(args)
+        if args.table:
+            run_table(args)
+        else:
+            run(args)
     except (DataError, CheckpointError, WeightsError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error, 2)
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "allocate memory" not in str(error):
+            raise
+        fail("out of memory; try --size WxH, --slide, or --device cpu", 1)
 
 
 if __name__ == "__main__":

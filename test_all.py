@@ -1401,27 +1401,30 @@ NAMES19 = CLASS_SPACES["cityscapes19"]
 class Pointwise(torch.nn.Module):
     """Sees each pixel alone, stride 1: the likeliest of K classes is red * (K - 1), rounded."""
 
+    heads, language = ("plain",), None
+
     def __init__(self, classes=4):
         super().__init__()
         self.num_classes, self.conv = classes, torch.nn.Conv2d(3, classes, 1)
         self.register_buffer("pixel_mean", torch.zeros(1, 3, 1, 1))
         k, rest = torch.arange(classes), torch.zeros(classes)
+        weight = torch.stack([0.2 * k * (classes - 1), rest, rest], 1)
         with torch.no_grad():
-            self.conv.weight.copy_(torch.stack([0.2 * k * (classes - 1), rest, rest], 1)[..., None, None])  # (K,3,1,1)
+            self.conv.weight.copy_(weight[..., None, None])  # (K,3) -> (K,3,1,1)
             self.conv.bias.copy_(-0.1 * k ** 2)
-
-    heads, language = ("plain",), None
 
     def forward(self, x, head="plain"):
         return Output(self.conv(x), x, [x])
 
 
 class MadeImages:
-    """Random images (24 x 32) and labels of another size for each image, one class never used, some 255."""
+    """Random images (24 x 32), labels of another size for each, one class never used, some 255."""
 
-    def __init__(self, n=5, names=("a", "b", "c", "d"), labeled=True, spec="made", size=(24, 32), split="val"):
-        self.n, self.classes, self.labeled, self.spec, self.split = n, tuple(names), labeled, spec, split
-        self.size, self.names = size, [f"town_{i:06d}_000019" for i in range(n)]
+    def __init__(self, n=5, names=("a", "b", "c", "d"), labeled=True, spec="made", size=(24, 32),
+                 split="val"):
+        self.n, self.classes, self.labeled = n, tuple(names), labeled
+        self.spec, self.split, self.size = spec, split, size
+        self.names = [f"town_{i:06d}_000019" for i in range(n)]
         self.files = [(Path(f"images/{name}_leftImg8bit.png"), None) for name in self.names]
 
     def __len__(self):
@@ -1432,7 +1435,20 @@ class MadeImages:
         image = torch.from_numpy(rng.integers(0, 256, (3, *self.size), dtype=np.uint8))
         label = rng.integers(0, 3, (40 + i, 50), dtype=np.uint8)
         label[:5] = 255
-        return {"image": image, "label": torch.from_numpy(label) if self.labeled else None, "name": self.names[i]}
+        label = torch.from_numpy(label) if self.labeled else None
+        return {"image": image, "label": label, "name": self.names[i]}
+
+
+class Ignored(MadeImages):
+    """Not one labelled pixel."""
+
+    def __getitem__(self, i):
+        return super().__getitem__(i) | {"label": torch.full((4, 4), 255, dtype=torch.uint8)}
+
+
+class Failing(MadeImages):
+    def __getitem__(self, i):
+        raise DataError("x.png: broken")
 
 
 def test_confusion_equals_a_plain_loop():
@@ -1444,23 +1460,29 @@ def test_confusion_equals_a_plain_loop():
         if t != 255:
             expected[t, p] += 1
     for dtype in (torch.uint8, torch.int64):
-        got = evaluation.confusion(torch.tensor(pred, dtype=dtype), torch.tensor(label, dtype=dtype), K)
+        pair = torch.tensor(pred, dtype=dtype), torch.tensor(label, dtype=dtype)
+        got = evaluation.confusion(*pair, K)
         assert got.dtype == torch.int64 and torch.equal(got, torch.from_numpy(expected))
-    assert evaluation.confusion(torch.zeros(3, 3).byte(), torch.full((3, 3), 255).byte(), K).sum() == 0
-    big = evaluation.confusion(torch.tensor([[254]]).byte(), torch.tensor([[254]]).byte(), 255)
-    assert big[254, 254] == 1 and big.sum() == 1  # the most classes that uint8 labels can hold beside 255
+    ignored = torch.full((3, 3), 255).byte()
+    assert evaluation.confusion(torch.zeros(3, 3).byte(), ignored, K).sum() == 0
+    last = torch.tensor([[254]]).byte()
+    big = evaluation.confusion(last, last, 255)
+    assert big[254, 254] == 1 and big.sum() == 1  # the most classes that labels hold beside 255
     for bad in (K, K + 3, 254):
         with pytest.raises(ValueError, match="only 255"):
             evaluation.confusion(torch.zeros(2, 2).byte(), torch.full((2, 2), bad).byte(), K)
 
 
 def test_scores_equal_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed: mIoU not compared with it")
+    metrics = pytest.importorskip("sklearn.metrics",
+                                  reason="scikit-learn is not installed: mIoU not compared with it")
     rng = np.random.default_rng(1)
     pred, label = rng.integers(0, 6, 999), rng.integers(0, 6, 999)
-    ours = evaluation.scores(evaluation.confusion(torch.tensor(pred), torch.tensor(label), 6), list("abcdef"))
+    ours = evaluation.scores(
+        evaluation.confusion(torch.tensor(pred), torch.tensor(label), 6), list("abcdef"))
+    theirs = metrics.jaccard_score(label, pred, average=None)
     assert ours["miou"] == pytest.approx(100 * metrics.jaccard_score(label, pred, average="macro"))
-    assert list(ours["iou"].values()) == pytest.approx(list(100 * metrics.jaccard_score(label, pred, average=None)))
+    assert list(ours["iou"].values()) == pytest.approx(list(100 * theirs))
     assert ours["accuracy"] == pytest.approx(100 * metrics.accuracy_score(label, pred))
 
 
@@ -1480,15 +1502,15 @@ def test_scores_leave_out_and_name_absent_classes():
 def test_scores_over_16_and_13_classes():
     matrix = torch.diag(torch.arange(1, 20))
     matrix[:, 0] += 5  # some of every class is taken for road
-    result = evaluation.scores(matrix, NAMES19)
-    missing16, missing13 = {9, 14, 16}, {9, 14, 16, 3, 4, 5}
-    iou = list(result["iou"].values())
-    for key, missing in (("miou", set()), ("miou16", missing16), ("miou13", missing13)):
-        assert result[key] == pytest.approx(np.mean([v for i, v in enumerate(iou) if i not in missing]))
-    matrix[11], matrix[:, 11] = 0, 0  # person absent: left out of the subsets' means too
-    result = evaluation.scores(matrix, NAMES19)
-    iou = list(result["iou"].values())
-    assert result["miou13"] == pytest.approx(np.mean([v for i, v in enumerate(iou) if i not in missing13 | {11}]))
+    without = {"miou": set(), "miou16": {9, 14, 16}, "miou13": {9, 14, 16, 3, 4, 5}}
+    for person in ("there", "absent"):  # an absent class is left out of the subsets' means too
+        if person == "absent":
+            matrix[11], matrix[:, 11] = 0, 0
+            without = {key: missing | {11} for key, missing in without.items()}
+        result = evaluation.scores(matrix, NAMES19)
+        for key, missing in without.items():
+            iou = [v for i, v in enumerate(result["iou"].values()) if i not in missing]
+            assert result[key] == pytest.approx(np.mean(iou))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (9, 12), (16, 40), (33, 7), (37, 50), (1, 1), (5, 7)])
@@ -1516,7 +1538,7 @@ def test_overlapping_windows_average_logits_and_stay_inside():
     assert model.seen == [(8, 8)] * 4  # starts 0, 4, 8, 12: the stride is half of the window
     assert logits[0, 0, 0, [0, 3, 4, 8, 12, 16, 19]].tolist() == [1, 1, 1.5, 2.5, 3.5, 4, 4]
     assert evaluation.starts(21, 8, 4) == [0, 4, 8, 12, 13] and evaluation.starts(8, 8, 4) == [0]
-    for stride in (9, -1):
+    for stride in (9, -1, 0):
         with pytest.raises(ValueError, match="uncovered"):
             evaluation.predict(model, torch.rand(1, 3, 8, 20), window=8, stride=stride)
 
@@ -1524,29 +1546,30 @@ def test_overlapping_windows_average_logits_and_stay_inside():
 @pytest.mark.parametrize("window", [None, 8])
 def test_flip_is_symmetric(window):
     torch.manual_seed(0)
-    model = Pointwise()
+    model, image = Pointwise(), torch.rand(1, 3, 12, 20)
     model.conv = torch.nn.Conv2d(3, 4, 3, padding=1)  # knows left from right
-    image = torch.rand(1, 3, 12, 20)
     plain, mirrored = (evaluation.predict(model, x, window=window) for x in (image, image.flip(-1)))
     assert not torch.allclose(mirrored.flip(-1), plain, atol=1e-3)
-    plain, mirrored = (evaluation.predict(model, x, window=window, flip=True) for x in (image, image.flip(-1)))
+    plain, mirrored = (evaluation.predict(model, x, window=window, flip=True)
+                       for x in (image, image.flip(-1)))
     assert torch.allclose(mirrored.flip(-1), plain, atol=1e-6)
-    logits = [evaluation.raw_logits(model, x) for x in (image, image.flip(-1))]
-    assert window or torch.allclose(plain, ((logits[0] + logits[1].flip(-1)) / 2).softmax(1), atol=1e-6)
+    one, other = (evaluation.raw_logits(model, x) for x in (image, image.flip(-1)))
+    assert window or torch.allclose(plain, ((one + other.flip(-1)) / 2).softmax(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (33, 47), (64, 32)])
 def test_a_real_network_predicts_any_size(size):
     torch.manual_seed(0)
-    model, image = Segmenter("mit_b0", "segformer", 3, channels=16).eval(), torch.rand(1, 3, *size)
-    for window in (None, 32):
-        for flip in (False, True):
-            probabilities = evaluation.predict(model, image, window=window, flip=flip)
-            label = evaluation.predict_labels(model, image, window=window, flip=flip)
-            assert probabilities.shape == (1, 3, *size) and label.shape == (1, *size) and label.dtype == torch.uint8
-            top2 = probabilities.topk(2, 1).values
-            clear = (top2[:, 0] - top2[:, 1]) > 1e-5
-            assert torch.equal(probabilities.argmax(1)[clear], label.long()[clear])
+    model = Segmenter("mit_b0", "segformer", 3, channels=16).eval()
+    image = torch.rand(1, 3, *size)
+    for window, flip in itertools.product((None, 32), (False, True)):
+        probabilities = evaluation.predict(model, image, window=window, flip=flip)
+        label = evaluation.predict_labels(model, image, window=window, flip=flip)
+        assert probabilities.shape == (1, 3, *size)
+        assert label.shape == (1, *size) and label.dtype == torch.uint8
+        top2 = probabilities.topk(2, 1).values
+        clear = (top2[:, 0] - top2[:, 1]) > 1e-5
+        assert torch.equal(probabilities.argmax(1)[clear], label.long()[clear])
 
 
 def test_evaluate_counts_every_pixel_once_and_restores_the_mode(tmp_path):
@@ -1559,32 +1582,23 @@ def test_evaluate_counts_every_pixel_once_and_restores_the_mode(tmp_path):
     assert [m.training for m in model.modules()] == modes
     expected = torch.zeros(4, 4, dtype=torch.int64)
     for item in (data[i] for i in range(5)):
-        probabilities = evaluation.predict(model, item["image"][None] / 255, size=item["label"].shape)
-        expected += evaluation.confusion(probabilities.argmax(1), item["label"][None], 4)
+        image = item["image"][None] / 255
+        pred = evaluation.predict(model, image, size=item["label"].shape).argmax(1)
+        expected += evaluation.confusion(pred, item["label"][None], 4)
     assert result["miou"] == pytest.approx(evaluation.scores(expected, data.classes)["miou"])
     assert result["images"] == 5 and result["images_per_s"] > 0 and json.dumps(result)
     assert len(list(tmp_path.glob("town_*_000019.png"))) == 5
-    with pytest.raises(DataError, match="no labels"):
-        evaluation.evaluate(model, MadeImages(labeled=False))
-
-    class Ignored(MadeImages):
-        def __getitem__(self, i):
-            return super().__getitem__(i) | {"label": torch.full((4, 4), 255, dtype=torch.uint8)}
-    with pytest.raises(DataError, match="ignored pixels only"):
-        evaluation.evaluate(model, Ignored())
-
-    class Failing(MadeImages):
-        def __getitem__(self, i):
-            raise DataError("x.png: broken")
-    with pytest.raises(DataError, match="x.png"):
-        evaluation.evaluate(model, Failing())
+    refused(lambda: evaluation.evaluate(model, MadeImages(labeled=False)), "made: no labels")
+    refused(lambda: evaluation.evaluate(model, Ignored()), "ignored pixels only")
+    refused(lambda: evaluation.evaluate(model, Failing()), "x.png")
     assert [m.training for m in model.modules()] == modes
 
 
 def test_two_processes_evaluate_as_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import json, os, sys\nimport torch\nfrom test_all import MadeImages, Pointwise\nimport eval as evaluation\n"
+        "import json, os, sys\nimport torch\nimport eval as evaluation\n"
+        "from test_all import MadeImages, Pointwise\n"
         "if 'RANK' in os.environ:\n    torch.distributed.init_process_group('gloo')\n"
         "r = evaluation.evaluate(Pointwise(), MadeImages())\n"
         "with open(sys.argv[1] + os.environ.get('RANK', 'one'), 'w') as file:\n"
@@ -1593,63 +1607,107 @@ def test_two_processes_evaluate_as_one(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     out = str(tmp_path / "scores_")
     subprocess.run([sys.executable, str(script), out], check=True, env=env)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, str(script), out], check=True, env=env, capture_output=True)
+    subprocess.run([*TORCHRUN, str(script), out], check=True, env=env, capture_output=True)
     one, *two = [json.loads((tmp_path / f"scores_{r}").read_text()) for r in ("one", 0, 1)]
     assert two == [one, one]
 
 
-def test_adabn_statistics_are_those_of_the_activations():
+def test_adabn_statistics_are_those_of_the_activations(capsys):
     torch.manual_seed(0)
     model, data = Pointwise(), MadeImages(n=16)
-    model.conv = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.9))
+    assert evaluation.adapt_batchnorm(model, data) is model
+    assert "no BatchNorm" in capsys.readouterr().err
+    model.conv = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4),
+                                     torch.nn.Dropout(0.9))
     model.train()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    one = evaluation.adapt_batchnorm(model, data, images=16, batch=16).conv[1]
     images = torch.stack([data[i]["image"] for i in range(16)]).float() / 255
     act = model.conv[0](images)
-    assert torch.allclose(one.running_mean, act.mean((0, 2, 3)), atol=1e-6)
-    assert torch.allclose(one.running_var, act.var((0, 2, 3)), rtol=1e-5)
-    four = evaluation.adapt_batchnorm(model, data, images=16, batch=4).conv[1]
-    parts = act.split(4)
-    assert torch.allclose(four.running_mean, act.mean((0, 2, 3)), atol=1e-6)
-    assert torch.allclose(four.running_var, torch.stack([p.var((0, 2, 3)) for p in parts]).mean(0), rtol=1e-5)
+    for batch in (16, 4):
+        norm = evaluation.adapt_batchnorm(model, data, images=16, batch=batch).conv[1]
+        variances = torch.stack([part.var((0, 2, 3)) for part in act.split(batch)])
+        assert torch.allclose(norm.running_mean, act.mean((0, 2, 3)), atol=1e-6)
+        assert torch.allclose(norm.running_var, variances.mean(0), rtol=1e-5)
     few = evaluation.adapt_batchnorm(model, data, images=3, batch=8)  # images 0, 8 and 15
     assert torch.allclose(few.conv[1].running_mean, act[[0, 8, 15]].mean((0, 2, 3)), atol=1e-6)
     assert not any(m.training for m in few.modules())
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items()) and model.training  # the original
-
-
-def test_adabn_without_batchnorm_says_so(capsys):
-    model = Pointwise()
-    assert evaluation.adapt_batchnorm(model, MadeImages()) is model
-    assert "no BatchNorm" in capsys.readouterr().err
+    assert model.training  # the original stays as it was
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
 def test_pictures():
     colors = np.array([[10, 20, 30], [200, 100, 0]], np.uint8)
     label = np.array([[0, 1], [255, 1]], np.uint8)
-    drawn = evaluation.colorize(label, colors)
-    assert drawn[0, 0].tolist() == [10, 20, 30] and drawn[1, 0].tolist() == [0, 0, 0] and drawn.dtype == np.uint8
-    picture = evaluation.as_picture(torch.full((3, 2, 2), 100 / 255))
-    assert np.array_equal(picture, evaluation.as_picture(torch.full((3, 2, 2), 100, dtype=torch.uint8)))
-    mixed = evaluation.overlay(picture, label, colors)
+    drawn = data.colorize(label, colors)
+    assert drawn[0, 0].tolist() == [10, 20, 30] and drawn[1, 0].tolist() == [0, 0, 0]
+    assert drawn.dtype == np.uint8
+    picture = data.as_picture(torch.full((3, 2, 2), 100 / 255))
+    assert np.array_equal(picture, data.as_picture(torch.full((3, 2, 2), 100, dtype=torch.uint8)))
+    mixed = data.overlay(picture, label, colors)
     assert mixed[0, 1].tolist() == [150, 100, 50] and mixed[1, 0].tolist() == [100, 100, 100]
-    sheet = evaluation.grid([[picture, drawn], [mixed, mixed]], ["image", "label"])
+    sheet = data.grid([[picture, drawn], [mixed, mixed]], ["image", "label"])
     assert sheet.size == (2 + 4 + 2, 14 + 2 + 4 + 2) and sheet.getpixel((6, 14)) == (10, 20, 30)
-    wide = evaluation.panel(np.zeros((20, 30, 3), np.uint8), label, label, colors)
+    dark = np.zeros((20, 30, 3), np.uint8)
+    wide = evaluation.panel(dark, label, label, colors)
     assert wide.size == (4 * 30 + 3 * 4, 14 + 20) and wide.getpixel((34, 14)) == (10, 20, 30)
-    assert evaluation.panel(np.zeros((20, 30, 3), np.uint8), None, label, colors).width == 3 * 30 + 2 * 4
+    assert evaluation.panel(dark, None, label, colors).width == 3 * 30 + 2 * 4
+    entries = [("a", colors[0]), ("a long name", colors[1])]
+    one, two = (evaluation.with_legend(wide.crop((0, 0, w, 34)), entries) for w in (132, 60))
+    assert one.size == (132, 34 + 18) and two.size == (60, 34 + 34)  # the second on its own line
+    assert one.getpixel((6, 40)) == two.getpixel((6, 40)) == (10, 20, 30)
+    assert two.getpixel((6, 56)) == (200, 100, 0) and one.getpixel((34, 14)) == (10, 20, 30)
 
 
 def test_panel_of_a_training_step_leaves_the_network_alone():
     model = Pointwise()
     model.conv = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    views = {"source": torch.rand(5, 3, 8, 8), "label": torch.full((5, 8, 8), 255, dtype=torch.uint8)}
+    views = {"source": torch.rand(5, 3, 8, 8), "label": torch.full((5, 8, 8), 255).byte()}
     sheet = evaluation.training_panel(model, views, "abcd")
     assert sheet.size == (3 * 12 - 4, 14 + 4 * 12 - 4)  # three columns, at most four rows
-    assert model.conv[1].training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.conv[1].training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Mended(MadeImages):
+    """Class 1 in nine of ten rows, 255 in the last; Pointwise is right in some of the nine."""
+
+    right = (6, 0, 4, 1, 5, None, 2, 3)  # None: a frame without any label
+
+    def __getitem__(self, i):
+        image = torch.zeros(3, 10, 8, dtype=torch.uint8)
+        label = torch.ones(10, 8, dtype=torch.uint8)
+        label[9] = 255
+        if self.right[i] is None:
+            label[:] = 255
+        else:
+            image[0, :self.right[i]] = 85  # the red of class 1 of 4
+        return {"image": image, "label": label, "name": f"frame{self.right[i]}"}
+
+
+def test_picture_of_a_gain_shows_the_frames_around_the_median(monkeypatch):
+    before, after = Pointwise().train(), Pointwise()
+    torch.nn.init.zeros_(before.conv.weight)  # class 0 everywhere: never right
+    legend = Mock(wraps=evaluation.with_legend)
+    monkeypatch.setattr(evaluation, "with_legend", legend)
+    frames = Mended(8, names=("no", "yes", "never", "nor"))
+    sheet, report = evaluation.before_after(before, after, frames, ("old", "new"))
+    assert [name for name, _ in report["frames"]] == ["frame2", "frame3", "frame4"]
+    assert [gain for _, gain in report["frames"]] == pytest.approx([200 / 9, 300 / 9, 400 / 9])
+    assert report["before"] == 0 and report["after"] == pytest.approx(100 * 21 / 63)
+    assert (report["pixels"], report["ignored"]) == (7 * 72, 7 * 8 + 80)
+    assert [name for name, _ in legend.call_args.args[1]] == ["no", "yes", "not labelled"]
+    no, yes = data.palette(frames.classes)[:2].tolist()
+    for row, right in enumerate((2, 3, 4)):  # columns of 8 + 4 pixels, rows of 10 + 4 below a title
+        label, old, new = np.array(sheet)[14 + 14 * row:24 + 14 * row, 12:37:12].swapaxes(0, 1)
+        assert label.tolist() == [yes] * 9 + [[0, 0, 0]] and old.tolist() == [no] * 10
+        assert new.tolist() == [yes] * right + [no] * (10 - right)
+    assert before.training and before.conv.training
+    one = Mended(1, names=frames.classes)
+    assert len(evaluation.before_after(before, after, one)[1]["frames"]) == 1
+    bare = MadeImages(labeled=False)
+    refused(lambda: evaluation.before_after(before, after, bare), "made: no labels")
+    refused(lambda: evaluation.before_after(before, after, Ignored()), "ignored pixels only")
 
 
 def test_submission_holds_the_ids_and_names_of_the_server(tmp_path):
@@ -1660,25 +1718,24 @@ def test_submission_holds_the_ids_and_names_of_the_server(tmp_path):
     assert files == ["town_000000_000019_leftImg8bit.png"]
     written = Image.open(tmp_path / "city" / files[0])
     assert written.mode == "L" and written.size == (2048, 1024)
-    train_ids = evaluation.predict_labels(model, data[0]["image"][None] / 255, (1024, 2048))[0].numpy()
-    ids = {0: 7, 1: 8, 2: 11, 3: 12, 4: 13, 5: 17, 6: 19, 7: 20, 8: 21, 9: 22, 10: 23, 11: 24, 12: 25, 13: 26, 14: 27,
-           15: 28, 16: 31, 17: 32, 18: 33}
-    assert np.array_equal(np.array(written), np.vectorize(ids.get)(train_ids)) and len(np.unique(train_ids)) == 19
+    image = data[0]["image"][None] / 255
+    train_ids = evaluation.predict_labels(model, image, (1024, 2048))[0].numpy()
+    ids = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])
+    assert np.array_equal(np.array(written), ids[train_ids]) and len(np.unique(train_ids)) == 19
     data.spec = "acdc:x"
     evaluation.submit(model, data, tmp_path / "acdc")
     acdc = np.array(Image.open(tmp_path / "acdc" / files[0]))
     assert acdc.shape == (1080, 1920) and acdc.max() < 19
-    with pytest.raises(DataError, match="not empty"):
-        evaluation.submit(model, data, tmp_path / "acdc")
-    data.spec, data.files = "cityscapes:x", [(Path("frame1.png"), None), (Path("frame2.png"), None)]
-    with pytest.raises(DataError, match="frame1.png"):
-        evaluation.submit(model, data, tmp_path / "new")
-    data.spec, data.names, data.files = "acdc:x", ["a", "b"], [(Path("a/same.png"), None), (Path("b/same.png"), None)]
-    with pytest.raises(DataError, match="same.png"):
-        evaluation.submit(model, data, tmp_path / "new")
-    for spec, names in (("camvid:x", NAMES19), ("cityscapes:x", ("a", "b", "c"))):
-        with pytest.raises(DataError, match="--submit needs"):
-            evaluation.submit(model, MadeImages(names=names, spec=spec), tmp_path / "new")
+    refused(lambda: evaluation.submit(model, data, tmp_path / "acdc"), "not empty")
+    other = MadeImages(names=("a", "b", "c"), spec="cityscapes:x")
+    for spec, files, dataset, words in (
+            ("cityscapes:x", ("frame1.png", "frame2.png"), data, "frame1.png"),
+            ("acdc:x", ("a/same.png", "b/same.png"), data, "same.png"),
+            ("camvid:x", ("a.png", "b.png"), data, "--submit needs"),
+            ("cityscapes:x", ("a.png", "b.png"), other, "--submit needs")):
+        dataset.spec, dataset.names = spec, ["a", "b"]
+        dataset.files = [(Path(file), None) for file in files]
+        refused(lambda: evaluation.submit(model, dataset, tmp_path / "new"), words)
     assert not (tmp_path / "new").exists()
 
 
@@ -1693,156 +1750,188 @@ def test_images_of_any_kind_are_predicted_at_their_own_size(tmp_path):
     photo.convert("P").save(tmp_path / "in" / "twice.png")
     photo.crop((0, 0, 1, 1)).save(tmp_path / "in" / "twice.bmp")
     (tmp_path / "in" / "notes.txt").write_text("no image")
-    assert evaluation.predict_images(model, tmp_path / "in", names, tmp_path / "out", size=(64, 48)) == 4
-    shapes = {p.name: Image.open(p).size for p in (tmp_path / "out").glob("*_ids.png")}
-    assert shapes == {"turned_ids.png": (30, 50), "gray_ids.png": (50, 30), "twice.png_ids.png": (50, 30),
-                      "twice.bmp_ids.png": (1, 1)}
+    out = tmp_path / "out"
+    assert evaluation.predict_images(model, tmp_path / "in", names, out, size=(64, 48)) == 4
+    shapes = {p.name[:-8]: Image.open(p).size for p in (tmp_path / "out").glob("*_ids.png")}
+    assert shapes == {"turned": (30, 50), "gray": (50, 30), "twice.png": (50, 30),
+                      "twice.bmp": (1, 1)}
     assert Image.open(tmp_path / "out" / "turned_ids.png").getextrema()[1] < 4
     assert Image.open(tmp_path / "out" / "gray_panel.png").width == 3 * 50 + 2 * 4
-    evaluation.predict_images(model, tmp_path / "in" / ".." / "in" / "gray.png", names, tmp_path / "single" / "out")
-    assert sorted(p.name for p in (tmp_path / "single" / "out").iterdir()) == ["gray_ids.png", "gray_panel.png"]
+    single = tmp_path / "single" / "out"
+    evaluation.predict_images(model, tmp_path / "in" / ".." / "in" / "gray.png", names, single)
+    assert sorted(p.name for p in single.iterdir()) == ["gray_ids.png", "gray_panel.png"]
     png = (tmp_path / "in" / "gray.png").read_bytes()
     for content in (b"", b"<html>", png[:len(png) // 2]):
         (tmp_path / "in" / "broken.png").write_bytes(content)
-        with pytest.raises(DataError, match="broken.png.*remove") as error:
-            evaluation.predict_images(model, tmp_path / "in" / "broken.png", names, tmp_path / "out")
-        assert "\n" not in str(error.value)
+        refused(lambda: evaluation.predict_images(model, tmp_path / "in" / "broken.png", names,
+                                                  tmp_path / "out"), "broken.png", "remove")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no images"):
-        evaluation.predict_images(model, tmp_path / "empty", names, tmp_path / "out")
+    refused(lambda: evaluation.predict_images(model, tmp_path / "empty", names, tmp_path / "out"),
+            "no images")
 
 
-def made_log(folder, recipe, seed, student, teacher, adabn, step=20, finished=True, **flags):
-    """A run directory with a log of the given mIoUs (None where a read-out is missing)."""
+def made_log(path, seed, student, teacher=None, adabn=None, recipe="mic", labels=0, bank=None,
+             finished=True, **flags):
+    """A run folder, or a log file NAME.jsonl, with the given mIoUs (None: no such read-out)."""
     def scored(value):
-        return None if value is None else {"miou": value, "iou": {"a": value + 10, "b": value - 10, "c": None}}
-    events = [{"event": "start", "flags": {"recipe": recipe, "seed": seed, "source": "s", "target": "t", "val": "t",
-                                           "steps": step} | flags},
-              {"event": "step", "step": 1}]
+        if value is None:
+            return None
+        return {"miou": value, "iou": {"a": value + 10, "b": value - 10, "c": None}}
+
+    flags = {"recipe": recipe, "seed": seed, "source": "s", "target": "t", "val": "t",
+             "steps": 20} | flags
+    start = {"event": "start", "flags": flags, "labeled": ["name"] * labels}
+    if bank:
+        start["text"] = {"rows_sha256": bank}
+    events = [start, {"event": "step", "step": 1}]
     if finished:
-        events.append({"event": "result", "step": step, "student": scored(student), "teacher": scored(teacher),
+        events.append({"event": "result", "student": scored(student), "teacher": scored(teacher),
                        "adabn": scored(adabn)})
-    folder.mkdir()
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"event": "st')  # killed while writing
-    return folder
+    log = path
+    if path.suffix != ".jsonl":
+        path.mkdir()
+        log = path / "log.jsonl"
+    killed = '\n{"event": "st'  # while writing
+    log.write_text("\n".join(map(json.dumps, events)) + killed)
+    return path
 
 
-def test_table_of_means_spread_and_paired_differences(tmp_path):
-    runs = [made_log(tmp_path / f"source{s}", "source", s, 40 + s, None, 42 + 2 * s) for s in (0, 1, 2)]
-    runs += [made_log(tmp_path / f"mic{s}", "mic", s, 41, 45 + t, 44) for s, t in ((2, 3), (0, 0), (1, 3))]
+def table_rows(text):
+    """Cells of both parts of a table, each keyed by row and read-out."""
+    parts = []
+    for part in (text.split("\n\n")[0], text.split("\n\n")[2]):
+        cells = [line.strip("| ").split(" | ") for line in part.splitlines()]
+        parts.append({tuple(row[:2]): row[2:] for row in cells})
+    return parts
+
+
+def test_table_of_means_spread_and_paired_differences(tmp_path, capsys):
+    runs = [made_log(tmp_path / f"low-{seed}", seed, 40 + seed, None, 42 + 2 * seed, "source")
+            for seed in (0, 1, 2)]
     runs[0] = runs[0] / "log.jsonl"
-    first, _, second = [[[c.strip() for c in line.strip("|").split("|")] for line in part.splitlines()]
-                        for part in evaluation.table(runs).split("\n\n")]
-    rows = {tuple(row[:2]): row[2:] for row in first}
-    assert rows["recipe", "read-out"] == ["seed 0", "seed 1", "seed 2", "mean ± sd", "minus source AdaBN",
-                                          "95 % interval", "pairs"]
-    assert rows["source", "adabn"] == ["42.0", "44.0", "46.0", "44.0 ± 2.0", "reference", "-", "3"]
-    assert rows["source", "student"][:4] == ["40.0", "41.0", "42.0", "41.0 ± 1.0"]
-    assert ("source", "teacher") not in rows
-    # teacher 45, 48, 48 against 42, 44, 46: differences 3, 4, 2; sd 1; t(2) = 4.303; 4.303 / sqrt(3) = 2.484
-    assert rows["mic", "teacher"] == ["45.0", "48.0", "48.0", "47.0 ± 1.7", "+3.0", "+0.5 to +5.5", "3"]
-    iou = {tuple(row[:2]): row[2:] for row in second}
-    assert iou["recipe", "read-out"] == ["a", "b", "c"] and iou["mic", "teacher"] == ["57.0", "37.0", "-"]
+    for seed, teacher in ((2, 48), (0, 45), (1, 48)):
+        runs.append(made_log(tmp_path / f"high-{seed}.jsonl", seed, 41, teacher, 44))
+    rows, iou = table_rows(evaluation.table(runs))
+    assert rows["run", "read-out"] == ["seed 0", "seed 1", "seed 2", "mean ± sd",
+                                       "minus low AdaBN", "95 % interval", "pairs"]
+    assert rows["low", "adabn"] == ["42.0", "44.0", "46.0", "44.0 ± 2.0", "reference", "-", "3"]
+    assert rows["low", "student"][:4] == ["40.0", "41.0", "42.0", "41.0 ± 1.0"]
+    assert ("low", "teacher") not in rows
+    # Teacher 45, 48, 48 against 42, 44, 46: differences 3, 4, 2; sd 1; t(2) = 4.303; half width
+    # 4.303 / sqrt(3) = 2.484.
+    assert rows["high", "teacher"] == ["45.0", "48.0", "48.0", "47.0 ± 1.7", "+3.0",
+                                       "+0.5 to +5.5", "3"]
+    assert iou["run", "read-out"] == ["a", "b", "c"]
+    assert iou["high", "teacher"] == ["57.0", "37.0", "-"]
+
+    runs.append(made_log(tmp_path / "one", 0, 43, 47))
+    evaluation.main(["--table", *map(str, runs), "--against", "high"])
+    rows, _ = table_rows(capsys.readouterr().out)
+    assert rows["run", "read-out"][4] == "minus high"
+    for readout in ("student", "teacher", "adabn"):
+        assert rows["high", readout][4:] == ["reference", "-", "3"]
+    assert rows["low", "student"][4:] == ["+0.0", "-2.5 to +2.5", "3"]
+    assert rows["one", "teacher"] == ["47.0", "-", "-", "47.0 ± -", "+2.0", "-", "1"]
+
+    # A run without a target is scored on the same data. One with labels is not source-only.
+    made_log(tmp_path / "dg", 0, 43, recipe="dg", target="none")
+    made_log(tmp_path / "few", 0, 50, None, 51, "source", labels=9, labeled="9")
+    rows, _ = table_rows(evaluation.table([tmp_path / "dg", tmp_path / "few", runs[0]]))
+    assert rows["dg", "student"] == ["43.0", "43.0 ± -", "+1.0", "-", "1"]
+    assert rows["few", "adabn"][2:] == ["+9.0", "-", "1"]
+    # Without such a row there are no differences.
+    rows, _ = table_rows(evaluation.table([tmp_path / "one"]))
+    assert rows["run", "read-out"] == ["seed 0", "mean ± sd"]
+    assert rows["one", "teacher"] == ["47.0", "47.0 ± -"]
     assert evaluation.spread([5.0]) == (5.0, None, None)
     assert evaluation.spread([1.0, 3.0]) == pytest.approx((2, 2 ** 0.5, 12.706))
 
 
-def test_table_of_few_runs_and_wrong_logs(tmp_path):
-    one = made_log(tmp_path / "one", "mic", 0, 41, 45, None)
-    assert "| mic | teacher | 45.0 | 45.0 ± - | - | - | 0 |" in evaluation.table([one])  # no reference, one seed
-    source = made_log(tmp_path / "source", "source", 0, 40, None, 42)
-    assert "| mic | teacher | 45.0 | 45.0 ± - | +3.0 | - | 1 |" in evaluation.table([one, source])
-    general = made_log(tmp_path / "general", "dg", 0, 43, None, None, target="none")  # the same validation data
-    assert "| dg | student | 43.0 | 43.0 ± - | +1.0 | - | 1 |" in evaluation.table([general, source])
+def test_table_rows_are_runs_without_their_seed(tmp_path, monkeypatch):
+    def rows_of(*runs):
+        return sorted({row for row, _ in table_rows(evaluation.table(runs))[0]} - {"run", "---"})
+
+    new = dict(language=None, text="auto", tau=0.1, labeled="0", slide=False, mask_views=["target"],
+               contrast_pixels="all", dyce=0.0, cache="c", out="o", world=2, workers=3)
+    named = [made_log(tmp_path / "mic-0", 0, 40), made_log(tmp_path / "mic-tau-1", 0, 40),
+             made_log(tmp_path / "mic-12.jsonl", 12, 40, **new), made_log(tmp_path / "out", 3, 40)]
+    assert rows_of(*named) == ["mic", "mic-tau-1", "out"]  # the seed of mic-tau-1 is 0
+    monkeypatch.chdir(named[0])
+    assert rows_of(Path(".")) == rows_of(Path("log.jsonl")) == ["mic"]
+
+    # A bank may lie elsewhere in other runs of a row, as long as it is the same.
+    text = [made_log(tmp_path / f"text-{seed}", seed, 40, text=path, bank=bank)
+            for seed, path, bank in ((0, "a/bank.npz", "1f"), (1, "b/bank.npz", "1f"),
+                                     (2, "a/bank.npz", "2e"), (3, "b/bank.npz", None))]
+    assert rows_of(*text[:2]) == ["text"]
+    refused(lambda: evaluation.table([text[0], text[2]]), "text 2e instead of 1f")
+    refused(lambda: evaluation.table([text[0], text[3]]), "b/bank.npz instead of a/bank.npz")
+    made_log(tmp_path / "mic-1.jsonl", 1, 40, **new | dict(tau=0.5, slide=True))
+    refused(lambda: evaluation.table([named[0], tmp_path / "mic-1.jsonl"]), "row mic with",
+            named[0], tmp_path / "mic-1.jsonl",
+            "slide True instead of None, tau 0.5 instead of 0.1")
+
+    logs = Path(HERE) / "assets/logs"
+    for name, rows in (("streets", 3), ("camvid", 32), ("choice", 3)):
+        assert len(rows_of(*sorted(logs.glob(f"{name}-*")))) == rows
+
+
+def test_table_refuses_what_it_cannot_compare(tmp_path, capsys):
+    one = made_log(tmp_path / "one-0", 0, 41, 45)
     (tmp_path / "text").write_text("no log\n\xff")
-    (tmp_path / "foreign").write_text('{"event": "start", "flags": {"a": 1}}\n{"event": "result"}\n')
-    for bad, words in ((tmp_path / "foreign", "no log of train.py"), (tmp_path / "last.pt", "a checkpoint"),
-                       (made_log(tmp_path / "again", "mic", 0, 1, 1, 1), "second run of mic with seed 0"),
-                       (made_log(tmp_path / "long", "mic", 1, 1, 1, 1, step=30), "steps 30 instead of 20"),
-                       (made_log(tmp_path / "killed", "mic", 2, 1, 1, 1, finished=False), "no result event"),
+    foreign = '{"event": "start", "flags": {"a": 1}}\n{"event": "result"}\n'
+    (tmp_path / "foreign").write_text(foreign)
+    (tmp_path / "other").mkdir()
+    for bad, words in ((tmp_path / "foreign", "no log of train.py"),
+                       (tmp_path / "last.pt", "a checkpoint"),
+                       (made_log(tmp_path / "other/one-0", 0, 1), "second run of one with seed 0"),
+                       (made_log(tmp_path / "long", 1, 1, steps=30), "steps 30 instead of 20"),
+                       (made_log(tmp_path / "killed", 2, 1, finished=False), "no result event"),
                        (tmp_path / "text", "no start event")):
-        with pytest.raises(DataError, match=words) as error:
-            evaluation.table([one, bad])
-        assert str(bad) in str(error.value) and "\n" not in str(error.value)
+        refused(lambda: evaluation.table([one, bad]), bad, words)
+    refused(lambda: evaluation.table([one], "two"), "--against 'two': no such row; there are: one")
+    sources = [made_log(tmp_path / f"source{i}", 0, 40, None, 42, "source") for i in (1, 2)]
+    refused(lambda: evaluation.table([one, *sources]), "source1, source2", "--against")
+    evaluation.table([one, *sources], "source1")
+
+    mine = made_log(tmp_path / "mine", 1, 0, finished=False, val="none")
+    assert evaluation.table([mine, one]) == evaluation.table([one])
+    assert f"{mine}: no scores" in capsys.readouterr().err
+    refused(lambda: evaluation.table([mine], "mine"), "none of these runs")
 
 
-def test_table_leaves_out_runs_without_scores(tmp_path, capsys):
-    one = made_log(tmp_path / "one", "mic", 0, 41, 45, None)
-    mine = made_log(tmp_path / "mine", "mic", 1, 0, 0, 0, finished=False, val="none")
-    assert evaluation.table([mine, one]) == evaluation.table([one]) and f"{mine}: no scores" in capsys.readouterr().err
-    with pytest.raises(DataError, match="none of these runs"):
-        evaluation.table([mine], "mic")
-
-
-def table_rows(text):
-    """Cells of the first of a table's parts, keyed by row and read-out."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()]
-    return {tuple(row[:2]): row[2:] for row in cells}
-
-
-def test_table_rows_are_variants(tmp_path):
-    changes = [dict(text="../banks/photo.npz"), dict(text="shuffled:/x/banks/photo.npz"), dict(text="stub"),
-               dict(text="clip:ViT-B-32/openai"), dict(text="stub", fd=0.0), dict(text="stub", rare=True, fd=0.01),
-               dict(text="stub", mask_views=["source", "mix"], fd=0.01, out="elsewhere", world=2)]
-    made = [made_log(tmp_path / f"{i}-{seed}", "lcmsm", seed, 40 + i + seed * i, None, None,
-                     **dict(fd=0.01, rare=False) | flags)
-            for i, flags in enumerate(changes) for seed in (0, 1)]
-    names = ["lcmsm --fd 0.01 --no-rare --text photo.npz", "lcmsm --fd 0.01 --no-rare --text shuffled:photo.npz",
-             "lcmsm --fd 0.01 --no-rare --text stub", "lcmsm --fd 0.01 --no-rare --text clip:ViT-B-32/openai",
-             "lcmsm --fd 0 --no-rare --text stub", "lcmsm --fd 0.01 --rare --text stub",
-             "lcmsm --fd 0.01 --no-rare --text stub --mask-views source mix"]
-    rows = table_rows(evaluation.table(made))
-    assert [row for row, _ in rows][2:] == [n if "views" in n else n + " --mask-views target" for n in names]
-    rows = table_rows(evaluation.table(made[:6]))
-    assert [row for row, _ in rows][2:] == ["lcmsm --text photo.npz", "lcmsm --text shuffled:photo.npz",
-                                            "lcmsm --text stub"]
-    assert rows["lcmsm --text stub", "student"][:3] == ["42.0", "44.0", "43.0 ± 1.4"]
-    alike = [made_log(tmp_path / f"alike{i}", "lcmsm", 0, 40, None, None, text=text)
-             for i, text in enumerate(("a/photo.npz", "b/photo.npz", "b/other.npz"))]
-    assert [row for row, _ in table_rows(evaluation.table(alike))][2:] == [
-        "lcmsm --text a/photo.npz", "lcmsm --text b/photo.npz", "lcmsm --text other.npz"]
-    cells = [made_log(tmp_path / f"cells{i}", "cluda", 0, 40, None, None, contrast_pixels=count)
-             for i, count in enumerate(("64/class", "all"))]
-    assert [row for row, _ in table_rows(evaluation.table(cells))][2:] == ["cluda --contrast-pixels 64/class",
-                                                                          "cluda --contrast-pixels all"]
-    with pytest.raises(DataError, match="second run of lcmsm --text stub with seed 0"):
-        evaluation.table([*made[:6], made_log(tmp_path / "twice", "lcmsm", 0, 1, 1, 1, text="stub", fd=0.01)])
-
-
-def test_table_keeps_logs_from_before_a_flag_in_their_row(tmp_path):
-    off = dict(language=None, text="auto", spatial_depth=2, mask_views=["target"], teacher_head="plain", extra=0.0,
-               fast=False, note="")
-    old, new = made_log(tmp_path / "old", "mic", 0, 40, 41, 42), made_log(tmp_path / "new", "mic", 1, 40, 41, 42, **off)
-    assert [row for row, _ in table_rows(evaluation.table([old, new]))][2:] == ["mic"] * 3
-    on = made_log(tmp_path / "on", "mic", 1, 50, None, None, **off | dict(language="lcmsm", extra=0.5, fast=True))
-    assert {row for row, _ in table_rows(evaluation.table([new, old, on]))} == {
-        "recipe", "---", "mic --extra 0 --no-fast", "mic --language lcmsm --extra 0.5 --fast"}
-    published = sorted((Path(HERE) / "assets/logs").glob("streets-mic-?.jsonl"))  # seed 2's log has more flags
-    assert [row for row, _ in table_rows(evaluation.table(published))][2:] == ["mic"] * 3
-
-
-def test_table_against_a_row(tmp_path, capsys):
-    runs = [made_log(tmp_path / f"{text}{s}", "lcmsm", s, 41 + s, 45 + gain * s, None, text=text)
-            for text, gain in (("stub", 1), ("bank", 3)) for s in (0, 1, 2)]
-    runs.append(made_log(tmp_path / "source", "source", 0, 40, None, 42))
-    evaluation.main(["--table", *map(str, runs), "--against", "lcmsm --text stub"])
-    rows = table_rows(capsys.readouterr().out)
-    assert rows["recipe", "read-out"][4] == "minus lcmsm --text stub"
-    assert rows["lcmsm --text stub", "student"][4:] == ["reference", "-", "3"]
-    assert rows["lcmsm --text stub", "teacher"][4:] == ["reference", "-", "3"]
-    # teacher 45, 48, 51 against 45, 46, 47: differences 0, 2, 4; sd 2; 4.303 * 2 / sqrt(3) = 4.97
-    assert rows["lcmsm --text bank", "teacher"][4:] == ["+2.0", "-3.0 to +7.0", "3"]
-    assert rows["source", "student"][4:] == ["-1.0", "-", "1"] and rows["source", "adabn"][4:] == ["-", "-", "0"]
-    assert table_rows(evaluation.table(runs))["source", "adabn"][4] == "reference"
-    for argv, words in ((["--table", *map(str, runs), "--against", "lcmsm"], "'lcmsm': no such row; there are: lcmsm "
-                         "--text stub, lcmsm --text bank, source"), (["x.pt", "--against", "mic"], "--table")):
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main(argv)
-        assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+def test_curve_over_the_number_of_labels(tmp_path, capsys):
+    runs = [made_log(tmp_path / "low-0", 0, 30, 31, 32, "source")]
+    for labels, seed, student in ((9, 0, 40), (9, 1, 44), (30, 0, 50)):
+        labeled = "all" if labels == 30 else str(labels)
+        for name, recipe, more in (("src", "source", 0), ("semi", "semidavil", 5)):
+            runs.append(made_log(tmp_path / f"{name}-{labeled}-{seed}", seed, student + more,
+                                 student + more + 1, student - 1, recipe, labels, labeled=labeled,
+                                 consistency=float(more)))
+    curves, ticks = evaluation.label_curves(evaluation.read_runs(runs))
+    assert ticks == {0: "0", 9: "9", 30: "all (30)"}
+    assert curves == [("src", "student", {0: [30], 9: [40, 44], 30: [50]}),
+                      ("src", "adabn", {0: [32], 9: [39, 43], 30: [49]}),
+                      ("semi", "student", {9: [45, 49], 30: [55]}),
+                      ("semi", "teacher", {9: [46, 50], 30: [56]})]
+    evaluation.main(["--table", *map(str, runs), "--picture", str(tmp_path / "curve.png")])
+    assert "4 lines over 0, 9, all (30) labelled images" in capsys.readouterr().out
+    drawn = Image.open(tmp_path / "curve.png")
+    for colour, mious in zip(evaluation.CURVE_COLOURS, ((40, 44), (45, 49))):
+        for miou in mious:  # a dot per seed: the axis is 30..60, the plot 600 x 320 pixels
+            found = drawn.getpixel((350, round(350 - 320 * (miou - 30) / 30)))
+            assert found == pytest.approx(colour, abs=3)
+    assert evaluation.axis_values(39.7, 61.9) == [35, 40, 45, 50, 55, 60, 65]
+    assert evaluation.axis_values(50, 50) == [50, 51]
+    for name, words, more in (("oracle", "all labels", dict(source="t", labels=0)),
+                              ("again", "src-9 and again", dict(labels=9, labeled="9"))):
+        more = made_log(tmp_path / name, 0, 1, recipe="source", **more)
+        refused(lambda: evaluation.label_curves(evaluation.read_runs([*runs, more])), words)
+    refused(lambda: evaluation.label_curves(evaluation.read_runs(runs[:1])), "all of these runs")
 
 
 class Painted(MadeImages):
-    """Blocks of one class in its colour (K,3), 0..255, plus noise; labels of twice the size, some pixels 255."""
+    """Blocks of one class in its colour (K,3), 0..255, plus noise; labels of twice the size."""
 
     def __init__(self, colours, n=3, noise=0, size=(24, 32), seed=0, classes=(0, 1, 2), **rest):
         super().__init__(n, size=size, **{"names": ("a", "b", "c"), **rest})
@@ -1850,41 +1939,46 @@ class Painted(MadeImages):
 
     def __getitem__(self, i):
         (h, w), rng = self.size, np.random.default_rng([self.seed, i])
-        blocks = np.resize(np.roll(self.used, i), (-(-h // 8), -(-w // 8)))  # every class in every image
+        blocks = np.resize(np.roll(self.used, i), (-(-h // 8), -(-w // 8)))  # all classes in each
         label = blocks.repeat(8, 0).repeat(8, 1)[:h, :w]
-        image = self.colours[label % len(self.colours)] + rng.integers(-self.noise, self.noise + 1, (h, w, 3))
+        noise = rng.integers(-self.noise, self.noise + 1, (h, w, 3))
+        image = (self.colours[label % len(self.colours)] + noise).clip(0, 255).astype(np.uint8)
         label = label.repeat(2, 0).repeat(2, 1).astype(np.uint8)
-        label[:, :5 * bool(self.noise)] = 255
-        return {"image": torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(2, 0, 1),  # (h,w,3) -> (3,h,w)
+        if self.noise:
+            label[:, :5] = 255
+        return {"image": torch.from_numpy(image).permute(2, 0, 1),  # (h,w,3) -> (3,h,w)
                 "label": torch.from_numpy(label) if self.labeled else None, "name": self.names[i]}
 
 
-AXES = 255 * np.eye(3, dtype=int)  # red, green, blue: what Pointwise passes on as three orthogonal features
+AXES = 255 * np.eye(3, dtype=int)  # red, green, blue: three orthogonal features of Pointwise
 
 
 def plain_cells(dataset, classes):
-    """Unit vectors (n,C) and classes (n,) of a data set's cells under Pointwise: loops over windows, all stored."""
+    """Unit vectors (n,C) and classes (n,) of a data set's cells under Pointwise, by plain loops."""
     def windows(length, n):
         return [(i * length // n, -(-(i + 1) * length // n)) for i in range(n)]
+
     units, labels = [], []
     for item in (dataset[i] for i in range(len(dataset))):
         image, label = item["image"].numpy() / 255, item["label"].numpy()
-        grid = [-(-side // 2) for side in image.shape[1:]]
-        for (y0, y1), (v0, v1) in zip(windows(image.shape[1], grid[0]), windows(label.shape[0], grid[0])):
-            for (x0, x1), (u0, u1) in zip(windows(image.shape[2], grid[1]), windows(label.shape[1], grid[1])):
-                share = [(label[v0:v1, u0:u1] == c).mean() for c in range(classes)]
-                if max(share) >= 0.75:
-                    vector = image[:, y0:y1, x0:x1].mean((1, 2))
-                    units.append(vector / np.linalg.norm(vector))
-                    labels.append(int(np.argmax(share)))
+        rows, columns = (-(-side // 2) for side in image.shape[1:])
+        ys = zip(windows(image.shape[1], rows), windows(label.shape[0], rows))
+        xs = zip(windows(image.shape[2], columns), windows(label.shape[1], columns))
+        for ((y0, y1), (v0, v1)), ((x0, x1), (u0, u1)) in itertools.product(ys, xs):
+            share = [(label[v0:v1, u0:u1] == c).mean() for c in range(classes)]
+            if max(share) >= 0.75:
+                vector = image[:, y0:y1, x0:x1].mean((1, 2))
+                units.append(vector / np.linalg.norm(vector))
+                labels.append(int(np.argmax(share)))
     return np.array(units), np.array(labels)
 
 
 def test_alignment_equals_a_plain_computation_over_stored_cells():
-    colours = np.array([[200, 60, 40], [50, 190, 70], [60, 80, 180], [200, 190, 60], [120, 120, 120]])
+    colours = np.array([[200, 60, 40], [50, 190, 70], [60, 80, 180], [200, 190, 60], [120] * 3])
     names, shared = tuple("abcde"), [0, 1, 2]  # d only in the source, e only in the target
     source = Painted(colours, 4, 60, (23, 31), 0, (0, 1, 2, 3, 1), names=names, spec="painted")
-    target = Painted(colours // 5 + [70, 80, 60], 3, 70, (25, 30), 1, (0, 1, 4, 2, 1), names=names)
+    colours = colours // 5 + [70, 80, 60]
+    target = Painted(colours, 3, 70, (25, 30), 1, (0, 1, 4, 2, 1), names=names)
     net = Pointwise(5).train()
     got = evaluation.alignment(net, source, target)
     (s, ys), (t, yt) = plain_cells(source, 5), plain_cells(target, 5)
@@ -1906,13 +2000,16 @@ def test_alignment_equals_a_plain_computation_over_stored_cells():
         assert (row["source_cells"], row["target_cells"]) == ((ys == c).sum(), (yt == c).sum())
         assert row["distance"] == (pytest.approx(expected[c], rel=1e-5) if c in shared else None)
         assert row["nearest_accuracy"] == (pytest.approx(hits[c]) if c in shared else None)
-    margins = [np.mean([distance(m[a], m[b]) for a in shared for b in shared if a != b]) for m in (mu_t, mu)]
+    pairs = list(itertools.permutations(shared, 2))
+    margins = [np.mean([distance(m[a], m[b]) for a, b in pairs]) for m in (mu_t, mu)]
     assert got["distance"] == pytest.approx(np.mean(list(expected.values())), rel=1e-5)
     assert [got["margin"], got["margin_source"]] == pytest.approx(margins, rel=1e-5)
     assert got["ratio"] == pytest.approx(np.mean(list(expected.values())) / margins[0], rel=1e-5)
-    assert got["nearest_accuracy"] == pytest.approx(100 * (nearest == yt)[np.isin(yt, shared)].mean())
+    right = (nearest == yt)[np.isin(yt, shared)]
+    assert got["nearest_accuracy"] == pytest.approx(100 * right.mean())
     assert got["nearest_class_accuracy"] == pytest.approx(np.mean(list(hits.values())))
-    assert [got["effective_rank"], got["effective_rank_source"]] == pytest.approx([rank(t), rank(s)], rel=1e-5)
+    ranks = [got["effective_rank"], got["effective_rank_source"]]
+    assert ranks == pytest.approx([rank(t), rank(s)], rel=1e-5)
     assert (got["source"], got["target"], got["head"]) == ("painted", "made", "plain")
     assert net.training and net.conv.training
 
@@ -1923,17 +2020,23 @@ def test_alignment_of_known_domains():
     assert [same["distance"], same["ratio"]] == pytest.approx([0, 0], abs=1e-9)
     assert same["absent"] == [] and same["nearest_accuracy"] == 100
     assert same["margin"] == same["margin_source"] == pytest.approx(1)
-    # equally many cells on three orthogonal axes: the covariance I / 3 - 1 / 9 has the eigenvalues 1/3, 1/3 and 0
+    # Equally many cells on three orthogonal axes: the covariance I / 3 - 1 / 9 has the eigenvalues
+    # 1/3, 1/3 and 0.
     assert same["effective_rank"] == pytest.approx(2, abs=1e-5)
+    def per_class(result, key):
+        return [row[key] for row in result["classes"].values()]
+
     swapped = evaluation.alignment(net, source, Painted(AXES[[1, 0, 2]]))
-    assert [row["distance"] for row in swapped["classes"].values()] == pytest.approx([1, 1, 0])
-    assert [row["nearest_accuracy"] for row in swapped["classes"].values()] == [0, 0, 100]
+    assert per_class(swapped, "distance") == pytest.approx([1, 1, 0])
+    assert per_class(swapped, "nearest_accuracy") == [0, 0, 100]
     assert swapped["margin"] == pytest.approx(1) and swapped["ratio"] == pytest.approx(2 / 3)
-    turned = evaluation.alignment(net, source, Painted([[153, 204, 0], *AXES[1:]], n=1))  # 0.6, 0.8: towards class b
-    assert [row["distance"] for row in turned["classes"].values()] == pytest.approx([0.4, 0, 0], abs=1e-7)
-    assert [row["nearest_accuracy"] for row in turned["classes"].values()] == [0, 100, 100]
+    towards_b = [[153, 204, 0], *AXES[1:]]  # 0.6, 0.8
+    turned = evaluation.alignment(net, source, Painted(towards_b, n=1))
+    assert per_class(turned, "distance") == pytest.approx([0.4, 0, 0], abs=1e-7)
+    assert per_class(turned, "nearest_accuracy") == [0, 100, 100]
     assert turned["nearest_class_accuracy"] == pytest.approx(200 / 3)
-    assert turned["margin"] == pytest.approx(1 - 0.8 / 3) and turned["margin_source"] == pytest.approx(1)
+    assert turned["margin"] == pytest.approx(1 - 0.8 / 3)
+    assert turned["margin_source"] == pytest.approx(1)
 
 
 def test_alignment_sees_collapse():
@@ -1942,7 +2045,8 @@ def test_alignment_sees_collapse():
             return Output(None, self.change(x), None)
 
     net, source = Changed(3), Painted(AXES)
-    net.change = lambda x: (x[:, :1] - 0.5) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1)  # either way along one line
+    line = torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1)
+    net.change = lambda x: (x[:, :1] - 0.5) * line  # either way along one line
     assert evaluation.alignment(net, source, source)["effective_rank"] == pytest.approx(1, abs=1e-5)
     net.change = lambda x: x + 20  # near one point, and still apart
     near = evaluation.alignment(net, source, source)
@@ -1957,60 +2061,72 @@ def test_alignment_sees_collapse():
 def test_alignment_of_absent_classes_and_wrong_input():
     net, source = Pointwise(3), Painted(AXES)
     one = evaluation.alignment(net, source, Painted(AXES, classes=(1,)))
-    assert one["absent"] == ["a", "c"] and one["distance"] < 1e-9 and one["margin"] is one["ratio"] is None
+    assert one["absent"] == ["a", "c"] and one["distance"] < 1e-9
+    assert one["margin"] is one["ratio"] is None
     none = evaluation.alignment(net, Painted(AXES, classes=(0,)), Painted(AXES, classes=(1,)))
     assert none["absent"] == ["a", "b", "c"]
     assert none["distance"] is none["nearest_accuracy"] is none["nearest_class_accuracy"] is None
     assert "left out: a, b, c" in evaluation.format_alignment(none)
     centred = Pointwise(3)
     centred.forward = lambda x, head: Output(None, x - 0.5, None)
-    opposite = evaluation.alignment(centred, Painted(AXES, classes=(1,)), Painted(255 - AXES, classes=(1,)))
-    assert opposite["distance"] == pytest.approx(2) and opposite["nearest_accuracy"] == 100  # no other is known
-    bare, grey = Painted(AXES, labeled=False, spec="bare"), Painted(AXES, classes=(255,), spec="grey")
-    for arguments, words in (((bare, source), "bare: no labels"), ((source, bare), "bare: no labels"),
-                             ((source, source, "mean"), "not mean"), ((source, grey), "grey: no cell")):
-        with pytest.raises(DataError, match=words):
-            evaluation.alignment(net, *arguments)
+    far = Painted(255 - AXES, classes=(1,))
+    opposite = evaluation.alignment(centred, Painted(AXES, classes=(1,)), far)
+    assert opposite["distance"] == pytest.approx(2)
+    assert opposite["nearest_accuracy"] == 100  # no other is known
+    bare = Painted(AXES, labeled=False, spec="bare")
+    grey = Painted(AXES, classes=(255,), spec="grey")
+    for arguments, words in (
+            ((bare, source), "bare: no labels"), ((source, bare), "bare: no labels"),
+            ((source, source, "mean"), "not mean"), ((source, grey), "grey: no cell")):
+        refused(lambda: evaluation.alignment(net, *arguments), words)
 
 
-def made_checkpoint(path, **flags):
-    """A checkpoint of an untrained network with three classes."""
+def made_checkpoint(path, classes=("road", "sky", "own thing"), **flags):
+    """A checkpoint of an untrained network."""
     torch.manual_seed(0)
-    net = Segmenter("mit_b0", "segformer", 3, channels=16)
+    net = Segmenter("mit_b0", "segformer", len(classes), channels=16)
+    flags = {"recipe": "source", "backbone": "mit_b0", "decoder": "segformer", "channels": 16,
+             "size": [32, 24], "crop": 16, "val": "none", "target": "none",
+             "cache": str(path.parent / "cache")} | flags
     save_checkpoint(path, {
-        "flags": {"recipe": "source", "backbone": "mit_b0", "decoder": "segformer", "channels": 16, "size": [32, 24],
-                  "crop": 16, "val": "none", "target": "none", "cache": str(path.parent / "cache")} | flags,
-        "classes": ["road", "sky", "own thing"], "student": net.state_dict(), "teacher": None, "optimizer": None,
-        "step": 7, "versions": {}})
-    return path
+        "flags": flags, "classes": list(classes), "student": net.state_dict(), "teacher": None,
+        "optimizer": None, "step": 7, "versions": {}})
+    return str(path)
 
 
-def made_folders(root, n=3):
-    """n images and labels of three classes in root/images and root/labels."""
-    rng = np.random.default_rng(0)
-    for kind in ("images", "labels"):
-        (root / kind).mkdir()
-    for i in range(n):
-        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
-        Image.fromarray(rng.integers(0, 3, (48, 64), dtype=np.uint8)).save(root / "labels" / f"{i}.png")
-    return f"folder:{root / 'images'}:{root / 'labels'}"
+def eval_fails(capsys, argv, *words, status=2):
+    """eval.py ends with the exit status and one line that holds the words, and prints nothing."""
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    assert stop.value.code == status and not captured.out
+    assert captured.err.startswith("eval.py: error: ") and captured.err.count("\n") == 1
+    assert all(word in captured.err for word in words), captured.err
 
 
 def test_command_line_scores_and_draws(tmp_path, capsys):
-    checkpoint, spec = made_checkpoint(tmp_path / "last.pt"), made_folders(tmp_path)
+    checkpoint, spec = made_checkpoint(tmp_path / "last.pt"), make_folder(tmp_path, 3, (64, 48))
     report, panels = tmp_path / "scores.json", tmp_path / "panels"
-    evaluation.main([str(checkpoint), "--data", spec, "--json", str(report), "--save", str(panels), "--slide", "--flip",
-                     "--adabn", spec])
+    evaluation.main([checkpoint, "--data", spec, "--json", str(report), "--save", str(panels),
+                     "--slide", "--flip", "--adabn", spec])
     out = capsys.readouterr().out
-    assert "own thing" in out and "mIoU (3 classes)" in out and "split val" in out and "images/s" in out
-    assert "weights student" in out and "adabn folder:" in out
+    for words in ("own thing", "mIoU (3 classes)", "split val", "images/s", "weights student",
+                  "adabn folder:"):
+        assert words in out
     stored = json.loads(report.read_text())
-    assert stored["step"] == 7 and f"{stored['miou']:.2f}" in out and len(list(panels.iterdir())) == 3
-    evaluation.main([str(checkpoint), "--images", str(tmp_path / "images"), "--save", str(tmp_path / "drawn")])
-    assert len(list((tmp_path / "drawn").iterdir())) == 6 and "3 images" in capsys.readouterr().out
-    again = made_checkpoint(tmp_path / "best.pt", val=spec)
-    evaluation.main([str(again), "--size", "64x48"])
+    assert stored["step"] == 7 and f"{stored['miou']:.2f}" in out
+    assert len(list(panels.iterdir())) == 3
+    drawn = tmp_path / "drawn"
+    evaluation.main([checkpoint, "--images", str(tmp_path / "images"), "--save", str(drawn)])
+    assert len(list(drawn.iterdir())) == 6 and "3 images" in capsys.readouterr().out
+    again, picture = made_checkpoint(tmp_path / "best.pt", val=spec), tmp_path / "gain.png"
+    evaluation.main([again, "--size", "64x48", "--json", str(report)])
     assert spec in capsys.readouterr().out
+    evaluation.main([again, "--size", "64x48", "--before", checkpoint, "--picture", str(picture)])
+    out, right = capsys.readouterr().out, f"{json.loads(report.read_text())['accuracy']:.1f} %"
+    assert f"pixel accuracy {right} before, {right} after, over 3 images" in out
+    assert "p00 (+0.0), p01 (+0.0), p02 (+0.0)" in out
+    assert Image.open(picture).width == 4 * 64 + 3 * 4
 
 
 def test_command_line_compares_domains(tmp_path, capsys):
@@ -2018,56 +2134,71 @@ def test_command_line_compares_domains(tmp_path, capsys):
     for domain, shade in (("near", 0), ("far", 90)):
         painted = Painted(AXES, 2, 0, (48, 64))
         for i, item in enumerate(map(painted.__getitem__, range(2))):
-            put(tmp_path / domain / "images" / f"{i}.png", (item["image"] // 2 + shade).permute(1, 2, 0).numpy())
+            image = (item["image"] // 2 + shade).permute(1, 2, 0)  # (3,h,w) -> (h,w,3)
+            put(tmp_path / domain / "images" / f"{i}.png", image.numpy())
             put(tmp_path / domain / "labels" / f"{i}.png", item["label"][::2, ::2].numpy())
         specs[domain] = f"folder:{tmp_path / domain / 'images'}:{tmp_path / domain / 'labels'}"
-    checkpoint = str(made_checkpoint(tmp_path / "last.pt", val=specs["far"], size=[64, 48]))
+    checkpoint = made_checkpoint(tmp_path / "last.pt", val=specs["far"], size=[64, 48])
     state = load_checkpoint(checkpoint)
-    save_checkpoint(tmp_path / "both.pt", state | {"teacher": {k: v * 2 for k, v in state["student"].items()}})
-    found = []
-    for argv in ([], ["--data", specs["near"]], ["--adabn", specs["far"]], ["--weights", "teacher"]):
-        report = tmp_path / "scores.json"
-        evaluation.main([str(tmp_path / "both.pt"), "--alignment", specs["near"], "--json", str(report), *argv])
+    teacher = {name: value * 2 for name, value in state["student"].items()}
+    save_checkpoint(tmp_path / "both.pt", state | {"teacher": teacher})
+    found, report = [], tmp_path / "scores.json"
+    for argv, target in (([], "far"), (["--data", specs["near"]], "near"),
+                         (["--adabn", specs["far"]], "far"), (["--weights", "teacher"], "far")):
+        evaluation.main([str(tmp_path / "both.pt"), "--alignment", specs["near"],
+                         "--json", str(report), *argv])
         out, stored = capsys.readouterr().out, json.loads(report.read_text())
         found.append(stored["alignment"])
-        assert f"source {specs['near']}, target {argv[-1] if '--data' in argv else specs['far']}" in out
-        assert f"\ndistance {found[-1]['distance']:.3f}  margin {found[-1]['margin']:.3f}" in out and "mIoU" in out
+        assert f"source {specs['near']}, target {specs[target]}" in out
+        distance, margin = found[-1]["distance"], found[-1]["margin"]
+        assert f"\ndistance {distance:.3f}  margin {margin:.3f}" in out and "mIoU" in out
         assert "miou" in stored and set(found[-1]["classes"]) == set(stored["iou"])
-    assert found[1]["distance"] < 1e-9 and len({f["distance"] for f in found}) == 4  # of four networks and data sets
-    bare = f"folder:{tmp_path / 'near' / 'images'}"
-    near = ["--alignment", specs["near"]]
-    for argv, words in ((["--alignment", bare], "no labels"), ([*near, "--data", bare], "no labels"),
-                        ([*near, "--head", "mean"], "mean"), (["--alignment", "gta:x"], "'val' split"),
-                        (["--head", "language"], "needs a language decoder")):
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main([checkpoint, *argv])
-        captured = capsys.readouterr()
-        assert stop.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and not captured.out
-    with pytest.raises(SystemExit):
-        evaluation.main([checkpoint, "--alignment", bare, "--images", "x"])
+    assert found[1]["distance"] < 1e-9
+    assert len({f["distance"] for f in found}) == 4  # of four networks and data sets
+    bare, near = f"folder:{tmp_path / 'near' / 'images'}", ["--alignment", specs["near"]]
+    for argv, words in (
+            (["--alignment", bare], "no labels"), ([*near, "--data", bare], "no labels"),
+            ([*near, "--head", "mean"], "mean"), (["--alignment", "gta:x"], "'val' split"),
+            (["--head", "language"], "a language decoder"), ([*near, "--images", "x"], "allowed")):
+        eval_fails(capsys, [checkpoint, *argv], words)
 
 
-def test_command_line_refuses_bad_input_in_one_line(tmp_path, capsys):
-    checkpoint, spec = str(made_checkpoint(tmp_path / "last.pt")), made_folders(tmp_path)
+def test_command_line_fails_in_one_line(tmp_path, capsys, monkeypatch):
+    checkpoint, spec = made_checkpoint(tmp_path / "last.pt"), make_folder(tmp_path, 1)
+    other = made_checkpoint(tmp_path / "other.pt", ("road", "sky"))
     (tmp_path / "text.pt").write_text("no checkpoint")
-    cases = [([str(tmp_path / "none.pt")], "none.pt"), ([str(tmp_path / "text.pt")], "text.pt"),
-             ([checkpoint, "--data", f"folder:{tmp_path / 'images'}"], "no labels"), ([checkpoint], "--data SPEC"),
-             ([checkpoint, "--weights", "teacher"], "teacher"), ([checkpoint, "--data", "camvid:nowhere"], "nowhere"),
-             ([checkpoint, "--images", str(tmp_path / "nothing.jpg")], "nothing.jpg"),
-             ([checkpoint, "--data", spec, "--submit", str(tmp_path / "up")], "--submit needs"),
-             ([checkpoint, "--data", spec, "--json", str(tmp_path / "no" / "x.json")], "x.json"),
-             (["--table", str(tmp_path / "nowhere")], "nowhere")]
-    for argv, words in cases:
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main(argv)
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and words in err and err.count("\n") == 1, (argv, err)
-    for argv in ([], [checkpoint, "--table", "x"], [checkpoint, "--data", "x", "--images", "y"],
-                 [checkpoint, "--size", "x"], [checkpoint, "--images", "x", "--submit", "y"],
-                 [checkpoint, "--device", "nonsense"]):
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main(argv)
-        assert stop.value.code == 2 and "error:" in capsys.readouterr().err.splitlines()[-1]
+    data, picture = ["--data", spec], ["--picture", tmp_path / "x.png"]
+    for argv, words in (
+            ([], "give a checkpoint"),
+            ([tmp_path / "none.pt"], "none.pt"),
+            ([tmp_path / "text.pt"], "text.pt"),
+            ([checkpoint], "--data SPEC"),
+            ([checkpoint, "--data", f"folder:{tmp_path / 'images'}"], "no labels"),
+            ([checkpoint, "--weights", "teacher"], "teacher"),
+            ([checkpoint, "--data", "camvid:nowhere"], "nowhere"),
+            ([checkpoint, "--images", tmp_path / "nothing.jpg"], "nothing.jpg"),
+            ([checkpoint, "--data", "x", "--images", "y"], "give one of them"),
+            ([checkpoint, *data, "--submit", tmp_path / "up"], "--submit needs"),
+            ([checkpoint, "--images", "x", "--submit", "y"], "not allowed with"),
+            ([checkpoint, *data, "--json", tmp_path / "no" / "x.json"], "x.json"),
+            ([checkpoint, "--size", "x"], "WxH"),
+            ([checkpoint, "--device", "nonsense"], "nonsense"),
+            ([checkpoint, "--table", "x"], "give a checkpoint, or --table"),
+            ([checkpoint, "--against", "mic"], "--table"),
+            ([checkpoint, *picture], "--before CKPT0"),
+            ([checkpoint, "--before", checkpoint], "add --picture"),
+            ([checkpoint, *data, *picture, "--before", other], "other.pt: has other classes"),
+            ([checkpoint, *data, "--picture", "no/x.png", "--before", other], "no such folder"),
+            ([checkpoint, *data, "--picture", "x", "--before", other], "write FILE.png"),
+            (["--table", tmp_path / "nowhere"], "nowhere")):
+        eval_fails(capsys, argv, words)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=error))
+        eval_fails(capsys, [checkpoint, *data], "out of memory; try", status=1)
+    monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        evaluation.main([checkpoint, *data])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
