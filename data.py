@@ -985,366 +985,1039 @@ def main():
 
 
 # ---- the rendered streets: render_street(seed, index, shifted, size) -> image uint8 (H,W,3), label uint8 (H,W)
+#
+# A small world for the default commands, drawn with numpy and Pillow. How a picture comes to be:
+#
+#   1. _Street       draws the camera, the light and the place by chance, and opens four canvases at
+#                    twice the final size: image, label, material of the ground, shadow on it.
+#   2. _lay_out      lays the ground and the shadows, and queues whatever stands upright on it.
+#   3. _paint_sky, _paint_ground    paint the backdrop. The ground is ray-cast, one ray a pixel:
+#                    colour of the material, times noise that is fixed to the world, times light.
+#   4. _paint_queue  paints what stands upright from far to near, so that the near hides the far.
+#                    Every shape goes onto image and label alike, and so the two always agree.
+#   5. _photograph   halves the size and adds what a camera adds: exposure, noise, blur, JPEG.
+#
+# World: metres. x points right from the middle of the street, y up from the ground, z ahead from
+# the camera. `side` is -1 for the left and 1 for the right. `line` is the distance from the middle
+# at which the pavement ends and the plots begin. The street is straight in this world; the camera's
+# projection bends it.
+#
+# Colours: palettes hold reflectances, 0..255 for red, green and blue. What is seen is a reflectance
+# times the light (between `shade` and `sun`), paler the farther it is (haze): _Street.tone.
+#
+# Chance: all of it comes from one generator, started with (seed, index, number of the style). Draws
+# are made in the order of the code, some of them for things that are then left out. One draw more
+# or less makes other worlds, and with them other numbers in the README.
+#
+# Where to change what: light, weather, lens and colours of a style in _STYLES (a third style is a
+# third entry); shapes in _VEHICLES and _FIGURES; how many stand where in _FURNITURE (lamps, people,
+# signs); what lines a street in _DISTRICTS and _line_up.
 
-(ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER, CAR, TRUCK, BUS,
- TRAIN, MOTORCYCLE, BICYCLE, KERB, PAINT) = range(21)              # the last two are ground materials, not classes
-NEAR, FAR = 0.7, 110.0                             # metres: near plane, end of the built street
-_PALETTES = {                                      # reflectances (hex RGB): source style, shifted style
-    "road": ("3a3c40 4e4f52 626161 76736e 58544f", "9c968c a8a298 908a80"),
-    "sidewalk": ("706e6a 847e76 96938c 626162 8c7a6c", "683a30 5c3632 764434"),
-    "terrain": ("4c602c 607038 545a32 6e7042", "b0985c bca86e a08654"),
-    "leaf": ("30421e 425426 545c2e 363c28 5a5438", "b05c1e c48628 963a22 b8703c"),
-    "wall": ("864e3c 96664c a89270 beb094 cecac2 7a5446 96928c 5c5858", "d8b268 ce9284 9ebea8 96accc e2d4b8 be7a5a"),
-    "glass": ("1e2228 2c323a 3e4854 606c7a 18181a", "e8d6a4 ceccc6 f0e2be"),
-    "frame": ("d6d4ce beb6b0 5a544e e6e6e4", "4a362a 3c4642 603c32"),
-    "roof": ("565050 704e40 464850", "964a34 a65c42 3c5c58"),
-    "paint": ("282a2e 464a50 969a9e c8cacc 222e52 781a1a 18181a 3c5478", "c4a828 3c8854 ce7024 4896aa beaa88 963c78"),
-    "cloth": ("22242c 3c3e48 2e3654 6e645c 962828 bab8b4 1e1e20", "d8c43c dcdcd6 46aaa0 dc783c c86e96"),
-    "metal": ("5c5e60 787a7a 3c3e3e 2c3a32", "c4c0b4 967048 b0b4b0"),
-    "sign": ("c42828 284ca0 dededc 246e46", "e2ba1e 14786e 784628"),
-    "zenith": ("608ccd 8cacd7 bec8d4 ced2d6 969ea8", "4a526c 5c5c6c 54627a"),
-    "horizon": ("d6e0ea e8eaea dedcd6", "cea478 b0988c d8b884"),
-    "cloud": ("f0f0f2 dee0e4 969aa2", "464858 706268 967c6e"),
-    "sun": ("ded4c4 e0dcd4", "e8c8a0 e6c496")}     # sunlight on what faces it, c8 = 1
-_VEHICLES = {    # class; length, width, height of body and roof (metres); begin and end of the cabin at the height of
-    # body and roof, in fractions of the length from the rear; its width at the roof; number of side windows
-    "hatch": (CAR, 4, 1.8, .9, 1.5, (0, .74), (.1, .56), .8, 2), "van": (CAR, 5, 2, 1.1, 2, (0, .9), (0, .74), .9, 1),
-    "sedan": (CAR, 5, 1.8, .9, 1.4, (.1, .75), (.3, .58), .8, 2), "bus": (BUS, 11, 2.5, 1, 3, (0, 1), (0, 1), 1, 6),
-    "wagon": (CAR, 5, 1.9, 1, 1.7, (0, .76), (.05, .6), .8, 3), "truck": (TRUCK, 8, 2.4, 1, 3.5, (0, 1), (0, 1), 1, 0),
-    "train": (TRAIN, 24, 2.6, 1.4, 3.5, (0, 1), (.02, .98), .86, 10)}
-_CARS = ["hatch", "hatch", "sedan", "wagon", "van"]
-_FIGURES = {     # class, then strokes (palette or hex colours, width, x, y, x, y ... in centimetres; one point: a disc)
-    "legs": (PERSON, ("cloth", 15, -21, 0, -11, 45, -4, 92), ("cloth", 15, 21, 0, 12, 45, 4, 92)),
-    "bent": (RIDER, ("cloth", 15, 14, 22, 26, 66, -6, 88), ("cloth", 15, 2, 34, 16, 74, -6, 88)),
-    "torso": (PERSON, ("cloth", 9, -14, 142, -25, 112, -22, 86), ("cloth", 36, 0, 80, 0, 140), ("342820", 22, -2, 166),
-              ("cloth", 9, 14, 142, 25, 112, 36, 92), ("cloth", 24, 0, 139, 0, 149), ("c4967c 6a4838", 20, 1, 160)),
-    "bicycle": (BICYCLE, ("18181a", 68, -52, 34), ("18181a", 68, 52, 34), ("paint", 6, 52, 34, 36, 102, 46, 104),
-                ("paint", 7, -52, 34, -18, 82, 0, 34, 38, 78, -18, 82, -14, 92)),
-    "motorcycle": (MOTORCYCLE, ("18181a", 62, -66, 31), ("18181a", 62, 66, 31), ("paint", 12, 66, 31, 40, 106),
-                   ("metal", 40, -30, 38, 30, 38), ("paint", 22, -86, 78, -20, 70, 40, 84)),
-    "lamp": (POLE, ("metal", 14, 0, 0, 0, 720, 130, 740), ("metal", 20, 130, 740, 200, 745)),
-    "post": (POLE, ("metal", 10, 0, 0, 0, 240)), "disc": (SIGN, ("sign", 76, 0, 240), ("frame", 52, 0, 240)),
-    "board": (SIGN, ("sign", 90, -60, 240, 60, 240), ("frame", 14, -45, 256, 30, 256), ("frame", 14, -45, 224, 9, 224)),
-    "signal": (LIGHT, ("18181a", 38, 0, 220, 0, 320), ("ff4628 380c08", 26, 0, 302), ("50ffa0 08301c", 26, 0, 238))}
-_FURNITURE = (   # figures, number per side, z from and to, place from and to (0 middle, 1 kerb, 2 end of the pavement)
-    ("legs torso", 1.1, 5, 16, 1.2, 1.9), ("legs torso", 1.3, 10, 50, 1.2, 1.9), ("legs torso", .2, 8, 40, 0, 1),
-    ("bicycle bent torso", .2, 6, 28, .2, .9), ("motorcycle bent torso", .1, 6, 28, .2, .9), ("lamp", 2, 8, 80, 1, 1.2),
-    ("bicycle", .3, 7, 25, 1.7, 1.9), ("motorcycle", .1, 7, 25, 1.1, 1.9), ("post disc", .7, 7, 40, 1.1, 1.3),
-    ("post board", .4, 7, 40, 1.1, 1.4), ("post signal", .7, 9, 40, 1.1, 1.3))
-_SQUARE, _ROUND = ((0, 1, 1, 0), (0, 0, 1, 1)), [.5 + .5 * f(np.arange(10) * .63) for f in (np.cos, np.sin)]
+# Cityscapes train ids
+ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN = range(10)
+SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(10, 19)
+KERB, PAINT = 19, 20  # materials of the ground only: labelled as sidewalk and road
+
+SUPERSAMPLING = 2  # canvas pixels for one pixel of the picture, along each side
+NEAR = 0.7  # metres: nothing is drawn that is nearer to the camera
+FAR = 110.0  # metres: end of the built street
+FULL_LIGHT = 200  # a sun of colour c8c8c8 shows reflectances as the palettes have them
+LIT, SHADED, COVERED = 0, 200, 255  # levels of the shadow canvas; covered: under a car
+TILE = 512  # side of the noise tiles, a power of two
+CROWN = 128  # side of the pictures of tree crowns
+CROWNS = 8  # such pictures of each kind, leafy and bare
+
+# -- styles
+
+_DAY = dict(
+    camera_rise=0.0,  # metres above a driver's eyes
+    sun_chance=0.6,  # share of the pictures with sun; the others are overcast
+    sun_strength=(0.9, 1.1),
+    shade_sunny=(0.36, 0.6),  # light in the shade on a sunny day; 1 shows reflectances as they are
+    shade_overcast=(0.62, 0.85),  # light everywhere under clouds
+    shade_tint=(0.96, 1, 1.05),  # red, green, blue: shade is lit by the sky
+    shadow_slope=(0.7, 3),  # metres of shadow for a metre of height
+    visibility=(120, 300, 800),  # metres at which 1/e of a colour is left, the rest is haze
+    log_gain=(0.12, 0.3),  # exposure: mean and deviation of its logarithm
+    blur=(0.2, 0.7),  # of the lens: deviation in pixels
+)
+_PALETTE = dict(  # colours that both styles have, as hex RGB
+    marking="e6e6e2 dcdcd8 e6e6e2 d2aa46",
+    black="18181a",
+    plate="d2c896",
+    tail_light="be1a16 ff3c28",
+    head_light="eae6dc",
+    hair="342820",
+    skin="c4967c 6a4838",
+    red_light="ff4628 380c08",
+    green_light="50ffa0 08301c",
+)
+_STYLES = (  # render_street's `shifted` is the position
+    _DAY | dict(
+        palettes=_PALETTE | dict(
+            road="3a3c40 4e4f52 626161 76736e 58544f",
+            sidewalk="706e6a 847e76 96938c 626162 8c7a6c",
+            terrain="4c602c 607038 545a32 6e7042",
+            leaf="30421e 425426 545c2e 363c28 5a5438",
+            wall="864e3c 96664c a89270 beb094 cecac2 7a5446 96928c 5c5858",
+            glass="1e2228 2c323a 3e4854 606c7a 18181a",
+            frame="d6d4ce beb6b0 5a544e e6e6e4",
+            roof="565050 704e40 464850",
+            paint="282a2e 464a50 969a9e c8cacc 222e52 781a1a 18181a 3c5478",
+            cloth="22242c 3c3e48 2e3654 6e645c 962828 bab8b4 1e1e20",
+            metal="5c5e60 787a7a 3c3e3e 2c3a32",
+            sign="c42828 284ca0 dededc 246e46",
+            zenith="608ccd 8cacd7 bec8d4 ced2d6 969ea8",
+            horizon="d6e0ea e8eaea dedcd6",
+            cloud="f0f0f2 dee0e4 969aa2",
+            sun="ded4c4 e0dcd4",
+        ),
+    ),
+    _DAY | dict(  # pale roads, autumn, a low sun, a higher and sharper camera
+        camera_rise=0.25,
+        shadow_slope=(1.7, 4.5),
+        blur=(0, 0.3),
+        palettes=_PALETTE | dict(
+            road="9c968c a8a298 908a80",
+            sidewalk="683a30 5c3632 764434",
+            terrain="b0985c bca86e a08654",
+            leaf="b05c1e c48628 963a22 b8703c",
+            wall="d8b268 ce9284 9ebea8 96accc e2d4b8 be7a5a",
+            glass="e8d6a4 ceccc6 f0e2be",
+            frame="4a362a 3c4642 603c32",
+            roof="964a34 a65c42 3c5c58",
+            paint="c4a828 3c8854 ce7024 4896aa beaa88 963c78",
+            cloth="d8c43c dcdcd6 46aaa0 dc783c c86e96",
+            metal="c4c0b4 967048 b0b4b0",
+            sign="e2ba1e 14786e 784628",
+            zenith="4a526c 5c5c6c 54627a",
+            horizon="cea478 b0988c d8b884",
+            cloud="464858 706268 967c6e",
+            sun="e8c8a0 e6c496",
+        ),
+    ),
+)
+
+# -- catalogues
+
+_VEHICLES = {
+    # class; length, width, height of the body and of the roof, in metres; begin and end of the
+    # cabin, at its foot and at the roof, in lengths from the rear; width of the roof, in widths;
+    # number of windows on a side
+    "hatch": (CAR, 4, 1.8, 0.9, 1.5, (0, 0.74), (0.1, 0.56), 0.8, 2),
+    "sedan": (CAR, 5, 1.8, 0.9, 1.4, (0.1, 0.75), (0.3, 0.58), 0.8, 2),
+    "wagon": (CAR, 5, 1.9, 1, 1.7, (0, 0.76), (0.05, 0.6), 0.8, 3),
+    "van": (CAR, 5, 2, 1.1, 2, (0, 0.9), (0, 0.74), 0.9, 1),
+    "truck": (TRUCK, 8, 2.4, 1, 3.5, (0, 1), (0, 1), 1, 0),
+    "bus": (BUS, 11, 2.5, 1, 3, (0, 1), (0, 1), 1, 6),
+    "train": (TRAIN, 24, 2.6, 1.4, 3.5, (0, 1), (0.02, 0.98), 0.86, 10),
+}
+_PARKED = ["hatch", "hatch", "sedan", "wagon", "van"]  # twice: twice as often
+_TRAFFIC = _PARKED * 7 + ["bus", "truck"] * 3 + ["train"]
+
+_FIGURES = {
+    # class, then strokes: palette, width, points (x, y), in centimetres from the middle of the
+    # foot. A stroke of one point is a disc. Later strokes cover earlier ones. Of a palette one
+    # colour is taken for the whole figure.
+    "legs": (
+        PERSON,
+        ("cloth", 15, (-21, 0), (-11, 45), (-4, 92)),
+        ("cloth", 15, (21, 0), (12, 45), (4, 92)),
+    ),
+    "bent": (  # legs of a rider
+        RIDER,
+        ("cloth", 15, (14, 22), (26, 66), (-6, 88)),
+        ("cloth", 15, (2, 34), (16, 74), (-6, 88)),
+    ),
+    "torso": (
+        PERSON,
+        ("cloth", 9, (-14, 142), (-25, 112), (-22, 86)),
+        ("cloth", 36, (0, 80), (0, 140)),
+        ("hair", 22, (-2, 166)),
+        ("cloth", 9, (14, 142), (25, 112), (36, 92)),
+        ("cloth", 24, (0, 139), (0, 149)),
+        ("skin", 20, (1, 160)),
+    ),
+    "bicycle": (
+        BICYCLE,
+        ("black", 68, (-52, 34)),
+        ("black", 68, (52, 34)),
+        ("paint", 6, (52, 34), (36, 102), (46, 104)),
+        ("paint", 7, (-52, 34), (-18, 82), (0, 34), (38, 78), (-18, 82), (-14, 92)),
+    ),
+    "motorcycle": (
+        MOTORCYCLE,
+        ("black", 62, (-66, 31)),
+        ("black", 62, (66, 31)),
+        ("paint", 12, (66, 31), (40, 106)),
+        ("metal", 40, (-30, 38), (30, 38)),
+        ("paint", 22, (-86, 78), (-20, 70), (40, 84)),
+    ),
+    "lamp": (
+        POLE,
+        ("metal", 14, (0, 0), (0, 720), (130, 740)),
+        ("metal", 20, (130, 740), (200, 745)),
+    ),
+    "post": (POLE, ("metal", 10, (0, 0), (0, 240))),
+    "disc": (SIGN, ("sign", 76, (0, 240)), ("frame", 52, (0, 240))),
+    "board": (
+        SIGN,
+        ("sign", 90, (-60, 240), (60, 240)),
+        ("frame", 14, (-45, 256), (30, 256)),
+        ("frame", 14, (-45, 224), (9, 224)),
+    ),
+    "signal": (
+        LIGHT,
+        ("black", 38, (0, 220), (0, 320)),
+        ("red_light", 26, (0, 302)),
+        ("green_light", 26, (0, 238)),
+    ),
+}
+_FURNITURE = [
+    # figures, drawn over one another; mean number on a side; metres ahead, from and to; place
+    # across, from and to: 0 is the middle of the street, 1 the kerb, 2 the end of the pavement
+    ("legs torso", 1.1, (5, 16), (1.2, 1.9)),
+    ("legs torso", 1.3, (10, 50), (1.2, 1.9)),
+    ("legs torso", 0.2, (8, 40), (0, 1)),
+    ("bicycle bent torso", 0.2, (6, 28), (0.2, 0.9)),
+    ("motorcycle bent torso", 0.1, (6, 28), (0.2, 0.9)),
+    ("lamp", 2, (8, 80), (1, 1.2)),
+    ("bicycle", 0.3, (7, 25), (1.7, 1.9)),
+    ("motorcycle", 0.1, (7, 25), (1.1, 1.9)),
+    ("post disc", 0.7, (7, 40), (1.1, 1.3)),
+    ("post board", 0.4, (7, 40), (1.1, 1.4)),
+    ("post signal", 0.7, (9, 40), (1.1, 1.3)),
+]
+
+_PLOTS = ["house", "wall", "fence", "hedge", "park"]
+_BARRIERS = {"wall": (WALL, "wall"), "fence": (FENCE, "metal")}  # class, palette
+_DISTRICTS = [  # from town to park
+    # share of the pictures; shares of the _PLOTS; chance of avenue trees and of a verge, for each
+    # side; ground beyond the street
+    (0.40, (0.80, 0.06, 0.06, 0.02, 0.06), 0.30, 0.1, SIDEWALK),
+    (0.30, (0.50, 0.13, 0.13, 0.12, 0.12), 0.45, 0.4, TERRAIN),
+    (0.15, (0.20, 0.20, 0.20, 0.10, 0.30), 0.50, 0.6, TERRAIN),
+    (0.15, (0.05, 0.10, 0.20, 0.20, 0.45), 0.50, 0.6, TERRAIN),
+]
+
+# For _Street.panels: outlines within the unit square, (2, corners), and bounds (s0, s1, t0, t1).
+_SQUARE = np.array([(0, 0), (1, 0), (1, 1), (0, 1)]).T
+_ANGLES = np.arange(10) * 0.63  # rad: ten corners make a wheel
+_WHEEL = 0.5 + 0.5 * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)])
+_WHOLE = (0, 1, 0, 1)  # the panel fills its face
+
+# -- noise and tree crowns
+
+
+def _noise(rng, slope, stretch=1):
+    """Seamless noise tile, float32 (TILE, TILE), of mean 0 and deviation 1.
+
+    slope: the amplitude falls as 1 / frequency^slope; 0 is white. stretch > 1 draws it out along x.
+    """
+    freq = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE) * stretch)
+    freq[0, 0] = np.inf  # takes the mean away
+    tile = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((TILE, TILE))) * freq ** -slope)
+    return (tile / tile.std()).astype(np.float32)
+
+
+def _crown(rng, bare):
+    """Tree crown as two grey pictures (PIL, CROWN x CROWN): its opacity and its brightness."""
+    y, x = np.mgrid[-1:1:CROWN * 1j, -1:1:CROWN * 1j]  # y down, both -1..1 from the middle
+    leaves = _noise(rng, 0.6)[:CROWN, :CROWN]
+    clumps = _noise(rng, 1.7)[:CROWN, :CROWN]
+    streaks = _noise(rng, 0.8, 4)
+
+    # A ball with a ragged rim: the first factor makes it hard, the second sets the radius.
+    distance = np.hypot(x, y)
+    if bare:
+        alpha = 900 * (1 - distance + 0.3 * clumps + 0.18 * leaves)
+        # Branches are streaks of noise that spread from a point below the crown, at y = 1.1.
+        angle = np.arctan2(x, 1.1 - y) * 60
+        reach = np.hypot(x, 1.1 - y) * (25 + 9 * leaves.clip(-1, 1))
+        streaks = streaks[angle.astype(int), reach.astype(int)]
+        alpha = np.minimum(alpha, 60 + 90 * streaks)
+    else:
+        alpha = 300 * (1 - 1.4 * distance + 0.3 * clumps + 0.18 * leaves)
+
+    tone = 120 + 34 * leaves + 34 * clumps - 45 * y  # darker below
+    tone = np.stack([tone] * 3, 2)
+    return tuple(Image.fromarray(a.clip(0, 255).astype(np.uint8)) for a in (alpha, tone))
 
 
 @functools.lru_cache(maxsize=1)
 def _bank():
-    """Seamless noise tiles by the slope of their spectrum; tree crowns, leafy and bare. The same for every seed."""
-    rng, (y, x), crowns = np.random.default_rng(0), np.mgrid[-1:1:128j, -1:1:128j], ([], [])
+    """Noise tiles by slope, and two lists of crowns, leafy and bare. The same for every seed."""
+    rng = np.random.default_rng(0)
+    leafy, bare = [], []
+    for _ in range(CROWNS):
+        leafy.append(_crown(rng, False))
+        bare.append(_crown(rng, True))
+    tiles = {slope: _noise(rng, slope) for slope in (0, 0.3, 0.7, 1.1)}
+    tiles[1.7] = _noise(rng, 1.7, 2)  # clouds are wide
+    return tiles, (leafy, bare)
 
-    def noise(slope, stretch=1):                   # amplitude 1 / f^slope; stretch > 1 draws it out along x
-        freq = np.hypot(np.fft.fftfreq(512)[:, None], np.fft.rfftfreq(512) * stretch)
-        freq[0, 0] = np.inf
-        tile = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((512, 512))) * freq ** -slope)
-        return (tile / tile.std()).astype(np.float32)
 
-    for bare in (0, 1) * 8:                        # bare branches spread from the foot of the crown
-        leaves, clumps, streaks = noise(.6)[:128, :128], noise(1.7)[:128, :128], noise(.8, 4)
-        fan, reach = np.arctan2(x, 1.1 - y) * 60, np.hypot(x, 1.1 - y) * (25 + 9 * leaves.clip(-1, 1))
-        alpha = (900 if bare else 300) * (1 - (1 if bare else 1.4) * np.hypot(x, y) + .3 * clumps + .18 * leaves)
-        alpha = np.minimum(alpha, 60 + 90 * streaks[fan.astype(int), reach.astype(int)]) if bare else alpha
-        tone = np.stack([120 + 34 * leaves + 34 * clumps - 45 * y] * 3, 2)
-        crowns[bare].append([Image.fromarray(a.clip(0, 255).astype(np.uint8)) for a in (alpha, tone)])
-    return {0: noise(0), .3: noise(.3), .7: noise(.7), 1.1: noise(1.1), 1.7: noise(1.7, 2)}, crowns
+# -- the scene
 
 
 class _Street:
-    """One scene: camera, light, and canvases for image, label, ground material and shadow, at twice the final size."""
+    """One scene: its camera, light and place, four canvases, the queue of what stands upright."""
 
-    def __init__(self, rng, shifted, size):
-        self.rng, self.shifted, self.size, (self.w, self.h) = rng, int(shifted), size, (size[0] * 2, size[1] * 2)
-        self.focal, self.height = self.w * rng.uniform(.8, 1.15), rng.uniform(1.25, 1.5) + .25 * self.shifted
-        self.cu, self.cv, self.roll = self.w / 2, self.h * rng.uniform(.44, .55), rng.normal(0, .008)
-        self.heading, self.bend = rng.normal(0, .035), rng.normal(0, .0012) * (rng.random() < .5)      # rad, 1/m
-        self.half, self.hand = float(rng.choice([3, 3.5, 3.5, 4, 5, 6.5])), int(rng.choice([-1, 1]))
-        self.eye, self.sunny = self.hand * self.half * rng.uniform(.4, .7), float(rng.random() < .6)
-        slope, azimuth = rng.uniform(1.7, 4.5) if shifted else rng.uniform(.7, 3), rng.uniform(0, 2 * math.pi)
-        self.cast = slope * math.sin(azimuth), slope * math.cos(azimuth)       # shadow in metres per metre of height
-        self.shade = (rng.uniform(.36, .6) if self.sunny else rng.uniform(.62, .85)) * np.array((.96, 1, 1.05))
-        self.sun = rng.uniform(.9, 1.1) * self.pick("sun", 0) / 200 if self.sunny else self.shade
-        self.haze, self.visibility, self.jobs = self.pick("horizon"), float(rng.choice([120, 300, 800])), []
-        self.image, self.label, self.ground, self.shadow = (Image.new(mode, (self.w, self.h), fill) for mode, fill in (
-            ("RGB", 0), ("L", SKY), ("L", SKY), ("L", 0)))         # shadow: 0 lit, 200 shaded, 255 under something
-        canvases = self.image, self.label, self.ground, self.shadow
-        self.draw, self.mark, self.lay, self.darken = map(ImageDraw.Draw, canvases)
+    def __init__(self, rng, style, size):
+        """rng: numpy generator. style: one of _STYLES. size: (W, H) of the picture in pixels."""
+        self.rng = rng
+        self.style = style
+        self.size = size
+        self.w = size[0] * SUPERSAMPLING  # of the canvases
+        self.h = size[1] * SUPERSAMPLING
+        self.jobs = []  # (distance, function, arguments)
 
-    def pick(self, name, spread=10):               # a colour of a palette (or of the given hex colours), varied
-        colours, vary = _PALETTES.get(name, (name, name))[self.shifted].split(), self.rng.normal(0, spread, 4)
-        colour = np.frombuffer(bytes.fromhex(colours[self.rng.integers(len(colours))]), np.uint8)
+        self._choose_camera()
+        self._choose_light()
+        self._choose_place()
+
+        self.image = Image.new("RGB", (self.w, self.h), 0)
+        self.label = Image.new("L", (self.w, self.h), SKY)
+        self.ground = Image.new("L", (self.w, self.h), SKY)  # material; SKY where no ground is laid
+        self.shadow = Image.new("L", (self.w, self.h), LIT)
+        self.image_pen = ImageDraw.Draw(self.image)
+        self.label_pen = ImageDraw.Draw(self.label)
+        self.ground_pen = ImageDraw.Draw(self.ground)
+        self.shadow_pen = ImageDraw.Draw(self.shadow)
+
+    def _choose_camera(self):
+        """Draws where the camera is and looks, and the width and the bend of its street."""
+        rng = self.rng
+        self.focal = self.w * rng.uniform(0.8, 1.15)  # canvas pixels; 64 to 47 degrees of view
+        self.height = rng.uniform(1.25, 1.5) + self.style["camera_rise"]  # metres: eyes of a driver
+        self.cu = self.w / 2
+        self.cv = self.h * rng.uniform(0.44, 0.55)  # canvas row of the horizon
+        self.roll = rng.normal(0, 0.008)  # rad
+        self.heading = rng.normal(0, 0.035)  # rad
+        bend = rng.normal(0, 0.0012)  # 1/m: moves x by bend z^2, a curve of radius 1 / (2 bend)
+        curved = rng.random() < 0.5
+        self.bend = bend * curved
+        self.half = float(rng.choice([3, 3.5, 3.5, 4, 5, 6.5]))  # metres: half the road
+        self.hand = int(rng.choice([-1, 1]))  # the side on which one drives
+        self.eye = self.hand * self.half * rng.uniform(0.4, 0.7)  # x of the camera
+
+    def _choose_light(self):
+        """Draws sun or clouds, the colours of light and haze, and where shadows fall."""
+        rng = self.rng
+        style = self.style
+        self.sunny = float(rng.random() < style["sun_chance"])  # 0 or 1
+        slope = rng.uniform(*style["shadow_slope"])
+        azimuth = rng.uniform(0, 2 * math.pi)
+        # How far the shadow of a metre of height falls, along x and z.
+        self.cast = slope * math.sin(azimuth), slope * math.cos(azimuth)
+        # Light (3,) where no sun comes, and on what faces the sun.
+        tint = np.array(style["shade_tint"])
+        if self.sunny:
+            self.shade = rng.uniform(*style["shade_sunny"]) * tint
+            self.sun = rng.uniform(*style["sun_strength"]) * self.pick("sun", 0) / FULL_LIGHT
+        else:
+            self.shade = rng.uniform(*style["shade_overcast"]) * tint
+            self.sun = self.shade
+        self.haze = self.pick("horizon")
+        self.visibility = float(rng.choice(style["visibility"]))
+
+    def _choose_place(self):
+        """Draws the district, the crossing street ahead, and what the trees are like."""
+        rng = self.rng
+        shares = [district[0] for district in _DISTRICTS]
+        self.district = _DISTRICTS[rng.choice(len(shares), p=shares)]
+        near = 2 * FAR  # no crossing: it is out of sight
+        if rng.random() < 0.45:
+            near = rng.uniform(10, 45)
+        self.crossing = near, near + rng.uniform(7, 14)  # metres ahead, from and to
+        self.leaf = self.pick("leaf")
+        self.bare_share = rng.random()  # of the trees
+
+    def pick(self, name, spread=10):
+        """Reflectance, float64 (3,): one of a palette, varied.
+
+        spread: deviation of its brightness, 0..255; red, green and blue vary by a third of it more.
+        """
+        colours = self.style["palettes"][name].split()
+        vary = self.rng.normal(0, spread, 4)
+        code = colours[self.rng.integers(len(colours))]
+        colour = np.frombuffer(bytes.fromhex(code), np.uint8)
         return colour + vary[0] + vary[1:] / 3
 
-    def tone(self, colour, lit, z):                # reflectance -> colour seen from z metres; lit: 0 shade, 1 sun
-        clear, light = math.exp(-z / self.visibility), self.shade + (self.sun - self.shade) * lit
-        return tuple((self.haze + clear * (colour * light - self.haze)).clip(0, 255).astype(int).tolist())
+    def tone(self, colour, lit, z):
+        """Colour (r, g, b) as ints 0..255: a reflectance in some light, seen from z metres.
 
-    def project(self, x, y, z):                    # metres -> canvas, for numbers and arrays; z at least NEAR
+        lit: 0 in the shade, 1 in the sun.
+        """
+        clear = math.exp(-z / self.visibility)
+        light = self.shade + (self.sun - self.shade) * lit
+        seen = self.haze + clear * (colour * light - self.haze)
+        return tuple(seen.clip(0, 255).astype(int).tolist())
+
+    def project(self, x, y, z):
+        """Canvas column and row of a point in metres; numbers or arrays. z is at least NEAR."""
         u = self.focal / z * (x - self.eye - self.heading * z + self.bend * z * z)
         v = self.focal / z * (self.height - y)
         return self.cu + u - self.roll * v, self.cv + v + self.roll * u
 
-    def lit(self, x, z):                           # how sunny the ground is at a place
-        u, v = (int(c) for c in self.project(x, 0, max(z, NEAR)))
-        inside = 0 <= u < self.w and 0 <= v < self.h
-        return 1 - min(200, self.shadow.getpixel((u, v))) / 200 if inside else self.sunny
+    def sunshine(self, x, z):
+        """How much sun the ground at (x, z) gets, 0 to 1. What stands there is lit alike."""
+        u, v = self.project(x, 0, max(z, NEAR))
+        column = int(u)
+        row = int(v)
+        if not (0 <= column < self.w and 0 <= row < self.h):
+            return self.sunny
+        level = self.shadow.getpixel((column, row))
+        return 1 - min(SHADED, level) / SHADED
+
+    def field(self, slope):
+        """A random piece of a noise tile, float32 (H, W, 1) at the size of the picture."""
+        w, h = self.size
+        rows = (np.arange(h) + self.rng.integers(TILE)) % TILE
+        columns = (np.arange(w) + self.rng.integers(TILE)) % TILE
+        tiles, _ = _bank()
+        return tiles[slope][rows[:, None], columns, None]
 
     def panels(self, face, rows, label, shape=_SQUARE):
-        """Paints shapes on a plane quad: rows (s0, s1, t0, t1, colour) in fractions of it; colour None: label only."""
-        (a, b, c, d), (s0, s1, t0, t1) = np.array(face, float), np.array([row[:4] for row in rows]).T[..., None, None]
-        s, t = s0 + (s1 - s0) * np.array(shape[0])[:, None], t0 + (t1 - t0) * np.array(shape[1])[:, None]
-        points = (1 - t) * ((1 - s) * a + s * b) + t * ((1 - s) * d + s * c)   # (rows, corners, 3)
-        outlines = np.stack(self.project(*points.transpose(2, 0, 1)), 2).reshape(len(rows), -1)        # u, v, u, v ...
-        for outline, row in zip(outlines.tolist(), rows):
-            if row is rows[0] or row[2] < 0:       # the others lie within the first
-                self.mark.polygon(outline, label)
-            if row[4]:
-                self.draw.polygon(outline, row[4])
+        """Paints panels on a plane face, each in one colour, and labels the face.
 
-    def strip(self, x0, x1, z0, z1, material):     # a piece of ground along the street, bent with it
-        z = np.geomspace(max(z0, NEAR), max(z1, NEAR), 2 if z1 - z0 < 3 else 9)
-        points = self.project(np.repeat((x0, x1), len(z)), 0, np.concatenate([z, z[::-1]]))
-        self.lay.polygon(np.stack(points, 1).ravel().tolist(), material)
+        face: its corners (x, y, z) in metres, the first two along the foot.
+        rows: (s0, s1, t0, t1, colour) of each panel, in fractions of the face: s along the foot, t
+        upwards. The first panel holds the others. colour None: nothing but the label.
+        shape: outline of every panel within its bounds, (2, corners).
+        """
+        a, b, c, d = np.array(face, float)
+        bounds = np.array([row[:4] for row in rows])  # (R,4)
+        s0, s1, t0, t1 = bounds.T[..., None, None]  # (R,4) -> four times (R,1,1)
+        s = s0 + (s1 - s0) * shape[0][:, None]  # (R,corners,1)
+        t = t0 + (t1 - t0) * shape[1][:, None]
+        points = (1 - t) * ((1 - s) * a + s * b) + t * ((1 - s) * d + s * c)  # (R,corners,3)
+        u, v = self.project(*points.transpose(2, 0, 1))  # each (R,corners)
+        # (R,corners,2) -> (R,2*corners): u, v, u, v ...
+        outlines = np.stack([u, v], 2).reshape(len(rows), -1)
+        for i, outline in enumerate(outlines.tolist()):
+            _, _, low, _, colour = rows[i]
+            if i == 0 or low < 0:  # the others lie within the first, but tyres reach below
+                self.label_pen.polygon(outline, label)
+            if colour:
+                self.image_pen.polygon(outline, colour)
 
-    def shade_from(self, ends, height):            # shadow of upright planes over a chain of ground points (x, z)
+    def strip(self, x0, x1, z0, z1, material):
+        """Lays a piece of ground from x0 to x1 and z0 to z1. It follows the street's bend."""
+        steps = 2 if z1 - z0 < 3 else 9  # short pieces are straight
+        z = np.geomspace(max(z0, NEAR), max(z1, NEAR), steps)
+        x = np.repeat((x0, x1), steps)
+        z = np.concatenate([z, z[::-1]])  # there and back
+        u, v = self.project(x, 0, z)
+        self.ground_pen.polygon(np.stack([u, v], 1).ravel().tolist(), material)
+
+    def cast_shadow(self, ends, height):
+        """Darkens the ground behind upright walls over a chain of points (x, z); metres."""
+        if not self.sunny:
+            return
         tips = [(x + self.cast[0] * height, z + self.cast[1] * height) for x, z in ends]
-        for quad in zip(ends, ends[1:], tips[1:], tips) if self.sunny else ():
-            self.darken.polygon([self.project(x, 0, max(z, NEAR)) for x, z in quad], 200)
+        for corners in zip(ends, ends[1:], tips[1:], tips):
+            self.shadow_pen.polygon([self.project(x, 0, max(z, NEAR)) for x, z in corners], SHADED)
 
-    def place(self, reach, function, x, z, *arguments):            # queues what stands at x, z +- reach; its shadows
-        wide, base = min(.9, reach), ((-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1))
-        base = [(x + wide * a, max(NEAR, z + reach * b)) for a, b in base]
-        self.shade_from(base, 1.5)
-        self.darken.polygon([self.project(a, 0, b) for a, b in base], 255)
-        self.jobs.append((z - .9 * reach, function, x, z, *arguments))
+    def queue(self, distance, function, *arguments):
+        """Queues function(self, *arguments), to be called in turn from far to near; metres."""
+        self.jobs.append((distance, function, arguments))
 
-    def field(self, slope):                        # a random piece of a noise tile, (H, W, 1) at the final size
-        rows, columns = ((np.arange(n) + self.rng.integers(512)) % 512 for n in self.size[::-1])
-        return _bank()[0][slope][rows[:, None], columns, None]
+    def place(self, reach, function, x, z, *arguments):
+        """Queues function(self, x, z, *arguments) and lays the shadow of what it draws.
 
-    def paint_sky(self):
-        rng, height = self.rng, np.clip(1 - np.arange(self.size[1]) * 2 / self.cv, 0, 1)[:, None, None]
-        sky = np.float32(self.haze + height ** rng.uniform(.5, 1.2) * (self.pick("zenith") - self.haze))
-        cover = ((self.field(1.7) + rng.uniform(-1.6, 1.2)) * rng.uniform(.2, 1.2)).clip(0, rng.uniform(.3, 1))
-        sky = (sky + cover * (np.float32(self.pick("cloud")) - sky)).clip(0, 255).astype(np.uint8)
-        self.image.paste(Image.fromarray(sky).resize((self.w, self.h)))
+        reach: it stands from z - reach to z + reach, in metres.
+        """
+        wide = min(0.9, reach)  # metres to either side: half a car
+        corners = [(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]
+        foot = [(x + wide * a, max(NEAR, z + reach * b)) for a, b in corners]
+        self.cast_shadow(foot, 1.5)  # metres: height of a car, and enough of anything else
+        self.shadow_pen.polygon([self.project(a, 0, b) for a, b in foot], COVERED)
+        self.queue(z - 0.9 * reach, function, x, z, *arguments)
 
-    def paint_ground(self):                        # ray-casts the plane: material times noise in the world times light
-        rng, tiles, haze, base = self.rng, _bank()[0], np.float32(self.haze), np.zeros((21, 3), np.float32)
-        base[[ROAD, SIDEWALK, TERRAIN]] = self.pick("road"), self.pick("sidewalk"), self.pick("terrain")
-        base[KERB], base[PAINT] = base[SIDEWALK] * rng.uniform(.7, 1.25), self.pick("e6e6e2 dcdcd8 e6e6e2 d2aa46")
-        top = max(0, int(self.cv - 6 - abs(self.roll) * self.cu))
-        columns = np.arange(self.w, dtype=np.float32) - self.cu
-        rows = np.arange(top, self.h, dtype=np.float32)[:, None] - self.cv
-        z = self.focal * self.height / np.maximum(rows - self.roll * columns, 1)
-        x = z * ((columns + self.roll * rows) / self.focal + self.heading) + self.eye - self.bend * z * z
-        material, texture = np.asarray(self.ground)[top:], 1
-        for slope, per_x, per_z, fade in ((.3, 32, 32, 1 + z / 25), (1.1, 9, .9, 1), (1.1, 3, 3, 1)):
-            cells = ((z * per_z).astype(np.int32) & 511) * 512 + ((x * per_x).astype(np.int32) & 511)
-            texture = texture + rng.uniform(.01, .09) * tiles[slope].ravel()[cells] / fade     # grain, tracks, stains
-        level = np.arange(256)[:, None]
-        light = self.sun + np.minimum(level / 200, 1) * (self.shade - self.sun)
-        light *= 1 - np.maximum(level - 200, 0) / 75
-        light = np.float32(light)[np.asarray(self.shadow.filter(ImageFilter.BoxBlur(1.5)))[top:]]
-        wet = float(rng.choice([0, 0, .35])) * np.exp(-rows / (.12 * self.h))  # mirrors the sky
-        clear = (np.exp(-z / self.visibility) * (1 - wet))[..., None]
-        colour = haze + clear * (base[material] * texture[..., None] * light - haze)
-        known = self.ground.crop((0, top, self.w, self.h)).point([255 * (m != SKY) for m in range(256)])
-        self.image.paste(Image.fromarray(colour.clip(0, 255).astype(np.uint8)), (0, top), known)
-        self.label.paste(self.ground.point([{KERB: SIDEWALK, PAINT: ROAD}.get(m, m) for m in range(256)]))
 
-    def house(self, side, x, z0, z1, height, floors, roof, shop):  # pitched roof, end wall, front with windows, shop
-        rng, colour, ridge, back, top = self.rng, self.pick("wall", 12), x + side * 4, x + side * 8, height + roof
-        lit, end = self.sunny * (side * self.cast[0] > 0) * rng.uniform(.6, 1), self.sunny * (self.cast[1] > 0)
-        paints = [(colour, lit), (colour * .85, end), (self.pick("roof"), max(lit, end)), (self.pick("frame"), lit),
-                  (self.pick("sign", 25), lit)] + [(self.pick("glass") * rng.uniform(.7, 1.5), lit) for _ in range(5)]
-        wall, gable, slope, frame, sign, *glass = (self.tone(c, light, z0) for c, light in paints)
-        face = [(x, height, z0), (x, height, z1), (ridge, top, z1), (ridge, top, z0)]
-        self.panels(face, [(0, 1, 0, 1, slope)], BUILDING)
-        face, eaves = [(x, 0, z0), (back, 0, z0), (back, top, z0), (x, top, z0)], height / top
-        self.panels(face, [(.4, .6, .8, 1 + (roof > 0) / height, gable)], BUILDING)
-        self.panels(face, [(0, 1, 0, 1, gable)], BUILDING, ((0, 1, 1, .5, 0), (0, 0, eaves, 1, eaves)))
-        rows, bays = [(0, 1, 0, 1, wall)], max(1, int((z1 - z0) / rng.uniform(1.5, 3.4)))
-        wide, high = rng.uniform(.3, .75), rng.uniform(.6, .9)
-        for j, k in itertools.product(range(bays), range(floors)):
-            a, b, c, d = j + .5 - wide / 2, j + .5 + wide / 2, k + .25, k + high
-            if shop and k == 0:
-                a, b, c, d = j + .06, j + .94, .15 * (j % 3), .7
-                rows.append((j / bays, (j + 1) / bays, 0, 1 / floors, sign))
-            spans = [(a - .05, b + .05, c - .04, d + .04, frame)] * (z0 < 50) + [(a, b, c, d, glass[rng.integers(5)])]
-            spans += [(a, (a + b) / 2, c, c + (d - c) * rng.random(), glass[rng.integers(5)])] * (z0 < 30)
-            rows += [(a / bays, b / bays, c / floors, d / floors, tone) for a, b, c, d, tone in spans]
-        self.panels([(x, 0, z0), (x, 0, z1), (x, height, z1), (x, height, z0)], rows, BUILDING)
+# -- houses, trees, figures, vehicles
 
-    def foliage(self, x, z, width, low, high, leaf, bare=False):   # a crown, bush or bare crown between two heights
-        (u0, v0), (u1, v1) = self.project(x - width / 2, high, z), self.project(x + width / 2, low, z)
-        left, top, right, bottom = max(0, round(u0)), max(0, round(v0)), min(self.w, round(u1)), min(self.h, round(v1))
-        if right > left and bottom > top:          # only the visible part of the 128 x 128 pictures is enlarged
-            part = [min(128, max(0, 128 * (a - b) / (c - b))) for a, b, c in (
-                (left, u0, u1), (top, v0, v1), (right, u0, u1), (bottom, v0, v1))]
-            mask, tone = (i.resize((right - left, bottom - top), Image.BILINEAR, part)
-                          for i in _bank()[1][int(bare)][self.rng.integers(8)])
-            colour = Image.new("RGB", mask.size, self.tone(leaf * .5 + 18 if bare else leaf * 2, self.sunny, z))
-            self.image.paste(ImageChops.multiply(colour, tone), (left, top), mask)
-            opaque = mask.point([255 * (a > (60 if bare else 127)) for a in range(256)])
-            self.label.paste(VEGETATION, (left, top), opaque)
 
-    def tree(self, x, z, height, leaf, bare):
-        trunk = [(x + height * a, height * b, z) for a, b in ((-.03, 0), (.03, 0), (.02, .5), (-.02, .5))]
-        self.panels(trunk, [(0, 1, 0, 1, self.tone(np.array((78, 68, 56)), self.lit(x, z) * .5, z))], VEGETATION)
-        for dx, low, size in ((0, .2, .8),) if bare else ((-.15, .3, .55), (.16, .32, .5), (0, .42, .58)):
-            self.foliage(x + dx * height, z, size * height * .9, low * height, (low + size) * height, leaf, bare)
+def _windows(street, bays, floors, shop, z, frame, sign, glass):
+    """Rows for _Street.panels: the windows of a front, and shop windows below them if `shop`.
 
-    def figure(self, x, z, names):                 # flat figures, turned alike; a torso on bent legs is a rider's
-        rng, lit, scale, riding = self.rng, self.lit(x, z - .5), self.rng.uniform(.0092, .0106), "bent" in names
-        turn = math.copysign(rng.uniform(.25 if riding else .6, 1), -x if names == "lamp" else rng.normal())
-        for label, *strokes in (_FIGURES[name] for name in names.split()):
-            tones, label = {}, RIDER if riding and label == PERSON else label
-            for key, width, *numbers in strokes:
-                tones[key] = tones.get(key) or self.tone(self.pick(key), lit, z)
-                points = [self.project(x + turn * scale * a, scale * b, z) for a, b in zip(numbers[::2], numbers[1::2])]
-                (u, v), r = points[0], max(1, self.focal * width * scale / z / 2)
-                for canvas, fill in ((self.draw, tones[key]), (self.mark, label)):
-                    if len(points) > 1:
-                        canvas.line(points, fill, round(2 * r), "curve")
-                    else:                          # one sees through the wheels of a bicycle
-                        inside, wide = None if label == BICYCLE and canvas is self.draw else fill, r * abs(turn)
-                        canvas.ellipse((u - wide, v - r, u + wide, v + r), inside, fill, round(r / 5 + 1))
+    bays, floors: columns and rows of windows. z: distance in metres, which decides about details.
+    frame, sign: colours. glass: five colours.
+    """
+    rng = street.rng
+    wide = rng.uniform(0.3, 0.75)  # width of a window, in bays
+    high = rng.uniform(0.6, 0.9)  # upper edge of a window, in floors
+    rows = []
+    for bay in range(bays):
+        for floor in range(floors):
+            left = bay + 0.5 - wide / 2
+            right = bay + 0.5 + wide / 2
+            low = floor + 0.25
+            top = floor + high
+            if shop and floor == 0:
+                left = bay + 0.06
+                right = bay + 0.94
+                low = 0.15 * (bay % 3)  # every third one is a door
+                top = 0.7
+                rows.append((bay / bays, (bay + 1) / bays, 0, 1 / floors, sign))
 
-    def vehicle(self, x, z, kind, ahead):          # a body and a cabin, of which top, one flank and one end are seen
-        label, length, width, belt, height, low, high, roof, windows = _VEHICLES[kind]
-        flank, rear, lit = np.sign(self.eye - x), ahead > 0, self.lit(x, z - length / 2 - .5)
-        paint, pane, lamp = self.pick("paint", 14), self.pick("glass") * .4 + 12, "be1a16 ff3c28" if rear else "eae6dc"
-        body, top, window, sky, trim, lamp, black, plate = (self.tone(c, lit, z) for c in (
-            paint * .8, paint * 1.15, pane, pane * 1.7 + 20, paint * .3 + 14, self.pick(lamp) * (2 - lit),
-            self.pick("18181a"), self.pick("d2c896")))
+            pane = glass[rng.integers(5)]
+            middle = (left + right) / 2
+            curtain_top = low + (top - low) * rng.random()
+            curtain = glass[rng.integers(5)]
+            spans = [(left, right, low, top, pane)]
+            if z < 50:
+                spans.insert(0, (left - 0.05, right + 0.05, low - 0.04, top + 0.04, frame))
+            if z < 30:
+                spans.append((left, middle, low, curtain_top, curtain))
+            for a, b, c, d, colour in spans:
+                rows.append((a / bays, b / bays, c / floors, d / floors, colour))
+    return rows
 
-        def face(corners, *rows, shape=_SQUARE):   # corners: half widths across, height, fraction of the length
-            corners = [(x + a * width / 2, y, z + ahead * (along - .5) * length) for a, y, along in corners]
-            self.panels(corners, rows, label, shape)
 
-        on_side, on_end = [], [  # tyres, bumper, plate, lamps
-            (.04, .18, -.3, .1, black), (.82, .96, -.3, .1, black), (.01, .99, 0, .3, trim), (.38, .62, .35, .6, plate),
-            (.03, .18, .5, .8, lamp), (.82, .97, .5, .8, lamp)]
-        for y0, y1, (r0, f0), (r1, f1), b in ((.22 * belt, belt, (0, 1), (0, 1), 1), (belt, height, low, high, roof)):
-            face([(-b, y1, r1), (b, y1, r1), (b, y1, f1), (-b, y1, f1)], (0, 1, 0, 1, top))
-            side = (flank, y0, r0), (flank, y0, f0), (flank * b, y1, f1), (flank * b, y1, r1)
-            face(side, (0, 1, 0, 1, body), *on_side)
-            e0, e1 = (r0, r1) if rear else (f0, f1)
-            face([(-1, y0, e0), (1, y0, e0), (b, y1, e1), (-b, y1, e1)], (0, 1, 0, 1, body), *on_end)
-            on_side = [((k + .12) / windows, (k + .92) / windows, .08, .86, window) for k in range(windows)]
-            on_end = [(.08, .92, .1, .88, window), (.08, .92, .55, .88, sky)] * (windows > 0 or not rear)
-        r = .33 if label == CAR else .5
-        for c in (.2, .8):                         # wheels
-            a, b = c - r / length, c + r / length
-            square = [(flank, 0, a), (flank, 0, b), (flank, 2 * r, b), (flank, 2 * r, a)]
-            face(square, (0, 1, 0, 1, black), (.25, .75, .25, .75, top), shape=_ROUND)
+def _draw_house(street, side, x, z0, z1, height, floors, roof, shop):
+    """Draws the roof, the end that faces the camera, and the front with its windows.
 
-    def line_up(self, side, line, kinds, near, far, leaf, bare):   # what stands along one side, beyond the pavement
-        rng, z, (flat, shops), storeys = self.rng, 2.5, self.rng.random(2) < .5, self.rng.integers(2, 6)
-        while z < FAR:
-            z = far + 2 if near - 5 < z < far + 2 else z
-            end, x = min(z + rng.uniform(6, 18), near - 2 if z < near else FAR + 9), side * line
-            kind = rng.choice(["house", "wall", "metal", "hedge", "park"], p=kinds)
-            if kind in ("wall", "metal"):          # what is seen between the bars of a fence counts as fence too
-                label, tall, colour = WALL if kind == "wall" else FENCE, rng.uniform(1, 2.6), self.pick(kind)
-                colour, spaces = self.tone(colour, self.sunny * .7, z), np.arange(0, 1, .4 / (end - z)).tolist()
-                bars = [(0, 1, .9, 1, colour)] + [(s, s + .05 / (end - z), 0, 1, colour) for s in spaces]
-                rows = [(0, 1, 0, 1, colour)] if kind == "wall" else [(0, 1, 0, 1, None), *bars]
-                corners = [(x, 0, z), (x, 0, end), (x, tall, end), (x, tall, z)]
-                self.jobs.append((end + .02, self.panels, corners, rows, label))
-            if kind == "house" or kind in ("wall", "metal") and rng.random() < .55:
-                x += side * (kind != "house") * rng.uniform(3, 8)
-                floors, roof = max(1, storeys + rng.integers(-1, 2)), (not flat) * rng.uniform(2, 4)
-                tall = floors * rng.uniform(2.8, 3.6)
-                shop = shops and kind == "house"
-                self.jobs.append((end + .05, self.house, side, x, z, end, tall, floors, roof, shop))
-                self.shade_from([(x, z), (x, end)], tall)
-            else:
-                self.strip(x, side * 60, z, end, TERRAIN)
-                for out, at in rng.uniform((1, z), (12, end), (rng.integers(2, 5), 2)).tolist():
-                    tree = rng.uniform(6, 16), self.pick("leaf", 8), rng.random() < bare
-                    self.jobs.append((end + .1, self.tree, x + side * out, at, *tree))
-            for at in np.arange(z, end, 1.7).tolist() if kind == "hedge" else ():
-                self.jobs.append((at + .03, self.foliage, x + side * .7, at, 3, -.3, rng.uniform(1, 1.6), leaf))
-            z = end + rng.uniform(2, 8) * (rng.random() < .2)
+    side: the front is at x, the rest beyond. z0, z1: where it begins and ends. height: of the
+    front. roof: how far it rises above the front, 0 if flat. All in metres. floors: how many.
+    shop: whether the lowest has shop windows.
+    """
+    rng = street.rng
+    ridge = x + side * 4  # metres: half of the house's depth
+    back = x + side * 8
+    top = height + roof
 
-    def lay_out(self):                             # draws the layout: lays the ground, queues what stands on it
-        rng, half, sort = self.rng, self.half, self.rng.choice(4, p=[.4, .3, .15, .15])        # town ... park
-        kinds = ((.8, .06, .06, .02, .06), (.5, .13, .13, .12, .12), (.2, .2, .2, .1, .3), (.05, .1, .2, .2, .45))[sort]
-        near = rng.uniform(10, 45) if rng.random() < .45 else 2 * FAR                          # the junction
-        far, leaf, bare = near + rng.uniform(7, 14), self.pick("leaf"), rng.random()
-        self.strip(-500, 500, NEAR, 3000, TERRAIN if sort else SIDEWALK)
-        for side in (-1, 1):
-            parked, avenue, grass = rng.random(3) < (.3, (.3, .45, .5, .5)[sort], (.1, .4, .6, .6)[sort])
-            kerb = half + 2.1 * parked
-            verge = kerb + grass * rng.uniform(.8, 3)
-            line = verge + rng.uniform(2, 6)
-            for edge, material in ((line, SIDEWALK), (verge, TERRAIN), (kerb + .16, KERB), (kerb, ROAD)):
-                self.strip(0, side * edge, NEAR, 2 * FAR, material)
-            self.line_up(side, line, kinds, near, far, leaf, bare)
-            traffic = half / 2, 30, _CARS * 7 + ["bus", "truck"] * 3 + ["train"]
-            for lane, gap, models in (traffic, (kerb - 1.05, 1.2, _CARS))[:1 + parked]:
-                z = 5 + rng.exponential(gap)
-                while z < 70:
-                    kind = rng.choice(models)
-                    reach = _VEHICLES[kind][1] / 2
-                    self.place(reach, self.vehicle, side * lane, z + reach, kind, side * self.hand)
-                    z += 2 * reach + 1 + rng.exponential(gap)
-            for names, count, z0, z1, low, high in _FURNITURE:
-                for z in rng.uniform(z0, z1, rng.poisson(count)):
-                    x = side * np.interp(rng.uniform(low, high), (0, 1, 2), (0, kerb, line))
-                    self.place(.2, self.figure, x, z, names)
-            for z in np.arange(rng.uniform(7, 20), 80, rng.uniform(8, 16)).tolist() if avenue else ():
-                self.place(.2, self.tree, side * (kerb + .9), z, rng.uniform(5, 12), leaf, bare > .55)
-        for x in np.arange(-90, 90, 9).tolist():   # the end of the street
-            bush = x, FAR + 19, 22, -1, rng.uniform(5, 15), leaf, rng.random() < bare
-            self.jobs.append((FAR + 20, self.foliage, *bush))
-            if rng.random() < kinds[0]:
-                self.jobs.append((FAR + 19, self.house, 1, x, FAR + 12, FAR + 19, rng.uniform(5, 16), 4, 3, False))
-        self.strip(-200, 200, near, far, ROAD)
-        dash, edge = rng.choice([0, 2, 2, 99]), half - rng.choice([.2, .5, 99])
-        marks = [(0, self.hand * half, near - 1.2, near - .9)] + [(x - .06, x + .06, NEAR, near) for x in (-edge, edge)]
-        marks += [(-.07, .07, z, z + dash) for z in np.arange(rng.uniform(1, 6), min(near, 70), rng.uniform(4, 9))]
-        zebra = [(x, x + .55, near - 4.6, near - 1.8) for x in np.arange(.4 - half, half - .4, 1.1)]
-        for mark in marks + zebra * (rng.random() < .5):
-            self.strip(*mark, PAINT)
+    wall_colour = street.pick("wall", 12)
+    front_lit = street.sunny * (side * street.cast[0] > 0) * rng.uniform(0.6, 1)
+    end_lit = street.sunny * (street.cast[1] > 0)
+    wall = street.tone(wall_colour, front_lit, z0)
+    gable = street.tone(wall_colour * 0.85, end_lit, z0)
+    slope = street.tone(street.pick("roof"), max(front_lit, end_lit), z0)
+    frame = street.tone(street.pick("frame"), front_lit, z0)
+    sign = street.tone(street.pick("sign", 25), front_lit, z0)
+    glass = []
+    for _ in range(5):
+        glass.append(street.tone(street.pick("glass") * rng.uniform(0.7, 1.5), front_lit, z0))
 
-    def photograph(self):                          # half size, grain, vignette, exposure, noise, gamma, blur, JPEG
-        rng, (w, h), label, grain = self.rng, self.size, np.array(self.label)[1::2, 1::2], np.full(19, .05, np.float32)
-        grain[[BUILDING, WALL, VEGETATION, TERRAIN, SKY]] = .1, .1, .14, .18, 0
-        image = np.asarray(self.image.reduce(2), np.float32) * (1 + grain[label][..., None] * self.field(.7))
-        radius = np.hypot(*np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h)))[..., None]
-        gain = math.exp(rng.normal(.12, .3)) * (1 + rng.normal(0, .04, 3))
-        image *= np.float32(gain) * np.float32(1 - rng.uniform(0, .25) * radius ** 2)
-        gray, saturation, noise = image.mean(2, keepdims=True), rng.uniform(.55, 1.15), rng.uniform(.5, 4)
-        image = (gray + (image - gray) * saturation + noise * self.field(0)).clip(0, 255).astype(np.uint8)
-        curve = 255 * (np.arange(256) / 255) ** rng.uniform(.85, 1.35) + rng.uniform(0, 12)
-        photo, file = Image.fromarray(image).point(curve.clip(0, 255).astype(int).tolist() * 3), io.BytesIO()
-        photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(0, .3) if self.shifted else rng.uniform(.2, .7)))
-        photo.save(file, "JPEG", quality=int(rng.integers(55, 96)))
-        return np.array(Image.open(file)), label
+    pitch = [(x, height, z0), (x, height, z1), (ridge, top, z1), (ridge, top, z0)]
+    street.panels(pitch, [(*_WHOLE, slope)], BUILDING)
+
+    end = [(x, 0, z0), (back, 0, z0), (back, top, z0), (x, top, z0)]
+    chimney = 1 + (roof > 0) / height  # a little over a metre above the ridge
+    street.panels(end, [(0.4, 0.6, 0.8, chimney, gable)], BUILDING)
+    eaves = height / top
+    outline = np.array([(0, 0), (1, 0), (1, eaves), (0.5, 1), (0, eaves)]).T
+    street.panels(end, [(*_WHOLE, gable)], BUILDING, outline)
+
+    front = [(x, 0, z0), (x, 0, z1), (x, height, z1), (x, height, z0)]
+    bays = max(1, int((z1 - z0) / rng.uniform(1.5, 3.4)))  # metres a bay
+    windows = _windows(street, bays, floors, shop, z0, frame, sign, glass)
+    street.panels(front, [(*_WHOLE, wall), *windows], BUILDING)
+
+
+def _draw_foliage(street, x, z, width, low, high, leaf, bare=False):
+    """Draws a crown or a bush of some width between two heights, in metres.
+
+    leaf: its reflectance. bare: branches without leaves.
+    """
+    u0, v0 = street.project(x - width / 2, high, z)
+    u1, v1 = street.project(x + width / 2, low, z)
+    left = max(0, round(u0))
+    right = min(street.w, round(u1))
+    top = max(0, round(v0))
+    bottom = min(street.h, round(v1))
+    if right <= left or bottom <= top:
+        return
+
+    def within(pixel, start, stop):
+        """Place of a canvas pixel in the picture of the crown, 0..CROWN."""
+        return min(CROWN, max(0, CROWN * (pixel - start) / (stop - start)))
+
+    # Only the part within the canvas is enlarged.
+    size = (right - left, bottom - top)
+    box = (within(left, u0, u1), within(top, v0, v1), within(right, u0, u1), within(bottom, v0, v1))
+    _, crowns = _bank()
+    alpha, tone = crowns[bare][street.rng.integers(CROWNS)]
+    alpha = alpha.resize(size, Image.BILINEAR, box)
+    tone = tone.resize(size, Image.BILINEAR, box)
+
+    colour = leaf * 2  # makes up for the mean of `tone`, about half of white
+    opaque = 127
+    if bare:
+        colour = leaf * 0.5 + 18
+        opaque = 60  # thin branches count too
+    plain = Image.new("RGB", size, street.tone(colour, street.sunny, z))
+    street.image.paste(ImageChops.multiply(plain, tone), (left, top), alpha)
+    mask = alpha.point([255 * (a > opaque) for a in range(256)])
+    street.label.paste(VEGETATION, (left, top), mask)
+
+
+def _draw_tree(street, x, z, height, leaf, bare):
+    """Draws a trunk up to half the height (metres), and one bare crown or three leafy ones."""
+    trunk = [(-0.03, 0), (0.03, 0), (0.02, 0.5), (-0.02, 0.5)]  # x, y of its corners, in heights
+    face = [(x + height * a, height * b, z) for a, b in trunk]
+    bark = np.array((78, 68, 56))
+    lit = street.sunshine(x, z) * 0.5  # it stands in the shade of its crown
+    street.panels(face, [(*_WHOLE, street.tone(bark, lit, z))], VEGETATION)
+
+    # x, foot and size of the crowns, in heights
+    crowns = [(-0.15, 0.3, 0.55), (0.16, 0.32, 0.5), (0, 0.42, 0.58)]
+    if bare:
+        crowns = [(0, 0.2, 0.8)]
+    for dx, foot, size in crowns:
+        width = size * height * 0.9
+        low = foot * height
+        high = (foot + size) * height
+        _draw_foliage(street, x + dx * height, z, width, low, high, leaf, bare)
+
+
+def _draw_figure(street, x, z, names):
+    """Draws _FIGURES over one another, flat and turned alike. names: theirs, between spaces."""
+    rng = street.rng
+    lit = street.sunshine(x, z - 0.5)  # metres: before its own shadow
+    scale = rng.uniform(0.0092, 0.0106)  # metres for a centimetre: figures differ in height
+    riding = "bent" in names
+
+    # x shrinks as the figure turns away, and changes sign as it faces the other way.
+    least = 0.25 if riding else 0.6  # a rider may be seen almost from behind
+    shrink = rng.uniform(least, 1)
+    facing = -x if names == "lamp" else rng.normal()  # a lamp reaches over the street
+    turn = math.copysign(shrink, facing)
+
+    for name in names.split():
+        label, *strokes = _FIGURES[name]
+        if riding and label == PERSON:
+            label = RIDER
+        tones = {}
+        for palette, thickness, *points in strokes:
+            if palette not in tones:
+                tones[palette] = street.tone(street.pick(palette), lit, z)
+            corners = [street.project(x + turn * scale * a, scale * b, z) for a, b in points]
+            radius = max(1, street.focal * thickness * scale / z / 2)  # canvas pixels
+            _draw_stroke(street, corners, radius, abs(turn), tones[palette], label)
+
+
+def _draw_stroke(street, corners, radius, turn, colour, label):
+    """Draws a line through canvas points or, at a single one, a disc.
+
+    radius: half the line's width, in canvas pixels. turn: width of a disc in heights.
+    """
+    if len(corners) > 1:
+        street.image_pen.line(corners, colour, round(2 * radius), "curve")
+        street.label_pen.line(corners, label, round(2 * radius), "curve")
+        return
+    u, v = corners[0]
+    wide = radius * turn
+    box = (u - wide, v - radius, u + wide, v + radius)
+    rim = round(radius / 5 + 1)
+    inside = None if label == BICYCLE else colour  # one sees through its wheels
+    street.image_pen.ellipse(box, inside, colour, rim)
+    street.label_pen.ellipse(box, label, label, rim)
+
+
+def _draw_vehicle(street, x, z, kind, ahead):
+    """Draws a body and a cabin, of which top, one flank and one end are seen, and two wheels.
+
+    x, z: its middle, in metres. kind: a key of _VEHICLES. ahead: 1 if it goes our way, else -1.
+    """
+    label, length, width, belt, height, at_belt, at_roof, roof, windows = _VEHICLES[kind]
+    flank = np.sign(street.eye - x)  # the side that is seen
+    rear = ahead > 0  # the end that is seen
+    lit = street.sunshine(x, z - length / 2 - 0.5)  # metres: before its own shadow
+
+    paint = street.pick("paint", 14)
+    pane = street.pick("glass") * 0.4 + 12
+    lamp = street.pick("tail_light" if rear else "head_light")
+    black = street.tone(street.pick("black"), lit, z)
+    plate = street.tone(street.pick("plate"), lit, z)
+    lamp = street.tone(lamp * (2 - lit), lit, z)  # it shines: twice as bright in the shade
+    body = street.tone(paint * 0.8, lit, z)
+    top = street.tone(paint * 1.15, lit, z)
+    trim = street.tone(paint * 0.3 + 14, lit, z)
+    window = street.tone(pane, lit, z)
+    sky = street.tone(pane * 1.7 + 20, lit, z)  # mirrored in the upper part of a windscreen
+
+    def face(corners, rows, shape=_SQUARE):
+        """Paints a face; corners: half widths across, height in metres, lengths from the rear."""
+        points = []
+        for across, y, along in corners:
+            points.append((x + across * width / 2, y, z + ahead * (along - 0.5) * length))
+        street.panels(points, rows, label, shape)
+
+    def block(y0, y1, foot, head, narrow, on_side, on_end):
+        """Paints top, flank and end of a box from height y0 to y1.
+
+        foot, head: its rear and front at y0 and at y1. narrow: half width at y1.
+        on_side, on_end: rows for the panels on flank and end.
+        """
+        r0, f0 = foot
+        r1, f1 = head
+        b = flank * narrow
+        above = [(-narrow, y1, r1), (narrow, y1, r1), (narrow, y1, f1), (-narrow, y1, f1)]
+        face(above, [(*_WHOLE, top)])
+        side = [(flank, y0, r0), (flank, y0, f0), (b, y1, f1), (b, y1, r1)]
+        face(side, [(*_WHOLE, body), *on_side])
+        e0, e1 = (r0, r1) if rear else (f0, f1)
+        end = [(-1, y0, e0), (1, y0, e0), (narrow, y1, e1), (-narrow, y1, e1)]
+        face(end, [(*_WHOLE, body), *on_end])
+
+    on_end = [
+        (0.04, 0.18, -0.3, 0.1, black),  # two tyres
+        (0.82, 0.96, -0.3, 0.1, black),
+        (0.01, 0.99, 0, 0.3, trim),  # bumper
+        (0.38, 0.62, 0.35, 0.6, plate),
+        (0.03, 0.18, 0.5, 0.8, lamp),
+        (0.82, 0.97, 0.5, 0.8, lamp),
+    ]
+    floor = 0.22 * belt
+    block(floor, belt, (0, 1), (0, 1), 1, [], on_end)
+
+    on_side = []
+    for k in range(windows):
+        on_side.append(((k + 0.12) / windows, (k + 0.92) / windows, 0.08, 0.86, window))
+    on_end = [(0.08, 0.92, 0.1, 0.88, window), (0.08, 0.92, 0.55, 0.88, sky)]
+    if rear and not windows:  # the load of a truck
+        on_end = []
+    block(belt, height, at_belt, at_roof, roof, on_side, on_end)
+
+    radius = 0.33 if label == CAR else 0.5  # metres
+    for axle in (0.2, 0.8):
+        a = axle - radius / length
+        b = axle + radius / length
+        wheel = [(flank, 0, a), (flank, 0, b), (flank, 2 * radius, b), (flank, 2 * radius, a)]
+        face(wheel, [(*_WHOLE, black), (0.25, 0.75, 0.25, 0.75, top)], _WHEEL)
+
+
+# -- the layout: what lies and stands where
+
+
+def _lay_out(street):
+    """Lays the ground and its shadows, and queues what stands on it."""
+    ground = street.district[4]
+    street.strip(-500, 500, NEAR, 3000, ground)  # metres: as far as one sees
+    for side in (-1, 1):
+        _lay_side(street, side)
+    _close_street(street)
+    street.strip(-200, 200, *street.crossing, ROAD)
+    _mark_road(street)
+
+
+def _lay_side(street, side):
+    """Lays one side of the street, from its middle to the plots, and queues what stands there."""
+    rng = street.rng
+    _, _, avenue_chance, verge_chance, _ = street.district
+    parked, avenue, verge = rng.random(3) < (0.3, avenue_chance, verge_chance)
+    kerb = street.half + 2.1 * parked  # metres: a lane of parked cars
+    grass = kerb + verge * rng.uniform(0.8, 3)
+    line = grass + rng.uniform(2, 6)
+    # Each strip covers the inner part of the one before.
+    street.strip(0, side * line, NEAR, 2 * FAR, SIDEWALK)
+    street.strip(0, side * grass, NEAR, 2 * FAR, TERRAIN)
+    street.strip(0, side * (kerb + 0.16), NEAR, 2 * FAR, KERB)
+    street.strip(0, side * kerb, NEAR, 2 * FAR, ROAD)
+
+    _line_up(street, side, line)
+    _queue_vehicles(street, side, street.half / 2, 30, _TRAFFIC)
+    if parked:
+        _queue_vehicles(street, side, kerb - 1.05, 1.2, _PARKED)
+    for names, count, ahead, across in _FURNITURE:
+        for z in rng.uniform(*ahead, rng.poisson(count)):
+            x = side * np.interp(rng.uniform(*across), (0, 1, 2), (0, kerb, line))
+            street.place(0.2, _draw_figure, x, z, names)
+    if avenue:
+        x = side * (kerb + 0.9)
+        bare = street.bare_share > 0.55  # avenue trees are alike
+        first = rng.uniform(7, 20)
+        distance = rng.uniform(8, 16)
+        for z in np.arange(first, 80, distance).tolist():
+            street.place(0.2, _draw_tree, x, z, rng.uniform(5, 12), street.leaf, bare)
+
+
+def _queue_vehicles(street, side, lane, gap, kinds):
+    """Queues a row of vehicles, up to 70 m away.
+
+    lane: metres from the middle of the street. gap: mean of the metres between two, beyond one.
+    kinds: keys of _VEHICLES to choose from.
+    """
+    rng = street.rng
+    z = 5 + rng.exponential(gap)
+    while z < 70:
+        kind = rng.choice(kinds)
+        reach = _VEHICLES[kind][1] / 2  # half its length
+        street.place(reach, _draw_vehicle, side * lane, z + reach, kind, side * street.hand)
+        z += 2 * reach + 1 + rng.exponential(gap)
+
+
+def _line_up(street, side, line):
+    """Queues what stands on one side beyond the pavement: plot after plot up to FAR."""
+    rng = street.rng
+    near, far = street.crossing
+    shares = street.district[1]
+    flat, shops = rng.random(2) < 0.5
+    storeys = rng.integers(2, 6)
+    x = side * line
+    z = 2.5
+    while z < FAR:
+        if near - 5 < z < far + 2:  # the corner of the crossing stays free
+            z = far + 2
+        limit = near - 2 if z < near else FAR + 9
+        end = min(z + rng.uniform(6, 18), limit)
+
+        kind = rng.choice(_PLOTS, p=shares)
+        built = kind == "house"
+        if kind in _BARRIERS:
+            _queue_barrier(street, kind, x, z, end)
+            built = rng.random() < 0.55
+        if built:
+            setback = rng.uniform(3, 8)  # metres behind its wall or fence
+            front = x + side * setback * (kind != "house")
+            _queue_house(street, side, front, z, end, storeys, flat, shops and kind == "house")
+        else:
+            _queue_garden(street, side, x, z, end)
+        if kind == "hedge":
+            for at in np.arange(z, end, 1.7).tolist():  # metres from bush to bush
+                bush = (x + side * 0.7, at, 3, -0.3, rng.uniform(1, 1.6), street.leaf)
+                street.queue(at + 0.03, _draw_foliage, *bush)
+
+        gap = rng.uniform(2, 8)
+        z = end + gap * (rng.random() < 0.2)
+
+
+# Of a plot the trees are painted first, then the house, then what stands before it: that is why the
+# distances below differ by centimetres.
+
+
+def _queue_barrier(street, kind, x, z, end):
+    """Queues a wall or fence along the street from z to end."""
+    label, palette = _BARRIERS[kind]
+    height = street.rng.uniform(1, 2.6)
+    colour = street.tone(street.pick(palette), street.sunny * 0.7, z)
+    rows = [(*_WHOLE, colour)]
+    if kind == "fence":  # what is seen between its bars counts as fence too
+        length = end - z
+        rows = [(*_WHOLE, None), (0, 1, 0.9, 1, colour)]
+        for start in np.arange(0, 1, 0.4 / length).tolist():  # a bar of 5 cm every 40 cm
+            rows.append((start, start + 0.05 / length, 0, 1, colour))
+    face = [(x, 0, z), (x, 0, end), (x, height, end), (x, height, z)]
+    street.queue(end + 0.02, _Street.panels, face, rows, label)
+
+
+def _queue_house(street, side, x, z, end, storeys, flat, shop):
+    """Queues a house of about `storeys` from z to end, its front at x, and lays its shadow."""
+    rng = street.rng
+    floors = max(1, storeys + rng.integers(-1, 2))
+    roof = (not flat) * rng.uniform(2, 4)
+    height = floors * rng.uniform(2.8, 3.6)  # metres a floor
+    street.queue(end + 0.05, _draw_house, side, x, z, end, height, floors, roof, shop)
+    street.cast_shadow([(x, z), (x, end)], height)
+
+
+def _queue_garden(street, side, x, z, end):
+    """Lays grass beyond x from z to end, and queues two to four trees on it."""
+    rng = street.rng
+    street.strip(x, side * 60, z, end, TERRAIN)
+    count = rng.integers(2, 5)
+    for out, at in rng.uniform((1, z), (12, end), (count, 2)).tolist():  # metres beyond x; z
+        height = rng.uniform(6, 16)
+        leaf = street.pick("leaf", 8)
+        bare = rng.random() < street.bare_share
+        street.queue(end + 0.1, _draw_tree, x + side * out, at, height, leaf, bare)
+
+
+def _close_street(street):
+    """Queues bushes 22 m wide across the end of the street, with houses before them."""
+    rng = street.rng
+    house_share = street.district[1][0]
+    for x in np.arange(-90, 90, 9).tolist():
+        height = rng.uniform(5, 15)
+        bare = rng.random() < street.bare_share
+        bush = (x, FAR + 19, 22, -1, height, street.leaf, bare)
+        street.queue(FAR + 20, _draw_foliage, *bush)
+        if rng.random() < house_share:
+            height = rng.uniform(5, 16)
+            house = (1, x, FAR + 12, FAR + 19, height, 4, 3, False)  # four floors, no shop
+            street.queue(FAR + 19, _draw_house, *house)
+
+
+def _mark_road(street):
+    """Lays the paint: stop line, edge lines, middle line, zebra crossing."""
+    rng = street.rng
+    half = street.half
+    near, _ = street.crossing
+    dash = rng.choice([0, 2, 2, 99])  # metres: no middle line, dashes, unbroken
+    edge = half - rng.choice([0.2, 0.5, 99])  # metres from the middle; 99: out of sight
+    street.strip(0, street.hand * half, near - 1.2, near - 0.9, PAINT)
+    for x in (-edge, edge):
+        street.strip(x - 0.06, x + 0.06, NEAR, near, PAINT)
+    first = rng.uniform(1, 6)
+    distance = rng.uniform(4, 9)
+    for z in np.arange(first, min(near, 70), distance):
+        street.strip(-0.07, 0.07, z, z + dash, PAINT)
+    if rng.random() < 0.5:
+        for x in np.arange(0.4 - half, half - 0.4, 1.1):
+            street.strip(x, x + 0.55, near - 4.6, near - 1.8, PAINT)
+
+
+# -- painting
+
+
+def _paint_sky(street):
+    """Paints the whole image as sky: the horizon's colour to the zenith's, with clouds."""
+    rng = street.rng
+    w, h = street.size
+    height = 1 - np.arange(h) * SUPERSAMPLING / street.cv  # 1 in the top row, 0 at the horizon
+    height = np.clip(height, 0, 1)[:, None, None]  # (H,) -> (H,1,1)
+    steepness = rng.uniform(0.5, 1.2)
+    zenith = street.pick("zenith")
+    sky = np.float32(street.haze + height ** steepness * (zenith - street.haze))  # (H,1,3)
+
+    # Noise above a random level is cloud; its contrast and greatest opacity are random too.
+    cover = street.field(1.7) + rng.uniform(-1.6, 1.2)  # (H,W,1)
+    cover = (cover * rng.uniform(0.2, 1.2)).clip(0, rng.uniform(0.3, 1))
+    sky = sky + cover * (np.float32(street.pick("cloud")) - sky)  # (H,W,3)
+    sky = Image.fromarray(sky.clip(0, 255).astype(np.uint8))
+    street.image.paste(sky.resize((street.w, street.h)))
+
+
+def _paint_ground(street):
+    """Paints the ground onto image and label, wherever a material has been laid."""
+    base = _ground_colours(street)
+    # Canvas row 6 pixels above the tilted horizon: the ground begins below it.
+    top = max(0, int(street.cv - 6 - abs(street.roll) * street.cu))
+    rows, x, z = _ground_points(street, top)
+    texture = _ground_texture(street.rng, x, z)
+    light = _ground_light(street, top)
+
+    # Wet ground mirrors the sky, the more the nearer it is to the horizon.
+    wet = float(street.rng.choice([0, 0, 0.35])) * np.exp(-rows / (0.12 * street.h))
+    clear = (np.exp(-z / street.visibility) * (1 - wet))[..., None]  # (rows,W) -> (rows,W,1)
+    haze = np.float32(street.haze)
+    material = np.asarray(street.ground)[top:]
+    colour = haze + clear * (base[material] * texture[..., None] * light - haze)
+    colour = Image.fromarray(colour.clip(0, 255).astype(np.uint8))
+
+    laid = [255 * (m != SKY) for m in range(256)]
+    mask = street.ground.crop((0, top, street.w, street.h)).point(laid)
+    street.image.paste(colour, (0, top), mask)
+
+    labels = list(range(256))
+    labels[KERB] = SIDEWALK
+    labels[PAINT] = ROAD
+    street.label.paste(street.ground.point(labels))
+
+
+def _ground_colours(street):
+    """Reflectance of each material, float32 (21, 3)."""
+    base = np.zeros((PAINT + 1, 3), np.float32)
+    base[ROAD] = street.pick("road")
+    base[SIDEWALK] = street.pick("sidewalk")
+    base[TERRAIN] = street.pick("terrain")
+    base[KERB] = base[SIDEWALK] * street.rng.uniform(0.7, 1.25)
+    base[PAINT] = street.pick("marking")
+    return base
+
+
+def _ground_points(street, top):
+    """Points of the ground that the canvas pixels from row `top` on show: undoes _Street.project.
+
+    Returns rows (R, 1) in pixels below the horizon, and x and z (R, W) in metres, float32.
+    """
+    columns = np.arange(street.w, dtype=np.float32) - street.cu
+    rows = np.arange(top, street.h, dtype=np.float32)[:, None] - street.cv
+    below = np.maximum(rows - street.roll * columns, 1)  # at least a pixel: z stays finite
+    z = street.focal * street.height / below
+    across = (columns + street.roll * rows) / street.focal
+    x = z * (across + street.heading) + street.eye - street.bend * z * z
+    return rows, x, z
+
+
+def _ground_texture(rng, x, z):
+    """Factor on the ground's colour at points x, z in metres: float32 (R, W) around 1."""
+    tiles, _ = _bank()
+    grain = (0.3, 32, 32, True)  # slope of the noise, cells a metre along x and z, whether it fades
+    tracks = (1.1, 9, 0.9, False)
+    stains = (1.1, 3, 3, False)
+    texture = 1
+    for slope, per_x, per_z, fades in (grain, tracks, stains):
+        row = (z * per_z).astype(np.int32) & (TILE - 1)  # the tile repeats
+        column = (x * per_x).astype(np.int32) & (TILE - 1)
+        noise = rng.uniform(0.01, 0.09) * tiles[slope].ravel()[row * TILE + column]
+        if fades:
+            noise = noise / (1 + z / 25)  # half as strong at 25 m: cells get smaller than pixels
+        texture = texture + noise
+    return texture
+
+
+def _ground_light(street, top):
+    """Light on the ground from canvas row `top` on, float32 (R, W, 3); shadows have soft edges."""
+    level = np.arange(256)[:, None]  # (256,1), of the shadow canvas
+    light = street.sun + np.minimum(level / SHADED, 1) * (street.shade - street.sun)  # (256,3)
+    light *= 1 - np.maximum(level - SHADED, 0) / 75  # under a car 0.27 of the shade's light is left
+    shadow = street.shadow.filter(ImageFilter.BoxBlur(1.5))
+    return np.float32(light)[np.asarray(shadow)[top:]]
+
+
+def _paint_queue(street):
+    """Paints what stands upright, from far to near; of the same distance what was queued first."""
+    for _, function, arguments in sorted(street.jobs, key=lambda job: -job[0]):
+        function(street, *arguments)
+
+
+def _photograph(street):
+    """What a camera makes of the canvases: image uint8 (H, W, 3), label uint8 (H, W)."""
+    rng = street.rng
+    w, h = street.size
+    label = np.array(street.label)[1::SUPERSAMPLING, 1::SUPERSAMPLING]  # ids cannot be averaged
+
+    # Surfaces are not smooth: grain, strongest on grass and leaves.
+    strength = np.full(19, 0.05, np.float32)
+    strength[[BUILDING, WALL, VEGETATION, TERRAIN, SKY]] = 0.1, 0.1, 0.14, 0.18, 0
+    image = np.asarray(street.image.reduce(SUPERSAMPLING), np.float32)
+    strength = strength[label][..., None]  # (H,W) -> (H,W,1)
+    image = image * (1 + strength * street.field(0.7))  # (H,W,3)
+
+    # The lens: exposure, white balance, corners up to half as bright (radius is 2 ** 0.5 there).
+    exposure = math.exp(rng.normal(*street.style["log_gain"]))
+    gain = exposure * (1 + rng.normal(0, 0.04, 3))
+    x, y = np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h))
+    radius = np.hypot(x, y)[..., None]  # (H,W) -> (H,W,1)
+    falloff = 1 - rng.uniform(0, 0.25) * radius ** 2
+    image *= np.float32(gain) * np.float32(falloff)
+
+    # The sensor: saturation and white noise.
+    grey = image.mean(2, keepdims=True)
+    saturation = rng.uniform(0.55, 1.15)
+    noise = rng.uniform(0.5, 4)
+    image = grey + (image - grey) * saturation + noise * street.field(0)
+    photo = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+    # The file: a gamma curve with raised black, blur, JPEG.
+    gamma = rng.uniform(0.85, 1.35)
+    curve = 255 * (np.arange(256) / 255) ** gamma + rng.uniform(0, 12)
+    photo = photo.point(curve.clip(0, 255).astype(int).tolist() * 3)
+    photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(*street.style["blur"])))
+    file = io.BytesIO()
+    photo.save(file, "JPEG", quality=int(rng.integers(55, 96)))
+    return np.array(Image.open(file)), label
 
 
 def render_street(seed, index, shifted=False, size=(256, 192)):
     """One picture of a street and its labels, a function of the arguments only.
 
-    seed, index: ints >= 0 that name the picture. shifted: the same world under other materials, season, light and
-    camera (layouts have the same distribution, the scenes themselves are other ones). size: (W, H) in pixels.
     Returns image uint8 (H, W, 3) RGB and label uint8 (H, W) with Cityscapes train ids 0..18.
+    seed, index: ints >= 0 that name the picture. size: (W, H) in pixels.
+    shifted: the same world with other materials, season, light and camera. Layouts are distributed
+    alike, but no scene is there in both styles.
     """
-    street = _Street(np.random.default_rng([seed, index, int(shifted)]), shifted, size)
-    street.lay_out()
-    street.paint_sky()
-    street.paint_ground()
-    for _, paint, *arguments in sorted(street.jobs, key=lambda job: -job[0]):
-        paint(*arguments)
-    return street.photograph()
+    style = int(shifted)  # position in _STYLES
+    rng = np.random.default_rng([seed, index, style])
+    street = _Street(rng, _STYLES[style], size)
+    _lay_out(street)
+    _paint_sky(street)
+    _paint_ground(street)
+    _paint_queue(street)
+    return _photograph(street)
 
 
 if __name__ == "__main__":
