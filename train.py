@@ -152,13 +152,13 @@ def build_parser():
     a("--sepico", type=float, default=0.0, help="weight of the contrast with source classes' Gaussians, 0 = off")
     a("--t2s", type=float, default=0.0, help="weight of the pull of restyled source pixels to clean ones, 0 = off")
     a("--tau", type=float, default=0.1, help="temperature of the contrasts")
-    a("--contrast-pixels", type=data.cell_count, default="all", help="cells of a process and view: all, N or N/class")
+    a("--contrast-pixels", default="all", help="cells of a process and view: all, N or N/class")
     a("--contrast-start", type=int, help="steps before which a contrast weighs nothing (default: 0, --t2s: --warmup)")
     a("--pooled", action=argparse.BooleanOptionalAction, default=False,
       help="--cluda: one contrast over source and mixed pixels together, with pairs across the images")
     a("--projection", action=argparse.BooleanOptionalAction, default=False,
       help="contrast behind a projection head of two layers, not on the features themselves")
-    a("--style", default="fourier", choices=data.STYLES, help="--t2s: how source images are restyled")
+    a("--style", default="fourier", help="--t2s: how source images are restyled")
     a("--beta", type=float, nargs="+", default=[0.01], help="fourier: share of the spectrum, one of these a step")
     a("--restyle", default="extra", choices=("extra", "half"),
       help="--t2s: restyled images are a pass of their own, or take the place of every second source image")
@@ -293,7 +293,6 @@ def contrast_rows(f, net, features, label, weight, generator, shard):
     behind the projection head of `net`, their label int (N,), 255 outside the draw, and weight (N,), 1 where None."""
     net = getattr(net, "module", net)
     cells = data.majority_label(label, [max(1, side // 8) for side in label.shape[1:]], net.num_classes)  # (B,h,w)
-    cells = data.sample_cells(cells, f.contrast_pixels, generator, shard)
     pooled = F.adaptive_avg_pool2d(features, cells.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)  # (B,C,h,w) -> (N,C)
     rows = F.normalize(net.projection(pooled).float(), dim=1, eps=1e-3)  # eps: a dead cell has no direction to amplify
     weight = torch.ones(label.shape, device=label.device) if weight is None else weight
@@ -316,7 +315,7 @@ def step_terms(f, context, networks, source, labeled, target, things):
 
     view = data.strong_augment(image, generator) if f.augment_source else image
     if f.t2s:
-        restyled = data.restyle(image, target[0] if target else image, f.style, f.beta, generator, shard)
+        restyled = data.restyle(image, target[0] if target else None, generator, shard)
         views.update(restyled=restyled)
         query_label = label
         if f.restyle == "half":
@@ -501,7 +500,8 @@ def batches(dataset, f, start, shard, device, rare=None, labels=True, subset=Non
                                          pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_run)
     for batch in loader:
         image = batch["image"].to(device, non_blocking=True).float() / 255
-        yield image, batch["label"].to(device, non_blocking=True), [dataset.names[i] for i in batch["index"].tolist()]
+        label = batch["label"] if crops.labels else torch.where(batch["inside"], 0, data.IGNORE).to(torch.uint8)
+        yield image, label.to(device, non_blocking=True), [dataset.names[i] for i in batch["index"].tolist()]
 
 
 def open_loaders(f, start, shard, device, source_set, target_set, labeled):
