@@ -4276,6 +4276,42 @@ def record_difference(old, new, exact):
     return ""
 
 
+# ---------------------------------------------------------------- README.md
+
+
+def apply_example(block, folder):
+    """Apply README's example to the copies in a folder: "+" lines are new, the other ones stand in the file already."""
+    parts = re.split(r"^@@ (.*) @@\n", block, flags=re.M)[1:]
+    for title, body in zip(parts[::2], parts[1::2], strict=True):
+        path = folder / re.search(r"\w+\.py", title)[0]
+        text = path.read_text()
+        lines = body.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] == " ")
+        new = "".join(line[1:] for line in lines)
+        if old:
+            assert text.count(old) == 1, f"{title}: {old!r} stands {text.count(old)} times in {path.name}"
+            path.write_text(text.replace(old, new))
+        else:
+            path.write_text(text + "\n\n" + new)
+
+
+def test_a_new_loss_in_four_places_as_readme_shows_it(small_run, tmp_path):
+    """The example's diff fits the scripts, its recipe trains with the new term, and its own test passes."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for path in Path(HERE).glob("*.py"):
+        shutil.copy(path, folder)
+    block = re.search(r"```diff\n(.*?)```", (Path(HERE) / "README.md").read_text(), re.S)[1]
+    apply_example(block, folder)
+    argv = [sys.executable, str(folder / "train.py"), *small_run, "--recipe", "minent", "--steps", "2"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [0 < event["entropy"] < 0.01 * np.log(3) + 1e-4 for event in events(tmp_path / "out", "step")] == [True, True]
+    argv = [sys.executable, "-m", "pytest", "-q", str(folder / "test_all.py"), "-k", "test_entropy"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # python test_all.py bench [NAME ...] [--json FILE]: ours against named peers, side by side in one process
 #
