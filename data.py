@@ -1426,8 +1426,8 @@ def main(argv=None):
 #
 # A small world for the default commands, drawn with numpy and Pillow. How a picture comes to be:
 #
-#   1. _Street       draws the camera, the light and the place by chance, and opens four canvases at
-#                    twice the final size: image, label, material of the ground, shadow on it.
+#   1. _Street       chooses camera, light and place by chance, and opens four canvases at twice
+#                    the final size: image, label, material of the ground, shadow on it.
 #   2. _lay_out      lays the ground and the shadows, and queues whatever stands upright on it.
 #   3. _paint_sky, _paint_ground    paint the backdrop. The ground is ray-cast, one ray a pixel:
 #                    colour of the material, times noise that is fixed to the world, times light.
@@ -1459,6 +1459,7 @@ KERB, PAINT = 19, 20  # materials of the ground only: labelled as sidewalk and r
 SUPERSAMPLING = 2  # canvas pixels for one pixel of the picture, along each side
 NEAR = 0.7  # metres: nothing is drawn that is nearer to the camera
 FAR = 110.0  # metres: end of the built street
+FOOT = 0.2  # metres: what stands on a foot reaches so far from its place
 FULL_LIGHT = 200  # a sun of colour c8c8c8 shows reflectances as the palettes have them
 LIT, SHADED, COVERED = 0, 200, 255  # levels of the shadow canvas; covered: under a car
 TILE = 512  # side of the noise tiles, a power of two
@@ -1684,15 +1685,15 @@ def _crown(rng, bare):
 
 @functools.lru_cache(maxsize=1)
 def _bank():
-    """Noise tiles by slope, and two lists of crowns, leafy and bare. The same for every seed."""
+    """Noise tiles by slope, and lists of crowns by "is bare". The same for every seed."""
     rng = np.random.default_rng(0)
-    leafy, bare = [], []
+    crowns = {False: [], True: []}
     for _ in range(CROWNS):
-        leafy.append(_crown(rng, False))
-        bare.append(_crown(rng, True))
+        crowns[False].append(_crown(rng, False))
+        crowns[True].append(_crown(rng, True))
     tiles = {slope: _noise(rng, slope) for slope in (0, 0.3, 0.7, 1.1)}
     tiles[1.7] = _noise(rng, 1.7, 2)  # clouds are wide
-    return tiles, (leafy, bare)
+    return tiles, crowns
 
 
 # -- the scene
@@ -1724,7 +1725,7 @@ class _Street:
         self.shadow_pen = ImageDraw.Draw(self.shadow)
 
     def _choose_camera(self):
-        """Draws where the camera is and looks, and the width and the bend of its street."""
+        """Chooses where the camera is and looks, and the width and the bend of its street."""
         rng = self.rng
         self.focal = self.w * rng.uniform(0.8, 1.15)  # canvas pixels; 64 to 47 degrees of view
         self.height = rng.uniform(1.25, 1.5) + self.style["camera_rise"]  # metres: eyes of a driver
@@ -1735,12 +1736,13 @@ class _Street:
         bend = rng.normal(0, 0.0012)  # 1/m: moves x by bend z^2, a curve of radius 1 / (2 bend)
         curved = rng.random() < 0.5
         self.bend = bend * curved
-        self.half = float(rng.choice([3, 3.5, 3.5, 4, 5, 6.5]))  # metres: half the road
-        self.hand = int(rng.choice([-1, 1]))  # the side on which one drives
+        # The road: half its width in metres, the side on which one drives, and our lane on it.
+        self.half = float(rng.choice([3, 3.5, 3.5, 4, 5, 6.5]))
+        self.hand = int(rng.choice([-1, 1]))
         self.eye = self.hand * self.half * rng.uniform(0.4, 0.7)  # x of the camera
 
     def _choose_light(self):
-        """Draws sun or clouds, the colours of light and haze, and where shadows fall."""
+        """Chooses sun or clouds, the colours of light and haze, and where shadows fall."""
         rng = self.rng
         style = self.style
         self.sunny = float(rng.random() < style["sun_chance"])  # 0 or 1
@@ -1752,7 +1754,8 @@ class _Street:
         tint = np.array(style["shade_tint"])
         if self.sunny:
             self.shade = rng.uniform(*style["shade_sunny"]) * tint
-            self.sun = rng.uniform(*style["sun_strength"]) * self.pick("sun", 0) / FULL_LIGHT
+            strength = rng.uniform(*style["sun_strength"])
+            self.sun = strength * self.pick("sun", spread=0) / FULL_LIGHT
         else:
             self.shade = rng.uniform(*style["shade_overcast"]) * tint
             self.sun = self.shade
@@ -1760,11 +1763,12 @@ class _Street:
         self.visibility = float(rng.choice(style["visibility"]))
 
     def _choose_place(self):
-        """Draws the district, the crossing street ahead, and what the trees are like."""
+        """Chooses the district, the crossing street ahead, and what the trees are like."""
         rng = self.rng
         shares = [district[0] for district in _DISTRICTS]
-        self.district = _DISTRICTS[rng.choice(len(shares), p=shares)]
-        near = 2 * FAR  # no crossing: it is out of sight
+        district = _DISTRICTS[rng.choice(len(shares), p=shares)]
+        _, self.plot_shares, self.avenue_chance, self.verge_chance, self.beyond = district
+        near = 2 * FAR  # metres: out of sight, most streets have no crossing
         if rng.random() < 0.45:
             near = rng.uniform(10, 45)
         self.crossing = near, near + rng.uniform(7, 14)  # metres ahead, from and to
@@ -1874,7 +1878,7 @@ class _Street:
         self.queue(z - 0.9 * reach, function, x, z, *arguments)
 
 
-# -- houses, trees, figures, vehicles
+# -- houses and trees
 
 
 def _windows(street, bays, floors, shop, z, frame, sign, glass):
@@ -1884,6 +1888,7 @@ def _windows(street, bays, floors, shop, z, frame, sign, glass):
     frame, sign: colours. glass: five colours.
     """
     rng = street.rng
+    # Within the loops across is in bays and up in floors; rows are in fractions of the front.
     wide = rng.uniform(0.3, 0.75)  # width of a window, in bays
     high = rng.uniform(0.6, 0.9)  # upper edge of a window, in floors
     rows = []
@@ -1905,9 +1910,9 @@ def _windows(street, bays, floors, shop, z, frame, sign, glass):
             curtain_top = low + (top - low) * rng.random()
             curtain = glass[rng.integers(5)]
             spans = [(left, right, low, top, pane)]
-            if z < 50:
+            if z < 50:  # metres: frames are seen
                 spans.insert(0, (left - 0.05, right + 0.05, low - 0.04, top + 0.04, frame))
-            if z < 30:
+            if z < 30:  # metres: curtains are seen
                 spans.append((left, middle, low, curtain_top, curtain))
             for a, b, c, d, colour in spans:
                 rows.append((a / bays, b / bays, c / floors, d / floors, colour))
@@ -1926,14 +1931,14 @@ def _draw_house(street, side, x, z0, z1, height, floors, roof, shop):
     back = x + side * 8
     top = height + roof
 
-    wall_colour = street.pick("wall", 12)
+    wall_colour = street.pick("wall", spread=12)
     front_lit = street.sunny * (side * street.cast[0] > 0) * rng.uniform(0.6, 1)
     end_lit = street.sunny * (street.cast[1] > 0)
     wall = street.tone(wall_colour, front_lit, z0)
     gable = street.tone(wall_colour * 0.85, end_lit, z0)
     slope = street.tone(street.pick("roof"), max(front_lit, end_lit), z0)
     frame = street.tone(street.pick("frame"), front_lit, z0)
-    sign = street.tone(street.pick("sign", 25), front_lit, z0)
+    sign = street.tone(street.pick("sign", spread=25), front_lit, z0)
     glass = []
     for _ in range(5):
         glass.append(street.tone(street.pick("glass") * rng.uniform(0.7, 1.5), front_lit, z0))
@@ -2010,6 +2015,9 @@ def _draw_tree(street, x, z, height, leaf, bare):
         _draw_foliage(street, x + dx * height, z, width, low, high, leaf, bare)
 
 
+# -- figures and vehicles
+
+
 def _draw_figure(street, x, z, names):
     """Draws _FIGURES over one another, flat and turned alike. names: theirs, between spaces."""
     rng = street.rng
@@ -2054,6 +2062,24 @@ def _draw_stroke(street, corners, radius, turn, colour, label):
     street.label_pen.ellipse(box, label, label, rim)
 
 
+def _vehicle_colours(street, rear, lit, z):
+    """Colours of a vehicle's parts at z metres, by name. rear: whether its tail lights are seen."""
+    paint = street.pick("paint", spread=14)
+    pane = street.pick("glass") * 0.4 + 12
+    lamp = street.pick("tail_light" if rear else "head_light")
+    parts = dict(
+        body=paint * 0.8,
+        top=paint * 1.15,  # brighter than the body: it faces the sky
+        trim=paint * 0.3 + 14,
+        window=pane,
+        sky=pane * 1.7 + 20,  # mirrored in the upper part of a windscreen
+        lamp=lamp * (2 - lit),  # it shines: twice as bright in the shade
+        black=street.pick("black"),
+        plate=street.pick("plate"),
+    )
+    return {name: street.tone(colour, lit, z) for name, colour in parts.items()}
+
+
 def _draw_vehicle(street, x, z, kind, ahead):
     """Draws a body and a cabin, of which top, one flank and one end are seen, and two wheels.
 
@@ -2064,17 +2090,7 @@ def _draw_vehicle(street, x, z, kind, ahead):
     rear = ahead > 0  # the end that is seen
     lit = street.sunshine(x, z - length / 2 - 0.5)  # metres: before its own shadow
 
-    paint = street.pick("paint", 14)
-    pane = street.pick("glass") * 0.4 + 12
-    lamp = street.pick("tail_light" if rear else "head_light")
-    black = street.tone(street.pick("black"), lit, z)
-    plate = street.tone(street.pick("plate"), lit, z)
-    lamp = street.tone(lamp * (2 - lit), lit, z)  # it shines: twice as bright in the shade
-    body = street.tone(paint * 0.8, lit, z)
-    top = street.tone(paint * 1.15, lit, z)
-    trim = street.tone(paint * 0.3 + 14, lit, z)
-    window = street.tone(pane, lit, z)
-    sky = street.tone(pane * 1.7 + 20, lit, z)  # mirrored in the upper part of a windscreen
+    colours = _vehicle_colours(street, rear, lit, z)
 
     def face(corners, rows, shape=_SQUARE):
         """Paints a face; corners: half widths across, height in metres, lengths from the rear."""
@@ -2093,38 +2109,40 @@ def _draw_vehicle(street, x, z, kind, ahead):
         r1, f1 = head
         b = flank * narrow
         above = [(-narrow, y1, r1), (narrow, y1, r1), (narrow, y1, f1), (-narrow, y1, f1)]
-        face(above, [(*_WHOLE, top)])
+        face(above, [(*_WHOLE, colours["top"])])
         side = [(flank, y0, r0), (flank, y0, f0), (b, y1, f1), (b, y1, r1)]
-        face(side, [(*_WHOLE, body), *on_side])
+        face(side, [(*_WHOLE, colours["body"]), *on_side])
         e0, e1 = (r0, r1) if rear else (f0, f1)
         end = [(-1, y0, e0), (1, y0, e0), (narrow, y1, e1), (-narrow, y1, e1)]
-        face(end, [(*_WHOLE, body), *on_end])
+        face(end, [(*_WHOLE, colours["body"]), *on_end])
 
     on_end = [
-        (0.04, 0.18, -0.3, 0.1, black),  # two tyres
-        (0.82, 0.96, -0.3, 0.1, black),
-        (0.01, 0.99, 0, 0.3, trim),  # bumper
-        (0.38, 0.62, 0.35, 0.6, plate),
-        (0.03, 0.18, 0.5, 0.8, lamp),
-        (0.82, 0.97, 0.5, 0.8, lamp),
+        (0.04, 0.18, -0.3, 0.1, colours["black"]),  # two tyres
+        (0.82, 0.96, -0.3, 0.1, colours["black"]),
+        (0.01, 0.99, 0, 0.3, colours["trim"]),  # bumper
+        (0.38, 0.62, 0.35, 0.6, colours["plate"]),
+        (0.03, 0.18, 0.5, 0.8, colours["lamp"]),
+        (0.82, 0.97, 0.5, 0.8, colours["lamp"]),
     ]
-    floor = 0.22 * belt
+    floor = 0.22 * belt  # metres
     block(floor, belt, (0, 1), (0, 1), 1, [], on_end)
 
+    glass = colours["window"]
     on_side = []
     for k in range(windows):
-        on_side.append(((k + 0.12) / windows, (k + 0.92) / windows, 0.08, 0.86, window))
-    on_end = [(0.08, 0.92, 0.1, 0.88, window), (0.08, 0.92, 0.55, 0.88, sky)]
+        on_side.append(((k + 0.12) / windows, (k + 0.92) / windows, 0.08, 0.86, glass))
+    on_end = [(0.08, 0.92, 0.1, 0.88, glass), (0.08, 0.92, 0.55, 0.88, colours["sky"])]
     if rear and not windows:  # the load of a truck
         on_end = []
     block(belt, height, at_belt, at_roof, roof, on_side, on_end)
 
     radius = 0.33 if label == CAR else 0.5  # metres
-    for axle in (0.2, 0.8):
+    for axle in (0.2, 0.8):  # lengths from the rear
         a = axle - radius / length
         b = axle + radius / length
         wheel = [(flank, 0, a), (flank, 0, b), (flank, 2 * radius, b), (flank, 2 * radius, a)]
-        face(wheel, [(*_WHOLE, black), (0.25, 0.75, 0.25, 0.75, top)], _WHEEL)
+        hub = (0.25, 0.75, 0.25, 0.75, colours["top"])
+        face(wheel, [(*_WHOLE, colours["black"]), hub], _WHEEL)
 
 
 # -- the layout: what lies and stands where
@@ -2132,8 +2150,7 @@ def _draw_vehicle(street, x, z, kind, ahead):
 
 def _lay_out(street):
     """Lays the ground and its shadows, and queues what stands on it."""
-    ground = street.district[4]
-    street.strip(-500, 500, NEAR, 3000, ground)  # metres: as far as one sees
+    street.strip(-500, 500, NEAR, 3000, street.beyond)  # metres: as far as one sees
     for side in (-1, 1):
         _lay_side(street, side)
     _close_street(street)
@@ -2144,32 +2161,35 @@ def _lay_out(street):
 def _lay_side(street, side):
     """Lays one side of the street, from its middle to the plots, and queues what stands there."""
     rng = street.rng
-    _, _, avenue_chance, verge_chance, _ = street.district
-    parked, avenue, verge = rng.random(3) < (0.3, avenue_chance, verge_chance)
-    kerb = street.half + 2.1 * parked  # metres: a lane of parked cars
+    parking_chance = 0.3
+    chances = (parking_chance, street.avenue_chance, street.verge_chance)
+    parked, avenue, verge = rng.random(3) < chances
+
+    # Metres from the middle: the lane of parked cars, the verge, the pavement end there.
+    kerb = street.half + 2.1 * parked
     grass = kerb + verge * rng.uniform(0.8, 3)
     line = grass + rng.uniform(2, 6)
-    # Each strip covers the inner part of the one before.
+    # Each strip covers the inner part of the one before. The kerb is 16 cm wide.
     street.strip(0, side * line, NEAR, 2 * FAR, SIDEWALK)
     street.strip(0, side * grass, NEAR, 2 * FAR, TERRAIN)
     street.strip(0, side * (kerb + 0.16), NEAR, 2 * FAR, KERB)
     street.strip(0, side * kerb, NEAR, 2 * FAR, ROAD)
 
     _line_up(street, side, line)
-    _queue_vehicles(street, side, street.half / 2, 30, _TRAFFIC)
+    _queue_vehicles(street, side, street.half / 2, 30, _TRAFFIC)  # metres between two
     if parked:
-        _queue_vehicles(street, side, kerb - 1.05, 1.2, _PARKED)
+        _queue_vehicles(street, side, kerb - 1.05, 1.2, _PARKED)  # in the middle of its lane
     for names, count, ahead, across in _FURNITURE:
         for z in rng.uniform(*ahead, rng.poisson(count)):
             x = side * np.interp(rng.uniform(*across), (0, 1, 2), (0, kerb, line))
-            street.place(0.2, _draw_figure, x, z, names)
+            street.place(FOOT, _draw_figure, x, z, names)
     if avenue:
-        x = side * (kerb + 0.9)
+        x = side * (kerb + 0.9)  # metres behind the kerb
         bare = street.bare_share > 0.55  # avenue trees are alike
         first = rng.uniform(7, 20)
-        distance = rng.uniform(8, 16)
+        distance = rng.uniform(8, 16)  # metres from tree to tree
         for z in np.arange(first, 80, distance).tolist():
-            street.place(0.2, _draw_tree, x, z, rng.uniform(5, 12), street.leaf, bare)
+            street.place(FOOT, _draw_tree, x, z, rng.uniform(5, 12), street.leaf, bare)
 
 
 def _queue_vehicles(street, side, lane, gap, kinds):
@@ -2179,7 +2199,7 @@ def _queue_vehicles(street, side, lane, gap, kinds):
     kinds: keys of _VEHICLES to choose from.
     """
     rng = street.rng
-    z = 5 + rng.exponential(gap)
+    z = 5 + rng.exponential(gap)  # none stands right before the camera
     while z < 70:
         kind = rng.choice(kinds)
         reach = _VEHICLES[kind][1] / 2  # half its length
@@ -2191,35 +2211,36 @@ def _line_up(street, side, line):
     """Queues what stands on one side beyond the pavement: plot after plot up to FAR."""
     rng = street.rng
     near, far = street.crossing
-    shares = street.district[1]
     flat, shops = rng.random(2) < 0.5
-    storeys = rng.integers(2, 6)
+    storeys = rng.integers(2, 6)  # of a typical house
     x = side * line
-    z = 2.5
+    z = 2.5  # metres: begin of the plot
     while z < FAR:
-        if near - 5 < z < far + 2:  # the corner of the crossing stays free
+        if near - 5 < z < far + 2:  # metres: the crossing stays free
             z = far + 2
         limit = near - 2 if z < near else FAR + 9
         end = min(z + rng.uniform(6, 18), limit)
 
-        kind = rng.choice(_PLOTS, p=shares)
+        # Houses stand at the pavement, or behind some of the walls and fences.
+        kind = rng.choice(_PLOTS, p=street.plot_shares)
         built = kind == "house"
         if kind in _BARRIERS:
             _queue_barrier(street, kind, x, z, end)
             built = rng.random() < 0.55
         if built:
-            setback = rng.uniform(3, 8)  # metres behind its wall or fence
+            setback = rng.uniform(3, 8)  # metres behind the wall or fence
             front = x + side * setback * (kind != "house")
             _queue_house(street, side, front, z, end, storeys, flat, shops and kind == "house")
         else:
             _queue_garden(street, side, x, z, end)
         if kind == "hedge":
             for at in np.arange(z, end, 1.7).tolist():  # metres from bush to bush
+                # 0.7 m behind the line, 3 m wide, from -0.3 m up: the rim of a crown is ragged
                 bush = (x + side * 0.7, at, 3, -0.3, rng.uniform(1, 1.6), street.leaf)
                 street.queue(at + 0.03, _draw_foliage, *bush)
 
         gap = rng.uniform(2, 8)
-        z = end + gap * (rng.random() < 0.2)
+        z = end + gap * (rng.random() < 0.2)  # behind every fifth plot
 
 
 # Of a plot the trees are painted first, then the house, then what stands before it: that is why the
@@ -2230,11 +2251,12 @@ def _queue_barrier(street, kind, x, z, end):
     """Queues a wall or fence along the street from z to end."""
     label, palette = _BARRIERS[kind]
     height = street.rng.uniform(1, 2.6)
-    colour = street.tone(street.pick(palette), street.sunny * 0.7, z)
+    lit = street.sunny * 0.7  # whichever way it faces
+    colour = street.tone(street.pick(palette), lit, z)
     rows = [(*_WHOLE, colour)]
     if kind == "fence":  # what is seen between its bars counts as fence too
         length = end - z
-        rows = [(*_WHOLE, None), (0, 1, 0.9, 1, colour)]
+        rows = [(*_WHOLE, None), (0, 1, 0.9, 1, colour)]  # a rail on top
         for start in np.arange(0, 1, 0.4 / length).tolist():  # a bar of 5 cm every 40 cm
             rows.append((start, start + 0.05 / length, 0, 1, colour))
     face = [(x, 0, z), (x, 0, end), (x, height, end), (x, height, z)]
@@ -2256,9 +2278,10 @@ def _queue_garden(street, side, x, z, end):
     rng = street.rng
     street.strip(x, side * 60, z, end, TERRAIN)
     count = rng.integers(2, 5)
-    for out, at in rng.uniform((1, z), (12, end), (count, 2)).tolist():  # metres beyond x; z
+    places = rng.uniform((1, z), (12, end), (count, 2))  # metres beyond x, metres ahead
+    for out, at in places.tolist():
         height = rng.uniform(6, 16)
-        leaf = street.pick("leaf", 8)
+        leaf = street.pick("leaf", spread=8)
         bare = rng.random() < street.bare_share
         street.queue(end + 0.1, _draw_tree, x + side * out, at, height, leaf, bare)
 
@@ -2266,7 +2289,7 @@ def _queue_garden(street, side, x, z, end):
 def _close_street(street):
     """Queues bushes 22 m wide across the end of the street, with houses before them."""
     rng = street.rng
-    house_share = street.district[1][0]
+    house_share = street.plot_shares[_PLOTS.index("house")]
     for x in np.arange(-90, 90, 9).tolist():
         height = rng.uniform(5, 15)
         bare = rng.random() < street.bare_share
@@ -2274,7 +2297,7 @@ def _close_street(street):
         street.queue(FAR + 20, _draw_foliage, *bush)
         if rng.random() < house_share:
             height = rng.uniform(5, 16)
-            house = (1, x, FAR + 12, FAR + 19, height, 4, 3, False)  # four floors, no shop
+            house = (1, x, FAR + 12, FAR + 19, height, 4, 3, False)  # 4 floors, 3 m of roof
             street.queue(FAR + 19, _draw_house, *house)
 
 
@@ -2285,15 +2308,16 @@ def _mark_road(street):
     near, _ = street.crossing
     dash = rng.choice([0, 2, 2, 99])  # metres: no middle line, dashes, unbroken
     edge = half - rng.choice([0.2, 0.5, 99])  # metres from the middle; 99: out of sight
+    # All in metres; stop line and zebra lie before the crossing.
     street.strip(0, street.hand * half, near - 1.2, near - 0.9, PAINT)
-    for x in (-edge, edge):
+    for x in (-edge, edge):  # lines 12 cm wide
         street.strip(x - 0.06, x + 0.06, NEAR, near, PAINT)
     first = rng.uniform(1, 6)
     distance = rng.uniform(4, 9)
-    for z in np.arange(first, min(near, 70), distance):
+    for z in np.arange(first, min(near, 70), distance):  # dashes 14 cm wide
         street.strip(-0.07, 0.07, z, z + dash, PAINT)
     if rng.random() < 0.5:
-        for x in np.arange(0.4 - half, half - 0.4, 1.1):
+        for x in np.arange(0.4 - half, half - 0.4, 1.1):  # a bar of 55 cm every 1.1 m
             street.strip(x, x + 0.55, near - 4.6, near - 1.8, PAINT)
 
 
@@ -2391,8 +2415,8 @@ def _ground_light(street, top):
     """Light on the ground from canvas row `top` on, float32 (R, W, 3); shadows have soft edges."""
     level = np.arange(256)[:, None]  # (256,1), of the shadow canvas
     light = street.sun + np.minimum(level / SHADED, 1) * (street.shade - street.sun)  # (256,3)
-    light *= 1 - np.maximum(level - SHADED, 0) / 75  # under a car 0.27 of the shade's light is left
-    shadow = street.shadow.filter(ImageFilter.BoxBlur(1.5))
+    light *= 1 - np.maximum(level - SHADED, 0) / 75  # 0.27 of it is left at COVERED
+    shadow = street.shadow.filter(ImageFilter.BoxBlur(1.5))  # canvas pixels
     return np.float32(light)[np.asarray(shadow)[top:]]
 
 
