@@ -819,25 +819,30 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if self.labeled:
             fields.append(("label", "u1", (height, width)))
         tables = [] if self.files is None else [self.table.tobytes(), self.train_table.tobytes()]
-        key = self._key(*tables)
-        return Cache(self.cache / f"{key}.items", len(self), fields)
+        return Cache(self._cache_path(".items", *tables), len(self), fields)
 
     @functools.cached_property
     def _facts(self):
         """
-        Cache of what is known about each item: size (W,H) of its files; pixels per class in its
-        label at that size (native) and as served; checked: image and label were both read and fit,
-        and only then `turned` tells whether EXIF turned the image.
+        Cache of what is known about each item. size: (W,H) of its files. native, served: pixels per
+        class in its label at that size and as served. checked: image and label were both read and
+        fit; only then `turned` tells whether EXIF turned the image.
         """
         num_classes = len(self.classes)
         fields = [
             ("size", "u4", (2,)), ("turned", "?"), ("checked", "?"),
             ("native", "i8", (num_classes,)), ("served", "i8", (num_classes,))]
-        key = self._key(self.table.tobytes(), self.train_table.tobytes(), num_classes)
-        return Cache(self.cache / f"{key}.facts", len(self), fields)
+        tables = [self.table.tobytes(), self.train_table.tobytes()]
+        return Cache(self._cache_path(".facts", *tables, num_classes), len(self), fields)
 
-    def _key(self, *extra):
-        """Name of a cache file: the data set and a hash of all that its bytes depend on."""
+    def _cache_path(self, suffix, *content):
+        """Path of a cache file: the data set and a hash of all that the file depends on."""
+        digest = hashlib.sha256(repr((self._origin, *content)).encode()).hexdigest()[:16]
+        return self.cache / f"{self.kind.replace(':', '-')}-{self.split}-{digest}{suffix}"
+
+    @functools.cached_property
+    def _origin(self):
+        """Hash of where the items come from: their files, or the renderer."""
         if self.files is None:  # another renderer draws another world
             source = Path(__file__).read_text(encoding="utf-8")
             renderer = source.rpartition("\n# ---- the rendered streets")[2]
@@ -849,9 +854,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
                     status = path.stat()
                     path = (str(path.resolve()), status.st_size, status.st_mtime_ns)
                 parts.append(path)
-        content = repr((self.kind, self.split, self.size, parts, extra))
-        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-        return f"{self.kind.replace(':', '-')}-{self.split}-{digest}"
+        return hashlib.sha256(repr((self.kind, self.split, self.size, parts)).encode()).hexdigest()
 
 
 def _image_names(images):

@@ -56,6 +56,8 @@ HERE = str(Path(__file__).resolve().parent)
 
 # ---------------------------------------------------------------- data.py: helpers
 
+ABC = ("a", "b", "c")  # class names of made folders
+
 
 def put(path, array, mode=None):
     """Saves an array as an image (mode "P": as palette indices in Cityscapes colours)."""
@@ -67,37 +69,56 @@ def put(path, array, mode=None):
     return path
 
 
-def make_folder(root, count=6, size=(24, 18), classes=3, seed=0):
-    """IMAGES and LABELS folders with random pictures; the labels are blocks of ids below `classes` and some 255."""
+def make_folder(root, count=6, size=(24, 18), classes=3, seed=0, stripes=False):
+    """
+    Makes folders of images and labels -> their SPEC. Labels are blocks of ids and of 255, images are
+    noise; with stripes a label is one stripe per class and the image shows it through the noise.
+    """
     rng = np.random.default_rng(seed)
+    width, height = size
     for i in range(count):
-        put(root / "images" / f"p{i:02d}.png", rng.integers(0, 256, (size[1], size[0], 3)))
-        label = rng.choice([*range(classes), 255], (-(-size[1] // 3), -(-size[0] // 3))).repeat(3, 0).repeat(3, 1)
-        put(root / "labels" / f"p{i:02d}.png", label[:size[1], :size[0]])
+        if stripes:
+            label = (np.arange(height) * classes // height)[:, None].repeat(width, 1)  # (H,) -> (H,W)
+            image = label[..., None] * [90, 40, 20] + rng.integers(0, 60, (height, width, 3))
+        else:
+            image = rng.integers(0, 256, (height, width, 3))
+            label = rng.choice([*range(classes), 255], (-(-height // 3), -(-width // 3)))
+            label = label.repeat(3, 0).repeat(3, 1)[:height, :width]
+        put(root / "images" / f"{i:03d}.png", image)
+        put(root / "labels" / f"{i:03d}.png", label)
     return f"folder:{root / 'images'}:{root / 'labels'}"
+
+
+def open_train(spec, classes=ABC, size=None, cache=None, **options):
+    return data.open_dataset(spec, "train", classes, size, cache, **options)
 
 
 def png16(path, pixels, filters):
     """Writes a 16-bit PNG byte by byte, row y with filter filters[y % len]. pixels uint16 (H,W,C)."""
     height, width, channels = pixels.shape
-    step, rows, above = 2 * channels, b"", bytes(2 * channels * width)
+    step = 2 * channels
+    rows, above = b"", bytes(step * width)
     for y in range(height):
         row, kind, out = pixels[y].astype(">u2").tobytes(), filters[y % len(filters)], bytearray()
         for i, value in enumerate(row):
-            a, b, c = row[i - step] if i >= step else 0, above[i], above[i - step] if i >= step else 0
-            paeth = min((a, b, c), key=lambda v: abs(a + b - c - v))       # min keeps the first of equals: a, b, c
+            a, c = (row[i - step], above[i - step]) if i >= step else (0, 0)
+            b = above[i]
+            paeth = min((a, b, c), key=lambda v: abs(a + b - c - v))  # the first of equals: a, b, c
             out.append((value - (0, a, b, (a + b) // 2, paeth)[kind]) % 256)
         rows, above = rows + bytes([kind]) + bytes(out), row
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)),
-              (b"IDAT", zlib.compress(rows)[:20]), (b"IDAT", zlib.compress(rows)[20:]), (b"IEND", b"")]
-    return write_chunks(path, chunks)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
+    packed = zlib.compress(rows)
+    parts = (b"IHDR", header), (b"IDAT", packed[:20]), (b"IDAT", packed[20:]), (b"IEND", b"")
+    return write_chunks(path, parts)
 
 
 def write_chunks(path, chunks):
     path.parent.mkdir(parents=True, exist_ok=True)
-    words = [(struct.pack(">I", len(body)), kind, body, struct.pack(">I", zlib.crc32(kind + body)))
-             for kind, body in chunks]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(map(b"".join, words)))
+    blob = b"\x89PNG\r\n\x1a\n"
+    for kind, body in chunks:
+        checksum = zlib.crc32(kind + body)
+        blob += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+    path.write_bytes(blob)
     return path
 
 
@@ -110,7 +131,8 @@ def refused(call, *words):
 
 
 def same(a, b):
-    equal = (torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] for key in a)
+    """Whether two items are equal."""
+    equal = [torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a]
     return len(a) == len(b) and all(equal)
 
 
@@ -118,28 +140,28 @@ def same(a, b):
 
 
 def test_label_tables():
-    n = data.CLASS_SPACES["cityscapes19"]
-    ignore = 255
-    published = [ignore] * 7 + [0, 1, ignore, ignore, 2, 3, 4, ignore, ignore, ignore, 5, ignore, *range(6, 16), ignore,
-                                ignore, 16, 17, 18]
-    table = data.label_table(data.LABEL_IDS, n)
-    assert table[:34].tolist() == published and (table[34:255] == data.UNKNOWN).all() and table[255] == 255
-    gta = data.label_table(data.GTA_IDS, n)
+    names, no = data.CLASS_SPACES["cityscapes19"], 255
+    published = [no] * 7 + [0, 1, no, no, 2, 3, 4, no, no, no, 5, no, *range(6, 16), no, no, 16, 17, 18]
+    table = data.label_table(data.LABEL_IDS, names)
+    assert table[:34].tolist() == published and table[255] == 255
+    assert (table[34:255] == data.UNKNOWN).all()
+    gta = data.label_table(data.GTA_IDS, names)
     assert gta[:34].tolist() == published and gta[34] == 255 and gta[35] == data.UNKNOWN
-    known = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14,
-             19: 15, 20: 16, 12: 17, 11: 18}
-    synthia = data.label_table(data.SYNTHIA_IDS, n)
-    assert synthia[:24].tolist() == [known.get(i, ignore) for i in range(23)] + [data.UNKNOWN]
+    known = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12,
+             8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18}
+    synthia = data.label_table(data.SYNTHIA_IDS, names)
+    assert synthia[:24].tolist() == [known.get(i, no) for i in range(23)] + [data.UNKNOWN]
     short = data.label_table(data.TRAIN_IDS, data.CLASS_SPACES["cityscapes16"])
-    assert short[:19].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, ignore, 9, 10, 11, 12, ignore, 13, ignore, 14, 15]
+    assert short[:19].tolist() == [*range(9), no, 9, 10, 11, 12, no, 13, no, 14, 15]
     assert len(data.CLASS_SPACES["cityscapes13"]) == 13
 
 
-def test_renames():
+def test_camvid_names():
     names = data.CLASS_SPACES["camvid11"]
     merged = [names[i] for i in data.label_table(data.TRAIN_IDS, names)[:19]]
-    assert merged == ["Road", "Pavement", "Building", "Building", "Fence", "Pole", "SignSymbol", "SignSymbol", "Tree",
-                      "Tree", "Sky", "Pedestrian", "Bicyclist", "Car", "Car", "Car", "Car", "Bicyclist", "Bicyclist"]
+    assert merged == ["Road", "Pavement", "Building", "Building", "Fence", "Pole", "SignSymbol",
+                      "SignSymbol", "Tree", "Tree", "Sky", "Pedestrian", "Bicyclist", "Car", "Car",
+                      "Car", "Car", "Bicyclist", "Bicyclist"]
     back = data.label_table(data.CAMVID_IDS, data.CLASS_SPACES["cityscapes19"])
     assert back[:12].tolist() == [10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18, 255]
     assert (data.palette(names)[3] == (128, 64, 128)).all()
@@ -161,166 +183,191 @@ def test_class_names(tmp_path):
 @pytest.mark.parametrize("filters", [[0], [1], [2], [3], [4], [4, 3, 2, 1, 0], [3, 4]])
 def test_png16(tmp_path, filters):
     rng = np.random.default_rng(len(filters))
-    pixels = rng.integers(0, 2 ** 16, (13, 9, 3), np.uint16)              # noise in green and blue, ids in red
+    pixels = rng.integers(0, 2 ** 16, (13, 9, 3), np.uint16)  # noise in green and blue, ids in red
     pixels[..., 0] = rng.integers(0, 256, (13, 9))
-    assert (data.read_png16(png16(tmp_path / "a.png", pixels, filters)) == pixels[..., 0]).all()
-    assert data.read_png16(png16(tmp_path / "b.png", pixels[:1, :1], filters)).item() == pixels[0, 0, 0]
-    tall = pixels[:, :2, :1]
-    assert (data.read_png16(png16(tmp_path / "c.png", tall, filters)) == tall[..., 0]).all()
+    for part in (pixels, pixels[:1, :1], pixels[:, :2, :1]):
+        path = png16(tmp_path / "x.png", part, filters)
+        assert (data.read_png16(path) == part[..., 0]).all()
 
 
 def test_png16_faults(tmp_path):
     path = png16(tmp_path / "x.png", np.full((5, 4, 3), 300, np.uint16), [4])
     refused(lambda: data.read_png16(path), path, "above 255")
     whole = path.read_bytes()
-    for broken in (whole[:60], b"", b"<html>not found</html>", whole[:-1] + b"x"):     # the last: only the checksum
+    for broken in (whole[:60], b"", b"<html>not found</html>", whole[:-1] + b"x"):  # last: checksum
         path.write_bytes(broken)
         refused(lambda: data.read_png16(path), path, "damaged")
     refused(lambda: data.read_png16(put(tmp_path / "8.png", np.zeros((4, 4)))), "8.png", "16-bit")
     root = tmp_path / "synthia"
     put(root / "RGB" / "a.png", np.zeros((4, 6, 3)))
-    ids = np.array([3, 4, 2, 0, 1, 22], np.uint16)
-    png16(root / "GT" / "LABELS" / "a.png", ids[None, :, None].repeat(4, 0).repeat(3, 2), [4])      # (6,) -> (4,6,3)
-    _, label = data.open_dataset(f"synthia:{root}", "train", "cityscapes19", (6, 4), tmp_path / "cache").arrays(0)
-    assert label[0].tolist() == [0, 1, 2, 255, 10, 255]
+    ids = np.array([3, 4, 2, 0, 1, 22], np.uint16)[None, :, None]
+    png16(root / "GT" / "LABELS" / "a.png", ids.repeat(4, 0).repeat(3, 2), [4])  # (4,6,3)
+    synthia = open_train(f"synthia:{root}", "cityscapes19", (6, 4), tmp_path / "cache")
+    assert synthia.arrays(0)[1][0].tolist() == [0, 1, 2, 255, 10, 255]
 
 
 def test_label_files(tmp_path):
     ids = np.arange(6).reshape(2, 3)
-    assert (data.read_label(put(tmp_path / "palette.png", ids, "P")) == ids).all()          # indices, not colours
+    assert (data.read_label(put(tmp_path / "palette.png", ids, "P")) == ids).all()  # not colours
     assert (data.read_label(put(tmp_path / "grey.png", ids)) == ids).all()
     Image.fromarray(ids.astype(bool)).save(tmp_path / "bits.png")
     assert (data.read_label(tmp_path / "bits.png") == (ids > 0)).all()
-    refused(lambda: data.read_label(put(tmp_path / "rgb.png", np.zeros((2, 3, 3)))), "rgb.png", "colour", "8-bit")
+    put(tmp_path / "rgb.png", np.zeros((2, 3, 3)))
+    refused(lambda: data.read_label(tmp_path / "rgb.png"), "rgb.png", "colour", "8-bit")
     refused(lambda: data.read_label(put(tmp_path / "jpeg.jpg", ids)), "jpeg.jpg", "JPEG")
     for channels in (1, 3):
-        wide = png16(tmp_path / f"wide{channels}.png", np.zeros((2, 3, channels), np.uint16), [0])
+        wide = png16(tmp_path / f"{channels}.png", np.zeros((2, 3, channels), np.uint16), [0])
         refused(lambda: data.read_label(wide), wide, "16-bit")
 
 
 def test_broken_images(tmp_path):
-    good = put(tmp_path / "good.png", np.random.default_rng(0).integers(0, 256, (40, 40, 3))).read_bytes()
-    for name, content in (("cut.png", good[:len(good) // 2]), ("empty.png", b""), ("page.png", b"<html>404</html>")):
-        (tmp_path / name).write_bytes(content)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3))
+    good = put(tmp_path / "good.png", noise).read_bytes()
+    for content in (good[:len(good) // 2], b"", b"<html>404</html>"):
+        (tmp_path / "bad.png").write_bytes(content)
         for read in (data.read_image, data.read_label):
-            refused(lambda: read(tmp_path / name), tmp_path / name, "restore or remove")
+            refused(lambda: read(tmp_path / "bad.png"), tmp_path / "bad.png", "restore or remove")
 
 
-@pytest.mark.parametrize("side", [10_500, 20_000])                       # Pillow only warns about the first
+@pytest.mark.parametrize("side", [10_500, 20_000])  # Pillow only warns about the first
 def test_decompression_bomb(tmp_path, side):
     rows = zlib.compress(bytes((1 + side // 8) * side), 9)
-    body = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
-    bomb = write_chunks(tmp_path / "bomb.png", body)
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")
+    bomb = write_chunks(tmp_path / "bomb.png", parts)
     refused(lambda: data.read_image(bomb), bomb, "make it smaller")
 
 
 def test_image_modes(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6                                                      # turn by 90 degrees clockwise to show
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
     Image.fromarray(array).save(tmp_path / "turned.png", exif=exif)
     assert (data.read_image(tmp_path / "turned.png") == np.rot90(array, -1)).all()
     alpha = put(tmp_path / "alpha.png", np.dstack([array, array[..., 0]]))
     assert (data.read_image(alpha) == array).all()
-    assert (data.read_image(put(tmp_path / "grey.png", array[..., 0])) == array[..., :1]).all()
+    grey = put(tmp_path / "grey.png", array[..., 0])
+    assert (data.read_image(grey) == array[..., :1]).all()
     Image.fromarray(array[..., 0].astype(np.uint16) * 256).save(tmp_path / "deep.png")
     refused(lambda: data.read_image(tmp_path / "deep.png"), "deep.png", "8-bit")
 
 
 # ---------------------------------------------------------------- data.py: finding files
 
+CITY_IMAGE = "leftImg8bit/{s}/ulm/ulm_{i}_leftImg8bit.png"
+LAYOUTS = [  # kind, image, label, id of cars
+    ("cityscapes", CITY_IMAGE, "gtFine/{s}/ulm/ulm_{i}_gtFine_labelIds.png", 26),
+    ("cityscapes", CITY_IMAGE, "gtFine/{s}/ulm/ulm_{i}_gtFine_labelTrainIds.png", 13),
+    ("gta", "images/{i}.png", "labels/{i}.png", 26),
+    ("camvid", "{s}/images/{i}.jpg", "{s}/labels/{i}.png", 8),
+    ("camvid", "{s}/{i}.png", "{s}annot/{i}.png", 8),
+    ("acdc", "rgb_anon/fog/{s}/G1/{i}_rgb_anon.png", "gt/fog/{s}/G1/{i}_gt_labelTrainIds.png", 13),
+    ("acdc", "rgb_anon/{s}/{i}_rgb_anon.png", "gt/{s}/{i}_gt_labelTrainIds.png", 13),
+    ("darkzurich", "rgb_anon/{s}/night/{i}_rgb_anon.png",
+     "gt/{s}/night/{i}_gt_labelTrainIds.png", 13)]
 
-def test_published_layouts(tmp_path):
-    """Every layout finds its images, pairs them with their own labels and maps these. The number is the id of cars."""
-    city = "leftImg8bit/{s}/ulm/ulm_{i}_leftImg8bit.png"
-    trees = {"cityscapes": (city, "gtFine/{s}/ulm/ulm_{i}_gtFine_labelIds.png", 26),
-             "cityscapes_t": (city, "gtFine/{s}/ulm/ulm_{i}_gtFine_labelTrainIds.png", 13),
-             "gta": ("images/{i}.png", "labels/{i}.png", 26),
-             "camvid": ("{s}/images/{i}.jpg", "{s}/labels/{i}.png", 8),
-             "camvid_s": ("{s}/{i}.png", "{s}annot/{i}.png", 8),
-             "acdc": ("rgb_anon/fog/{s}/G1/{i}_rgb_anon.png", "gt/fog/{s}/G1/{i}_gt_labelTrainIds.png", 13),
-             "acdc_f": ("rgb_anon/{s}/{i}_rgb_anon.png", "gt/{s}/{i}_gt_labelTrainIds.png", 13),
-             "darkzurich": ("rgb_anon/{s}/night/{i}_rgb_anon.png", "gt/{s}/night/{i}_gt_labelTrainIds.png", 13)}
-    for tree, (image, label, car) in trees.items():
-        kind, root = tree.split("_")[0], tmp_path / tree
-        for split in ("train",) if kind == "gta" else ("train", "val"):
-            for i in range(3):
-                put(root / image.format(s=split, i=i), np.zeros((4, 6, 3)))
-                if (kind, split) != ("darkzurich", "train"):
-                    fill = car if i == 1 else 11 if kind == "camvid" else 255
-                    put(root / label.format(s=split, i=i), np.full((4, 6), fill))
-            found = data.open_dataset(f"{kind}:{root}", split, "cityscapes19", cache=tmp_path / "cache")
-            assert len(found) == 3 and found.size == data.SETS[kind][0] and found.names[1].endswith("1"), tree
-            assert found.labeled == ((kind, split) != ("darkzurich", "train"))
-            if found.labeled:
-                assert [int(found[i]["label"].max()) for i in range(3)] == [255, 13, 255], tree
-                assert found[1]["label"].shape == ((4, 6) if split == "val" else found.size[::-1])
-            assert found[1]["image"].shape == (3, *found.size[::-1]) and found[1]["image"].dtype == torch.uint8
-    refused(lambda: data.open_dataset(f"gta:{tmp_path / 'gta'}", "val", "cityscapes19"), "no 'val' split")
-    (tmp_path / "camvid" / "train" / "labels" / "2.png").unlink()
-    refused(lambda: data.open_dataset(f"camvid:{tmp_path / 'camvid'}", "train", "camvid11"), "1 of 3", "2.jpg")
-    shutil.rmtree(tmp_path / "camvid" / "train" / "labels")
-    assert not data.open_dataset(f"camvid:{tmp_path / 'camvid'}", "train", "camvid11").labeled
+
+@pytest.mark.parametrize("kind, image, label, car", LAYOUTS)
+def test_published_layouts(tmp_path, kind, image, label, car):
+    """Every layout finds its images, pairs them with their own labels and maps these."""
+    for split in ("train",) if kind == "gta" else ("train", "val"):
+        labelled = (kind, split) != ("darkzurich", "train")
+        for i in range(3):
+            put(tmp_path / image.format(s=split, i=i), np.zeros((4, 6, 3)))
+            void = 11 if kind == "camvid" else 255
+            if labelled:
+                put(tmp_path / label.format(s=split, i=i), np.full((4, 6), car if i == 1 else void))
+        spec = f"{kind}:{tmp_path}"
+        found = data.open_dataset(spec, split, "cityscapes19", cache=tmp_path / "cache")
+        assert len(found) == 3 and found.size == data.SETS[kind].size
+        assert found.names[1].endswith("1") and found.labeled == labelled
+        assert found[1]["image"].shape == (3, *found.size[::-1])
+        assert found[1]["image"].dtype == torch.uint8
+        if labelled:
+            assert [int(found[i]["label"].max()) for i in range(3)] == [255, 13, 255]
+            assert found[1]["label"].shape == ((4, 6) if split == "val" else found.size[::-1])
+
+
+def test_published_faults(tmp_path):
+    refused(lambda: data.open_dataset(f"gta:{tmp_path}", "val", "cityscapes19"), "no 'val' split")
+    for i in range(3):
+        put(tmp_path / f"train/images/{i}.jpg", np.zeros((4, 6, 3)))
+    assert not open_train(f"camvid:{tmp_path}", "camvid11").labeled
+    for i in range(2):
+        put(tmp_path / f"train/labels/{i}.png", np.zeros((4, 6)))
+    refused(lambda: open_train(f"camvid:{tmp_path}", "camvid11"), "1 of 3", "2.jpg")
 
 
 def test_folder_faults(tmp_path):
-    spec, names = make_folder(tmp_path / "d", 8), ("a", "b", "c")
+    spec = make_folder(tmp_path, 8)
     for i in (1, 2):
-        put(tmp_path / "d" / "labels" / f"extra{i}.png", np.zeros((2, 2)))
-    assert "2 labels have no image" in data.open_dataset(spec, "train", names).notes[0]
-    assert not data.open_dataset(spec.rsplit(":", 1)[0], "train", names).labeled
+        put(tmp_path / "labels" / f"extra{i}.png", np.zeros((2, 2)))
+    assert "2 labels have no image" in open_train(spec).notes[0]
+    assert not open_train(spec.rsplit(":", 1)[0]).labeled
     for i in range(7):
-        (tmp_path / "d" / "labels" / f"p{i:02d}.png").unlink()
-    refused(lambda: data.open_dataset(spec, "train", names), "7 of 8", "p04.png and 2 more")
-    refused(lambda: data.open_dataset(f"folder:{tmp_path / 'none'}", "train", names), tmp_path / "none")
+        (tmp_path / "labels" / f"{i:03d}.png").unlink()
+    refused(lambda: open_train(spec), "7 of 8", "004.png and 2 more")
+    put(tmp_path / "images" / "000.jpg", np.zeros((2, 2)))
+    refused(lambda: open_train(spec), "differ only in their suffix")
     (tmp_path / "empty").mkdir()
-    for spec in (f"folder:{tmp_path / 'empty'}", f"camvid:{tmp_path / 'empty'}", f"gta:{tmp_path / 'missing'}"):
-        refused(lambda: data.open_dataset(spec, "train", names), spec, "matches", "*")
+    for spec in (f"folder:{tmp_path / 'empty'}", f"camvid:{tmp_path / 'empty'}",
+                 f"gta:{tmp_path / 'missing'}", f"folder:{tmp_path / 'missing'}"):
+        refused(lambda: open_train(spec), spec, "matches", "*")
     for spec in ("none", "camvid", "kitti:/data", ""):
-        refused(lambda: data.open_dataset(spec, "train", names), repr(spec), "streets", "cityscapes:DIR")
+        refused(lambda: open_train(spec), repr(spec), "streets", "cityscapes:DIR")
 
 
 def test_content_faults(tmp_path):
-    spec = make_folder(tmp_path / "d")
-    open_it = lambda: data.open_dataset(spec, "val", ("a", "b", "c"))     # noqa: E731
-    assert [open_it().check(i)[2] for i in range(6)] == [None] * 6
-    label = tmp_path / "d" / "labels" / "p00.png"
-    refused(lambda: data.open_dataset(spec, "val", ("a", "b"))[0], label, "ids 2", "2 classes")
-    put(tmp_path / "d" / "labels" / "p03.png", np.zeros((8, 8)))
-    refused(lambda: open_it()[3], "p03.png", "24x18", "8x8", tmp_path / "d" / "images", tmp_path / "d" / "labels")
-    assert "24x18" in open_it().check(3)[2]
+    spec = make_folder(tmp_path)
+    dataset = data.open_dataset(spec, "val", ABC)
+    assert [dataset.check(i)[2] for i in range(6)] == [None] * 6
+    two = data.open_dataset(spec, "val", ("a", "b"))
+    refused(lambda: two[0], tmp_path / "labels" / "000.png", "ids 2", "2 classes")
+    put(tmp_path / "labels" / "003.png", np.zeros((8, 8)))
+    refused(lambda: dataset[3], "003.png", "24x18", "8x8", tmp_path / "images", tmp_path / "labels")
+    assert "24x18" in dataset.check(3)[2]
 
 
-def test_lists(tmp_path):
+@pytest.fixture
+def listed(tmp_path):
+    """A folder of four images, a mask m.png and a function that opens a list of this text there."""
     for name in ("a b.png", "c.png", "d.png"):
         put(tmp_path / "set" / name, np.zeros((4, 4, 3)))
     put(tmp_path / "set" / "m.png", np.ones((4, 4)))
     put(tmp_path / "outside.png", np.zeros((4, 4)))
-    path = tmp_path / "set" / "list.txt"
 
-    def listed(text):
-        path.write_text(text)
-        return data.open_dataset(f"list:{path}", "val", ("x", "y"))
+    def open_list(text):
+        (tmp_path / "set" / "list.txt").write_text(text)
+        return data.open_dataset(f"list:{tmp_path / 'set' / 'list.txt'}", "val", ("x", "y"))
+    return open_list
+
+
+def test_lists(listed, tmp_path):
     assert int(listed("a b.png m.png\nc.png m.png\n\n")[0]["label"].min()) == 1
-    assert listed("a b.png\tm.png\n").names == ["a b"] and not listed("a b.png\nc.png\n").labeled
-    for outside in ("../outside.png", "c.png ../outside.png", f"{tmp_path}/outside.png", "c.png\tm.png\td.png"):
-        refused(lambda: listed(outside), path, "below")
-    refused(lambda: listed("c.png m.png\nd.png\n"), path, "1 of 2 images have no label", "d.png")
-    refused(lambda: listed("c.png none.png\n"), path, "none.png does not exist")
-    refused(lambda: listed(""), path, "no image")
+    assert listed("a b.png\tm.png\n").names == ["a b"]
+    assert not listed("a b.png\nc.png\n").labeled
     refused(lambda: data.open_dataset(f"list:{tmp_path}", "val", ("x",)), "no such file")
 
 
+@pytest.mark.parametrize("text, words", [
+    ("../outside.png", "below"), ("c.png ../outside.png", "below"), ("c.png\t ../outside.png", "below"),
+    ("{root}/outside.png", "below"), ("c.png\tm.png\td.png", "below"),
+    ("c.png m.png\nd.png\n", "1 of 2 images have no label"), ("c.png m.png\nd.png\n", "d.png"),
+    ("c.png none.png\n", "none.png does not exist"), ("", "no image")])
+def test_list_faults(listed, tmp_path, text, words):
+    refused(lambda: listed(text.format(root=tmp_path)), tmp_path / "set" / "list.txt", words)
+
+
 def test_sizes(tmp_path):
-    """Training labels follow the image, validation labels stay native; odd sizes and one pixel work."""
+    """Training labels follow the image, validation labels stay native; one pixel works."""
     spec = make_folder(tmp_path / "d", 2, (7, 5))
     for split, label in (("train", (3, 11)), ("val", (5, 7))):
-        item = data.open_dataset(spec, split, ("a", "b", "c"), (11, 3), tmp_path / "cache")[0]
+        item = data.open_dataset(spec, split, ABC, (11, 3), tmp_path / "cache")[0]
         assert item["image"].shape == (3, 3, 11) and item["label"].shape == label
-    native = data.open_dataset(spec, "train", ("a", "b", "c"))
+    native = open_train(spec)
     assert native.size is None and not native.cached and native[0]["image"].shape == (3, 5, 7)
     one = make_folder(tmp_path / "one", 1, (1, 1))
-    assert data.open_dataset(one, "val", ("a", "b", "c"))[0]["image"].shape == (3, 1, 1)
+    assert data.open_dataset(one, "val", ABC)[0]["image"].shape == (3, 1, 1)
     assert data.parse_size("256x192") == (256, 192)
     for wrong in ("256", "0x4", "axb", "256x192x3"):
         with pytest.raises(argparse.ArgumentTypeError):
@@ -332,15 +379,19 @@ def test_streets_data_set(tmp_path, monkeypatch):
 
     def fake(seed, index, shifted, size):
         drawn.append((seed, index, shifted, size))
-        return np.full((size[1], size[0], 3), index % 256, np.uint8), np.full((size[1], size[0]), index % 19, np.uint8)
-    monkeypatch.setattr(data, "render_street", fake, raising=False)
-    streets = data.open_dataset("streets", "train", "camvid11", (16, 12), tmp_path)
-    assert len(streets) == 1500 and streets.names[7] == "streets_000007" and streets.size == (16, 12)
-    assert int(streets[13]["label"][0, 0]) == streets.classes.index("Car") and int(streets[13]["image"].max()) == 13
-    again = data.open_dataset("streets", "train", "cityscapes19", (16, 12), tmp_path)       # the same cache
-    assert int(again[13]["label"][0, 0]) == 13 and drawn == [(data.STREETS_SEED, 13, False, (16, 12))]
+        image = np.full((size[1], size[0], 3), index % 256, np.uint8)
+        return image, np.full((size[1], size[0]), index % 19, np.uint8)
+    monkeypatch.setattr(data, "render_street", fake)
+    streets = open_train("streets", "camvid11", (16, 12), tmp_path)
+    assert len(streets) == 1500 and streets.names[7] == "streets_000007"
+    assert streets.size == (16, 12) and int(streets[13]["image"].max()) == 13
+    assert int(streets[13]["label"][0, 0]) == streets.classes.index("Car")
+    again = open_train("streets", "cityscapes19", (16, 12), tmp_path)  # the same cache
+    assert int(again[13]["label"][0, 0]) == 13
+    assert drawn == [(data.STREETS_SEED, 13, False, (16, 12))]
     shifted = data.open_dataset("streets:shifted", "val", "cityscapes19", None, tmp_path)
-    assert len(shifted) == 100 and shifted[0]["image"].shape == (3, 192, 256) and drawn[-1][2:] == (True, (256, 192))
+    assert len(shifted) == 100 and shifted[0]["image"].shape == (3, 192, 256)
+    assert drawn[-1][2:] == (True, (256, 192))
     used = [i for splits in data.STREETS.values() for indices in splits.values() for i in indices]
     assert len(set(used)) == len(used)
     refused(lambda: data.open_dataset("streets", "test", "cityscapes19"), "no 'test' split")
@@ -350,27 +401,65 @@ def test_streets_data_set(tmp_path, monkeypatch):
 
 
 def open_cached(spec, cache):
-    return data.open_dataset(spec, "train", ("a", "b", "c"), (20, 14), cache)
+    return open_train(spec, ABC, (20, 14), cache)
+
+
+def plainly(spec):
+    """The items of a data set as numpy arrays, read without a cache."""
+    plain = open_cached(spec, None)
+    plain.cached = False
+    return [plain.arrays(i) for i in range(len(plain))]
+
+
+def equal_arrays(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_cache_equals_files(tmp_path):
     spec = make_folder(tmp_path / "d", 9)
-    plain, cached = open_cached(spec, None), open_cached(spec, tmp_path / "cache")
-    plain.cached = False
-    cached.prepare()
-    assert cached._maps[2].all() and all(same(plain[i], cached[i]) for i in range(9))
-    counts = cached.class_counts()
-    assert counts.dtype == np.int64
-    assert counts.tolist() == [[int((plain[i]["label"] == c).sum()) for c in range(3)] for i in range(9)]
-    os.utime(tmp_path / "d" / "labels" / "p00.png", (1, 1))               # a changed file is another cache
-    assert open_cached(spec, tmp_path / "cache")._cache_file != cached._cache_file
+    for given in (spec, spec.rsplit(":", 1)[0]):  # without labels too
+        cached = open_cached(given, tmp_path / "cache")
+        cached.prepare()
+        assert not cached._items.pending().size
+        assert all(equal_arrays(a, cached.arrays(i)) for i, a in enumerate(plainly(given)))
+    assert "label" not in cached._items.records.dtype.names and cached[0]["label"] is None
+    cached = open_cached(spec, tmp_path / "cache")
     travelled = pickle.loads(pickle.dumps(cached))
-    assert "_maps" not in vars(travelled) and same(travelled[3], cached[3])
+    assert "records" not in vars(travelled._items) and same(travelled[3], cached[3])
+    before = cached._items.path, cached._facts.path
+    os.utime(tmp_path / "d" / "labels" / "000.png", (1, 1))  # a changed file is another cache
+    changed = open_cached(spec, tmp_path / "cache")
+    assert changed._items.path != before[0] and changed._facts.path != before[1]
+
+
+def test_facts_of_images(tmp_path):
+    """What is kept of each item, and counts that come from the cache, from labels or from both."""
+    spec = make_folder(tmp_path / "d", 4, (24, 18))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    path = tmp_path / "d" / "images" / "002.png"
+    Image.open(path).save(path, exif=exif)
+    plain, native = plainly(spec), [data.read_label(p) for p in sorted((tmp_path / "d/labels").iterdir())]
+    served = [[int((label == c).sum()) for c in range(3)] for _, label in plain]
+    owned = [[int((label == c).sum()) for c in range(3)] for label in native]
+    for first in ("prepare", "class_counts"):
+        cached = open_cached(spec, tmp_path / first)
+        getattr(cached, first)()
+        assert cached.class_counts().dtype == np.int64 and cached.class_counts().tolist() == served
+        facts = cached._facts.records
+        assert facts["size"].tolist() == [[24, 18]] * 4 and facts["native"].tolist() == owned
+        assert facts["turned"].tolist() == [False, False, True, False] and facts["checked"].all()
+        assert not cached._items.pending().size
+    plain = open_train(spec, cache=tmp_path / "native")  # no size: not cached, labels alone are read
+    assert plain.class_counts().tolist() == owned and not plain._facts.records["checked"].any()
+    more = open_train(spec, (*ABC, "d"), cache=tmp_path / "native")  # a class that no label has
+    assert more.class_counts().tolist() == [[*row, 0] for row in owned]
 
 
 def in_child(task):
-    """Id of a forked process that runs the task; numpy only, since torch's threads do not survive a fork."""
-    if not (child := os.fork()):
+    """Id of a forked process that runs the task; numpy only: torch's threads do not survive a fork."""
+    child = os.fork()
+    if not child:
         try:
             task()
             os._exit(0)
@@ -379,39 +468,30 @@ def in_child(task):
     return child
 
 
-def plainly(spec):
-    """The items of a data set read without a cache."""
-    plain = open_cached(spec, None)
-    plain.cached = False
-    return [plain.arrays(i) for i in range(len(plain))]
-
-
-def equal_arrays(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a, b))
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("write", [0, 1, 2, 12, 13, 14])                  # image, label, done byte of items 0 and 4
+@pytest.mark.parametrize("write", [0, 1, 9])  # facts of item 0, item 0, item 4
 def test_cache_survives_a_kill(tmp_path, write):
     spec = make_folder(tmp_path / "d", 6)
+    calls = []
+
+    class Deadly(io.FileIO):
+        def write(self, content):
+            if len(calls) == write:
+                super().write(content[:-1])
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(len(content))
+            return super().write(content)
 
     def killed():
-        calls = []
-
-        class Deadly(io.FileIO):
-            def write(self, content):
-                calls.append(1)
-                if len(calls) > write:
-                    super().write(content[:len(content) // 2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return super().write(content)
-        data.open = lambda path, mode: Deadly(path, mode.replace("b", ""))
+        data.open = lambda path, mode, buffering=0: Deadly(path, mode.replace("b", ""))
         for i in range(6):
             open_cached(spec, tmp_path / "cache").arrays(i)
     assert os.waitpid(in_child(killed), 0)[1] == signal.SIGKILL
     cached = open_cached(spec, tmp_path / "cache")
-    assert cached._maps[2].sum() == write // 3
-    assert all(equal_arrays(a, cached.arrays(i)) for i, a in enumerate(plainly(spec))) and cached._maps[2].all()
+    assert cached._items.records["done"].sum() == write // 2
+    assert cached._facts.records["done"].sum() == (write + 1) // 2
+    assert all(equal_arrays(a, cached.arrays(i)) for i, a in enumerate(plainly(spec)))
+    assert cached._items.records["done"].all() and cached._facts.records["done"].all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -424,57 +504,74 @@ def test_cache_with_two_builders(tmp_path):
         assert all(equal_arrays(wanted[i], shared.arrays(i)) for i in range(40))
     children = [in_child(build), in_child(build)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    assert len(list((tmp_path / "cache").iterdir())) == 1 and open_cached(spec, tmp_path / "cache")._maps[2].all()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    shared = open_cached(spec, tmp_path / "cache")
+    assert not shared._items.pending().size and not shared._facts.pending().size
 
 
 def test_cache_that_cannot_be_written(tmp_path):
+    """An unusable folder, a disk without room for the file and one that fills up within a record."""
     spec = make_folder(tmp_path / "d", 2)
     (tmp_path / "file").write_text("")
-    refused(lambda: open_cached(spec, tmp_path / "file" / "cache").prepare(), "--cache", tmp_path / "file")
-    script = ("import resource, sys, data\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-              f"try: data.open_dataset({spec!r}, 'train', ('a', 'b', 'c'), (20, 14), {str(tmp_path / 'c')!r})[0]\n"
-              "except data.DataError as error: print(error)")
-    here = Path(data.__file__).parent
-    done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
-    assert done.returncode == 0 and "--cache" in done.stdout and done.stdout.count("\n") == 1, done.stderr
+    blocked = open_cached(spec, tmp_path / "file" / "cache")
+    refused(blocked.prepare, "--cache", tmp_path / "file")
+    script = """
+import resource, data
+dataset = data.open_dataset({spec!r}, "train", ("a", "b", "c"), (20, 14), {cache!r})
+if {room}:
+    dataset[0]
+    limit = dataset._items.record.itemsize + 500
+else:
+    limit = 500
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    dataset[1]
+except data.DataError as error:
+    print(error)
+"""
+    for room in (False, True):
+        code = script.format(spec=spec, cache=str(tmp_path / f"cache{room}"), room=room)
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+        assert "cannot write" in done.stdout and "--cache" in done.stdout
+    half = open_cached(spec, tmp_path / "cacheTrue")
+    assert half._items.pending().tolist() == [1] and equal_arrays(half.arrays(1), plainly(spec)[1])
 
 
 def test_cache_is_of_its_classes_in_their_order(tmp_path):
     """Also where a folder holds files of train ids, which are mapped by name."""
-    (tmp_path / "i").mkdir()
-    (tmp_path / "l").mkdir()
-    put(tmp_path / "i/a_labelTrainIds.png", np.zeros((4, 4, 3), np.uint8))
-    put(tmp_path / "l/a_labelTrainIds.png", np.full((4, 4), 2, np.uint8))
+    put(tmp_path / "i/a_labelTrainIds.png", np.zeros((4, 4, 3)))
+    put(tmp_path / "l/a_labelTrainIds.png", np.full((4, 4), 2))
     names = data.CLASS_SPACES["cityscapes19"]
+    spec = f"folder:{tmp_path}/i:{tmp_path}/l"
     for classes in (names, names[::-1]):
-        dataset = data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/l", "train", classes, (4, 4), tmp_path / "cache")
+        dataset = open_train(spec, classes, (4, 4), tmp_path / "cache")
         wanted = classes.index("building")
         assert (dataset[0]["label"] == wanted).all() and dataset.class_counts()[0, wanted] == 16
 
 
-def test_finished_cache_serves_without_being_written_and_damaged_counts_are_made_again(tmp_path, monkeypatch):
-    labelled, _ = write_pairs(tmp_path)
-
-    def opened():
-        return data.open_dataset(labelled, "train", ("sky", "wall", "car"), (56, 40), tmp_path / "cache")
-
-    first = opened()
+def test_finished_cache_is_not_written_and_damaged_facts_are_made_again(tmp_path, monkeypatch):
+    spec = make_folder(tmp_path / "d")
+    first = open_cached(spec, tmp_path / "cache")
     first.prepare()
     counts = first.class_counts()
-    for damaged in (b"", next((tmp_path / "cache").glob("*.npy")).read_bytes()[:70]):
-        next((tmp_path / "cache").glob("*.npy")).write_bytes(damaged)
-        assert (opened().class_counts() == counts).all()
+    facts = first._facts.path
+    for damaged in (b"", facts.read_bytes()[:70]):
+        facts.write_bytes(damaged)
+        assert (open_cached(spec, tmp_path / "cache").class_counts() == counts).all()
     monkeypatch.setattr(data, "_writing", None)  # whoever writes needs it
-    assert torch.equal(opened()[0]["image"], first[0]["image"]) and (opened().class_counts() == counts).all()
+    again = open_cached(spec, tmp_path / "cache")
+    assert torch.equal(again[0]["image"], first[0]["image"])
+    assert (again.class_counts() == counts).all()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at the process table in /proc")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_workers_of_a_killed_process_do_not_stay():
-    code = (f"import sys, time; sys.path.insert(0, {HERE!r}); import data\n"
-            "def task(i):\n    print(__import__('os').getpid(), flush=True); time.sleep(60)\n"
+    code = ("import os, time, data\n"
+            "def task(i):\n    print(os.getpid(), flush=True); time.sleep(60)\n"
             "data._in_processes(task, range(2), 'waiting')")
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
     worker = int(run.stdout.readline())
     run.kill()
     run.wait()
@@ -496,134 +593,173 @@ def test_rare_class_probabilities():
     counts = np.array([[900, 50, 0, 5], [800, 60, 0, 5], [700, 0, 10, 0]])
     sampler = data.RareClassSampler(counts, 0.5, 9)
     share = counts.sum(0) / counts.sum()
-    expected = np.exp((1 - share) / 0.5) * [1, 1, 1, 0]                   # class 3 never has more than 9 pixels
+    expected = np.exp((1 - share) / 0.5) * [1, 1, 1, 0]  # class 3 never has more than 9 pixels
     assert np.allclose(sampler.probabilities, expected / expected.sum())
-    assert data.RareClassSampler(counts, 0.5, 10).probabilities[2] == 0   # more than, not at least
+    assert data.RareClassSampler(counts, 0.5, 10).probabilities[2] == 0  # more than, not at least
     rng = np.random.default_rng(0)
     drawn = [sampler.draw(rng) for _ in range(4000)]
     assert set(drawn) == {(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 2)}
     frequency = np.bincount([c for _, c in drawn], minlength=4) / 4000
     assert abs(frequency - sampler.probabilities).max() < 0.03
-    assert np.isfinite(data.RareClassSampler(counts).probabilities).all()                   # T = 0.01 does not overflow
+    assert np.isfinite(data.RareClassSampler(counts).probabilities).all()  # T = 0.01: no overflow
     refused(lambda: data.RareClassSampler(counts, min_pixels=10_000), "10000 pixels")
 
 
 def test_rare_class_crops(tmp_path):
-    """One corner holds the rare class: without re-crops about 1 of 4 crops would show enough of it."""
+    """One corner holds the rare class: of plain crops about 1 in 4 would show enough of it."""
     label = np.zeros((64, 64))
-    label[:, 32:], label[:16, :16] = 1, 2
-    put(tmp_path / "d" / "images" / "a.png", np.zeros((64, 64, 3)))
-    put(tmp_path / "d" / "labels" / "a.png", label)
-    d = data.open_dataset(f"folder:{tmp_path / 'd' / 'images'}:{tmp_path / 'd' / 'labels'}", "train", ("a", "b", "c"))
-    rare = data.RareClassSampler(np.array([[0, 0, 256]]))
-    need = data.RARE_CROP * 32 ** 2
-    hits = [sum(int((data.Crops(d, 32, 0, sampler, None)[k]["label"] == 2).sum() > need) for k in range(200))
-            for sampler in (None, rare)]
+    label[:, 32:] = 1
+    label[:16, :16] = 2
+    put(tmp_path / "images" / "a.png", np.zeros((64, 64, 3)))
+    put(tmp_path / "labels" / "a.png", label)
+    dataset = open_train(f"folder:{tmp_path / 'images'}:{tmp_path / 'labels'}")
+    hits, kept = [], []
+    for rare in (None, data.RareClassSampler(np.array([[0, 0, 256]]))):
+        crops = data.Crops(dataset, 32, 0, rare, None)
+        shown = [int((crops[k]["label"] == 2).sum()) for k in range(200)]
+        hits.append(sum(pixels > data.RARE_CROP * 32 ** 2 for pixels in shown))
     assert hits[0] < 120 and hits[1] > 185
-    shares = [data.Crops(d, 16, 0, None, share)[k]["label"].flatten().bincount().max().item() / 256
-              for share in (None, 0.75) for k in range(200)]
-    assert np.mean(np.array(shares[:200]) < 0.75) < 0.5 < 0.9 < np.mean(np.array(shares[200:]) < 0.75)
+    for max_share in (None, 0.75):
+        crops = data.Crops(dataset, 16, 0, None, max_share)
+        largest = [int(crops[k]["label"].flatten().bincount().max()) for k in range(200)]
+        kept.append(np.mean(np.array(largest) < 0.75 * 256))
+    assert kept[0] < 0.5 and kept[1] > 0.9
 
 
 def test_crops_are_a_function_of_seed_and_k(tmp_path):
     spec = make_folder(tmp_path / "d", 5, (40, 30))
-    names, keys = ("a", "b", "c"), list(range(12)) + [1000]
-    d = data.open_dataset(spec, "train", names)
-    rare = data.RareClassSampler(d_counts := np.stack([d._count(i) for i in range(5)]), min_pixels=1)
-    assert d_counts.shape == (5, 3)
-    shutil.copytree(tmp_path / "d", tmp_path / "moved")                   # the place of the files does not matter
-    moved = data.open_dataset(spec.replace(f"{tmp_path / 'd'}", f"{tmp_path / 'moved'}"), "train", names)
+    keys = [*range(12), 1000]
+    dataset = open_train(spec, cache=tmp_path / "cache")
+    rare = data.RareClassSampler(dataset.class_counts(), min_pixels=1)
+    shutil.copytree(tmp_path / "d", tmp_path / "moved")  # the place of the files does not matter
+    moved = open_train(spec.replace(str(tmp_path / "d"), str(tmp_path / "moved")))
     for sampler in (None, rare):
-        crops = data.Crops(d, 16, 3, sampler)
-        wanted = {k: crops[k] for k in keys}
-        backwards = {k: data.Crops(moved, 16, 3, sampler)[k] for k in reversed(keys)}
+        crops = data.Crops(dataset, 16, 3, sampler)
+        wanted = [crops[k] for k in keys]
+        backwards = [data.Crops(moved, 16, 3, sampler)[k] for k in reversed(keys)]
         loader = torch.utils.data.DataLoader(crops, batch_size=None, sampler=keys, num_workers=2)
-        assert all(same(wanted[k], backwards[k]) for k in keys)
-        assert all(same(wanted[k], {**item, "index": int(item["index"])}) for k, item in zip(keys, loader))
-        assert not all(same(data.Crops(d, 16, 4, sampler)[k], wanted[k]) for k in keys)
-    crops = data.Crops(d, 16, 3)
-    orders = [[crops[k]["index"] for k in range(epoch * 5, epoch * 5 + 5)] for epoch in range(4)]
-    assert all(sorted(order) == list(range(5)) for order in orders) and len(set(map(tuple, orders))) > 1
-    item = crops[0]                                                       # image and label are cut and flipped alike
-    windows = [(d[item["index"]]["image"][:, y:y + 16, x:x + 16], d[item["index"]]["label"][y:y + 16, x:x + 16])
-               for y in range(15) for x in range(25)]
-    windows += [(image.flip(2), label.flip(1)) for image, label in windows]
-    assert any(torch.equal(image, item["image"]) and torch.equal(label, item["label"]) for image, label in windows)
+        assert all(map(same, wanted, backwards[::-1]))
+        assert all(same(a, b | {"index": int(b["index"])}) for a, b in zip(wanted, loader))
+        other = data.Crops(dataset, 16, 4, sampler)
+        assert not all(same(a, other[k]) for a, k in zip(wanted, keys))
+
+
+def test_crops_cover_an_epoch_and_cut_image_and_label_alike(tmp_path):
+    dataset = open_train(make_folder(tmp_path, 5, (40, 30)))
+    crops = data.Crops(dataset, 16, 3)
+    orders = np.array([crops[k]["index"] for k in range(20)]).reshape(4, 5)
+    assert (np.sort(orders) == np.arange(5)).all() and len(np.unique(orders, axis=0)) > 1
+    flipped = set()
+    for k in range(6):
+        image, label = dataset[crops[k]["index"]]["image"], dataset[crops[k]["index"]]["label"]
+        found = None
+        for y, x, flip in itertools.product(range(15), range(25), (False, True)):
+            window = image[:, y:y + 16, x:x + 16], label[y:y + 16, x:x + 16]
+            if flip:
+                window = window[0].flip(2), window[1].flip(1)
+            if torch.equal(window[0], crops[k]["image"]):
+                assert torch.equal(window[1], crops[k]["label"]) and found is None
+                found = flip
+        flipped.add(found)
+    assert flipped == {False, True}
 
 
 def test_labels_of_a_target_never_reach_its_crops(tmp_path):
-    labelled = data.open_dataset(make_folder(tmp_path, size=(48, 40)), "train", ("a", "b", "c"))
-    plain = data.open_dataset(f"folder:{tmp_path / 'images'}", "train", ("a", "b", "c"))
-    for k in range(40):
-        seen, blind = data.Crops(labelled, 16, 0, labels=False)[k], data.Crops(plain, 16, 0)[k]
-        assert torch.equal(seen["image"], blind["image"]) and (seen["label"] == 0).all()
+    labelled = open_train(make_folder(tmp_path, size=(48, 40)))
+    plain = open_train(f"folder:{tmp_path / 'images'}")
+    seen, blind = data.Crops(labelled, 16, 0, labels=False), data.Crops(plain, 16, 0)
+    assert all(same(seen[k], blind[k]) and (seen[k]["label"] == 255).all() for k in range(40))
 
 
-def test_crops_larger_than_the_image(tmp_path):
-    for size in ((5, 7), (1, 1), (40, 3)):
-        spec = make_folder(tmp_path / str(size), 2, size)
-        for labeled in (True, False):
-            spec = spec if labeled else spec.rsplit(":", 1)[0]
-            item = data.Crops(data.open_dataset(spec, "train", ("a", "b", "c")), 16, 0)[0]
-            assert item["image"].shape == (3, 16, 16) and item["label"].shape == (16, 16)
-            assert item["image"].dtype == item["label"].dtype == torch.uint8
-            outside = (item["image"] == torch.tensor(data.MEAN_COLOUR)[:, None, None]).all(0)
-            assert int((~outside).sum()) == min(16, size[0]) * min(16, size[1])
-            assert (item["label"][outside] == 255).all() and (labeled or (item["label"][~outside] == 0).all())
+@pytest.mark.parametrize("size", [(5, 7), (1, 1), (40, 3)])
+@pytest.mark.parametrize("labels", [True, False])
+def test_crops_larger_than_the_image(tmp_path, size, labels):
+    dataset = open_train(make_folder(tmp_path, 2, size))
+    item = data.Crops(dataset, 16, 0, labels=labels)[0]
+    image, label, inside = item["image"], item["label"], item["inside"]
+    assert image.shape == (3, 16, 16) and label.shape == inside.shape == (16, 16)
+    assert image.dtype == label.dtype == torch.uint8 and inside.dtype == torch.bool
+    assert inside.sum() == min(16, size[0]) * min(16, size[1])
+    assert torch.equal(inside, (image != torch.tensor(data.MEAN_COLOUR)[:, None, None]).any(0))
+    assert (label[~inside] == 255).all() and (labels or (label == 255).all())
+
+
+def test_crops_of_a_subset(tmp_path):
+    dataset = open_train(make_folder(tmp_path, 7))
+    seen = [data.Crops(dataset, 16, 0, subset=[1, 4, 6])[k]["index"] for k in range(30)]
+    assert sorted(seen) == [1] * 10 + [4] * 10 + [6] * 10
+    assert len(np.unique(np.reshape(seen, (10, 3)), axis=0)) > 1
+    counts = np.zeros((3, 3), int)
+    counts[1, 2] = 9
+    rare = data.RareClassSampler(counts)
+    crops = data.Crops(dataset, 16, 0, rare, subset=[1, 4, 6])
+    assert {crops[k]["index"] for k in range(9)} == {4}
+    other = data.Crops(dataset, 16, 0, labels=False, subset=[1, 4, 6])
+    assert [other[k]["index"] for k in range(30)] != seen  # drawn apart from the labelled ones
+
+
+# ---------------------------------------------------------------- data.py: labelled subsets
 
 
 def test_labeled_subset():
     names = [f"city_{i:06d}" for i in range(2975)]
     subset = [int(name[5:]) for name in data.labeled_subset(names[::-1], 500)]
-    assert subset[:5] == [2403, 2865, 2159, 507, 2462] and [subset[i - 1] for i in (100, 200, 500)] == [1407, 1268, 927]
+    assert subset[:5] == [2403, 2865, 2159, 507, 2462]
+    assert [subset[i - 1] for i in (100, 200, 500)] == [1407, 1268, 927]
     assert data.labeled_subset(names, 100) == data.labeled_subset(names, 500)[:100]
     for n in (0, 2976):
         refused(lambda: data.labeled_subset(names, n), n, 2975)
 
 
-def test_labeled_images_by_number_or_list(tmp_path):
-    root = tmp_path / "leftImg8bit/train"
-    for i in range(6):
-        city = root / ("aachen" if i < 3 else "bremen")
-        city.mkdir(parents=True, exist_ok=True)
-        put(city / f"{city.name}_{i:06d}_000019_leftImg8bit.png", np.full((4, 4, 3), i, np.uint8))
-        (tmp_path / "masks").mkdir(exist_ok=True)
-        put(tmp_path / f"masks/{city.name}_{i:06d}_000019_leftImg8bit.png", np.full((4, 4), i % 2, np.uint8))
-    unlabelled = data.open_dataset(f"folder:{root}", "train", ("a", "b"))
-    refused(lambda: data.labeled_indices(unlabelled, "2"), "has no labels")
-    dataset = data.open_dataset(f"folder:{root / 'aachen'}:{tmp_path / 'masks'}", "train", ("a", "b"))
-    assert data.labeled_indices(dataset, "all") == [0, 1, 2]
+@pytest.fixture
+def subset_of(tmp_path):
+    """A function from the text of a --labeled list to the names that it takes from a made data set."""
+    for name in ("a", "a b", "c d e", "aachen_0_leftImg8bit"):
+        put(tmp_path / "images" / f"{name}.png", np.zeros((4, 4, 3)))
+        put(tmp_path / "labels" / f"{name}.png", np.zeros((4, 4)))
+    dataset = open_train(f"folder:{tmp_path}/images:{tmp_path}/labels")
+
+    def names(text):
+        (tmp_path / "split.txt").write_text(text.format(root=tmp_path))
+        indices = data.labeled_indices(dataset, str(tmp_path / "split.txt"))
+        return [dataset.names[i] for i in indices]
+    names.dataset = dataset
+    return names
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("a b.png", ["a b"]), ("a b.png\tlabels/a b.png", ["a b"]), ("images/c d e.png", ["c d e"]),
+    ("a", ["a"]), ("images/a.png labels/a.png", ["a"]), ("images\\c d e.png", ["c d e"]),
+    ("./images/a b.png", ["a b"]), ("{root}/images/a b.png", ["a b"]), ("a b\na\n", ["a b", "a"]),
+    ("aachen_0", ["aachen_0"]),  # the name, then a line of UniMatch's lists
+    ("images/aachen_0_leftImg8bit.png gtFine/train/aachen/x.png", ["aachen_0"])])
+def test_list_of_labelled_images(subset_of, text, wanted):
+    assert subset_of(text) == wanted
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "lists no image"), ("other.png x.png", "'other.png x.png' is no image"), (".png x", "no image"),
+    ("a\na", "for the second time")])
+def test_list_of_labelled_images_faults(subset_of, tmp_path, text, words):
+    refused(lambda: subset_of(text), tmp_path / "split.txt", words)
+
+
+def test_number_of_labelled_images(subset_of, tmp_path):
+    dataset = subset_of.dataset
+    assert data.labeled_indices(dataset, "all") == [0, 1, 2, 3]
     names = [dataset.names[i] for i in data.labeled_indices(dataset, "2")]
     assert names == sorted(data.labeled_subset(dataset.names, 2))
-    split = tmp_path / "labeled.txt"
-    split.write_text("leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.png gtFine/train/aachen/x.png\n"
-                     "aachen_000000_000019\n")  # UniMatch's lines, or plain names
-    assert data.labeled_indices(dataset, str(split)) == [0, 2]
-    refused(lambda: data.labeled_indices(dataset, "4"), "--labeled 4", "3 images")
-    refused(lambda: data.labeled_indices(dataset, "/nonexistent.txt"), "/nonexistent.txt", "no such file")
-    for text, words in (("", "lists no image"), ("other.png x.png", "'other.png x.png' is no image"),
-                        ("aachen_000000_000019\naachen_000000_000019", "for the second time"), (".png x", "no image")):
-        split.write_text(text)
-        refused(lambda: data.labeled_indices(dataset, str(split)), str(split), words)
-
-
-def test_lists_of_names_with_spaces_and_images_twice(tmp_path):
-    for part, shape in (("images", (4, 4, 3)), ("labels", (4, 4))):
-        (tmp_path / part).mkdir()
-        for name in ("a", "a b", "c d e"):
-            put(tmp_path / part / f"{name}.png", np.zeros(shape, np.uint8))
-    dataset = data.open_dataset(f"folder:{tmp_path}/images:{tmp_path}/labels", "train", ("a", "b"))
-    split = tmp_path / "labeled.txt"
-    for line, wanted in (("a b.png", "a b"), ("a b.png\tlabels/a b.png", "a b"), ("images/c d e.png", "c d e"),
-                         ("a", "a"), ("images/a.png labels/a.png", "a"), ("images\\c d e.png", "c d e"),
-                         ("./images/a b.png", "a b"), (str(tmp_path / "images/a b.png"), "a b")):
-        split.write_text(line)
-        assert [dataset.names[i] for i in data.labeled_indices(dataset, str(split))] == [wanted], line
+    refused(lambda: data.labeled_indices(dataset, "5"), "--labeled 5", "4 images")
+    refused(lambda: data.labeled_indices(dataset, "/no.txt"), "/no.txt", "no such file")
+    unlabelled = open_train(f"folder:{tmp_path}/images")
+    refused(lambda: data.labeled_indices(unlabelled, "2"), "has no labels")
     twice = tmp_path / "twice.txt"
-    twice.write_text("images/a.png\tlabels/a.png\nimages/a.png\tlabels/a.png\n")
-    dataset = data.open_dataset(f"list:{twice}", "train", ("a", "b"))
+    twice.write_text("images/a.png\tlabels/a.png\n" * 2)
+    dataset = open_train(f"list:{twice}")
     assert data.labeled_indices(dataset, "all") == [0, 1]
     refused(lambda: data.labeled_indices(dataset, "1"), str(twice), "twice")
+    (tmp_path / "split.txt").write_text("a")
+    refused(lambda: data.labeled_indices(dataset, str(tmp_path / "split.txt")), "more than one")
 
 
 def test_images_without_a_mask_beside_labelled_ones(small_run, tmp_path):
@@ -632,38 +768,22 @@ def test_images_without_a_mask_beside_labelled_ones(small_run, tmp_path):
     for name in ("001", "003", "004"):
         (masks / f"{name}.png").unlink()
     part = f"folder:{tmp_path}/target/images:{masks}"
-    classes = data.class_names(str(tmp_path / "names.txt"))
-    for size, cache in ((None, None), ((56, 40), tmp_path / "cache")):
-        dataset = data.open_dataset(part, "train", classes, size, cache, partial=True)
+    names = str(tmp_path / "names.txt")
+    for size in (None, (56, 40)):
+        dataset = open_train(part, data.class_names(names), size, tmp_path / "cache", partial=True)
         assert dataset.labeled and data.labeled_indices(dataset, "all") == [0, 2]
         assert (dataset[1]["label"] == 255).all() and (dataset[2]["label"] < 3).all()
-        counts = dataset.class_counts()
-        assert (counts.sum(1) > 0).tolist() == [True, False, True, False, False]
-    refused(lambda: data.open_dataset(part, "train", classes), "3 of 5 images")
-    checked = subprocess.run([sys.executable, "data.py", part, "--classes", str(tmp_path / "names.txt"), "--out",
-                              str(tmp_path / "sheet.png")], cwd=HERE, capture_output=True, text=True)
-    assert checked.returncode == 0 and "note: 3 of 5 images have no label" in checked.stdout
+        assert (dataset.class_counts().sum(1) > 0).tolist() == [True, False, True, False, False]
+    refused(lambda: open_train(part, data.class_names(names)), "3 of 5 images")
     refused(lambda: data.labeled_indices(dataset, "3"), "--labeled 3", "2 images with labels")
-    argv = [*small_run, "--target", part, "--val", "none", "--recipe", "semidavil", "--labeled", "all"]
-    run_train(argv)
+    code, out, _ = run_data(part, "--classes", names, "--out", str(tmp_path / "sheet.png"))
+    assert code == 0 and "note: 3 of 5 images have no label" in out
+    argv = [*small_run, "--target", part, "--val", "none", "--recipe", "semidavil", "--labeled"]
+    run_train([*argv, "all"])
     assert load_checkpoint(tmp_path / "out/last.pt")["labeled"] == ["000", "002"]
-    split = tmp_path / "split.txt"
-    split.write_text("003\n")
-    done = run_train([*argv, "--labeled", str(split), "--out", str(tmp_path / "other")], check=False)
-    assert done.returncode == 1 and "no image with a label" in done.stderr
-
-
-def test_crops_of_a_subset(tmp_path):
-    labelled, _ = write_pairs(tmp_path, count=7)
-    dataset = data.open_dataset(labelled, "train", ("sky", "wall", "car"))
-    seen = [data.Crops(dataset, 16, 0, subset=[1, 4, 6])[k]["index"] for k in range(30)]
-    assert sorted(seen) == [1] * 10 + [4] * 10 + [6] * 10 and len(set(map(tuple, np.split(np.array(seen), 10)))) > 1
-    counts = np.zeros((3, 3), int)
-    counts[1, 2] = 9
-    rare = data.RareClassSampler(counts)
-    assert {data.Crops(dataset, 16, 0, rare, subset=[1, 4, 6])[k]["index"] for k in range(9)} == {4}
-    other = data.Crops(dataset, 16, 0, labels=False, subset=[1, 4, 6])
-    assert [other[k]["index"] for k in range(30)] != seen  # drawn apart from the labelled ones
+    (tmp_path / "split.txt").write_text("003\n")
+    done = run_train([*argv, str(tmp_path / "split.txt"), "--out", str(tmp_path / "b")], check=False)
+    assert done.returncode and "no image with a label" in done.stderr
 
 
 # ---------------------------------------------------------------- data.py: on the device
@@ -674,12 +794,13 @@ def generator(seed=0):
 
 
 def mix_inputs(batch=4, classes=7):
+    """source, its label, target, its label and weight."""
     g = generator(5)
-    label = torch.randint(0, classes, (batch, 9, 11), generator=g).to(torch.uint8) * 2      # even ids only: n = 7 of 14
+    label = torch.randint(0, classes, (batch, 9, 11), generator=g).to(torch.uint8) * 2  # even ids
     label[:, 0] = 255
-    label[2][label[2] == 4] = 6                                           # class 4 is in the batch, not in image 2
-    return torch.rand(batch, 3, 9, 11, generator=g), label, torch.rand(batch, 3, 9, 11, generator=g), \
-        torch.full((batch, 9, 11), 13, dtype=torch.uint8), torch.tensor(0.25)
+    label[2][label[2] == 4] = 6  # class 4 is in the batch, not in image 2
+    source, target = torch.rand(2, batch, 3, 9, 11, generator=g)
+    return source, label, target, torch.full_like(label, 13), torch.tensor(0.25)
 
 
 def test_class_mix():
@@ -688,78 +809,65 @@ def test_class_mix():
     assert present.nonzero().flatten().tolist() == [0, 2, 4, 6, 8, 10, 12]
     drawn = set()
     for seed in range(40):
-        image, label, mixed_weight, mask = data.class_mix(*inputs, present, generator(seed))
+        image, label, weight, mask = data.class_mix(*inputs, present, generator(seed))
         for b in range(4):
             chosen = set(source_label[b][mask[b, 0]].tolist())
             rest = set(source_label[b][~mask[b, 0]].tolist())
-            assert not chosen & rest and 255 in rest and len(chosen) in ((4,) if b != 2 else (3, 4))
+            assert not chosen & rest and 255 in rest
+            assert len(chosen) == 4 or b == 2 and len(chosen) == 3
             drawn.add(frozenset(chosen))
-        where = mask.expand_as(source)
-        assert torch.equal(image[where], source[where]) and torch.equal(image[~where], target[~where])
-        assert torch.equal(label[mask[:, 0]], source_label[mask[:, 0]]) and (label[~mask[:, 0]] == 13).all()
-        assert (mixed_weight[mask[:, 0]] == 1).all() and (mixed_weight[~mask[:, 0]] == 0.25).all()
-    assert len(drawn) > 20                                                # another half per image and seed
-    none, single = torch.zeros(19, dtype=torch.bool), torch.arange(19) == 6                 # ceil(1/2) = 1
+        pasted = mask[:, 0]
+        assert torch.equal(image, torch.where(mask, source, target))
+        assert torch.equal(label, torch.where(pasted, source_label, 13))
+        assert (weight[pasted] == 1).all() and (weight[~pasted] == 0.25).all()
+    assert len(drawn) > 20  # another half per image and seed
+    none, single = torch.zeros(19, dtype=torch.bool), torch.arange(19) == 6  # ceil(1/2) = 1
     assert not data.class_mix(*inputs, none, generator())[3].any()
-    assert torch.equal(data.class_mix(*inputs, single, generator())[3][:, 0], source_label == 6)
-
+    mask = data.class_mix(*inputs, single, generator())[3]
+    assert torch.equal(mask[:, 0], source_label == 6)
 
 
 def test_block_mask():
     mask = data.block_mask(64, (128, 96), 32, 0.7, generator())
-    assert mask.shape == (64, 1, 128, 96) and mask.dtype == torch.float32 and set(mask.unique().tolist()) == {0.0, 1.0}
-    cells = mask.reshape(64, 4, 32, 3, 32)                                # (B,1,H,W) -> (B, row, 32, column, 32)
-    assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells)) and abs(mask.mean() - 0.3) < 0.05
-    assert len({tuple(m.flatten().tolist()) for m in cells[:, :, 0, :, 0]}) > 50            # another mask per image
+    assert mask.shape == (64, 1, 128, 96) and mask.dtype == torch.float32
+    assert set(mask.unique().tolist()) == {0.0, 1.0} and abs(mask.mean() - 0.3) < 0.05
+    cells = mask.reshape(64, 4, 32, 3, 32)  # (B,1,H,W) -> (B, row, 32, column, 32)
+    assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))
+    assert len(cells[:, :, 0, :, 0].unique(dim=0)) > 50  # another mask per image
     assert data.block_mask(2, (70, 20), 32, 0.0, generator()).shape == (2, 1, 70, 20)
     assert data.block_mask(1, (5, 5), 32, 1.0, generator()).sum() == 25  # one block is always left
-    assert data.block_mask(3, (64, 64), 16, 1.0, generator()).sum((1, 2, 3)).tolist() == [256.0] * 3
+    left = data.block_mask(3, (64, 64), 16, 1.0, generator()).sum((1, 2, 3))
+    assert left.tolist() == [256.0] * 3
 
 
 def test_draws_do_not_depend_on_the_number_of_processes():
-    shards = [(0, 2), (1, 2)]
-    whole = data.uniform((4, 3), generator(1))
-    assert torch.equal(whole, torch.cat([data.uniform((2, 3), generator(1), shard) for shard in shards]))
-    mask = data.block_mask(4, (32, 32), 8, 0.5, generator(1))
-    assert torch.equal(mask, torch.cat([data.block_mask(2, (32, 32), 8, 0.5, generator(1), shard) for shard in shards]))
     *inputs, weight = mix_inputs()
     source, present = inputs[0], data.present_classes(inputs[1], 19)
-    whole = data.class_mix(*inputs, weight, present, generator(1))
-    halves = [data.class_mix(*(x[2 * rank:2 * rank + 2] for x in inputs), weight, present, generator(1), (rank, 2))
-              for rank in range(2)]
-    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*halves)))
+    draws = {
+        "uniform": lambda b, shard: [data.uniform((b, 3), generator(1), shard)],
+        "block": lambda b, shard: [data.block_mask(b, (32, 32), 8, 0.5, generator(1), shard)],
+        "mix": lambda b, shard: data.class_mix(*(x[shard[0] * b:][:b] for x in inputs), weight,
+                                               present, generator(1), shard)}
+    for name, draw in draws.items():
+        halves = [torch.cat(parts) for parts in zip(draw(2, (0, 2)), draw(2, (1, 2)))]
+        assert all(map(torch.equal, draw(4, (0, 1)), halves)), name
     for seed in range(5):
-        parts = torch.cat([data.strong_augment(source[i:i + 2], generator(seed)) for i in (0, 2)])
-        assert torch.equal(data.strong_augment(source, generator(seed)), parts)
+        parts = [data.strong_augment(source[i:i + 2], generator(seed)) for i in (0, 2)]
+        assert torch.equal(data.strong_augment(source, generator(seed)), torch.cat(parts))
 
 
-def test_majority_labels_and_drawn_cells():
+def test_majority_label():
     label = torch.full((1, 8, 8), 255, dtype=torch.uint8)
-    label[0, :4, :4], label[0, :4, 4:] = 2, 0
+    label[0, :4, :4] = 2
+    label[0, :4, 4:] = 0
     label[0, 3, :4] = 1  # 12 of 16 pixels are left: 75 %, just enough
     label[0, 2:4, 4:] = 1  # half and half
     label[0, 4:, :3] = 1  # 75 % of the cell, the rest ignored
     assert data.majority_label(label, (2, 2), 3).tolist() == [[[2, 255], [1, 255]]]
-    cells = torch.randint(0, 4, (2, 9, 9), generator=generator())
-    cells[0, :4] = 255
-    assert data.sample_cells(cells, "all", generator()) is cells
-    for count, most in (("20", None), ("5/class", 5)):
-        drawn = [data.sample_cells(cells, count, generator(seed)) for seed in range(20)]
-        for kept in drawn:
-            taken = kept != 255
-            assert torch.equal(kept[taken], cells[taken]) and (most or taken.sum() == 20)
-            assert all((kept == c).sum() == 5 for c in range(4)) or most is None
-        share = torch.stack([kept != 255 for kept in drawn]).float().mean(0)[cells != 255]
-        assert share.max() < 0.6 and share.gt(0).float().mean() > 0.9  # any cell may be drawn
-    few = data.sample_cells(cells, "1000/class", generator())
-    assert torch.equal(few, cells) and torch.equal(data.sample_cells(cells, "1000", generator()), cells)
-    for wrong in ("0", "x", "4/image", "-3", ""):
-        with pytest.raises(argparse.ArgumentTypeError, match="write all"):
-            data.cell_count(wrong)
 
 
 def amplitudes(image, b):
-    """Amplitudes of all frequencies, centred, and whether each is one of the (2b+1)^2 lowest."""
+    """Spectrum of all frequencies, centred, and whether each is one of the (2b+1)^2 lowest."""
     H, W = image.shape[2:]
     spectrum = torch.fft.fftshift(torch.fft.fft2(image.double()), dim=(2, 3))
     low = torch.zeros(H, W, dtype=torch.bool)
@@ -770,41 +878,58 @@ def amplitudes(image, b):
 @pytest.mark.parametrize("size, beta, b", [((64, 48), 0.05, 2), ((33, 47), 0.09, 2), ((20, 20), 0.01, 0)])
 def test_fourier_restyle_exchanges_low_amplitudes_and_keeps_phases(size, beta, b):
     torch.manual_seed(0)
-    image, style = 0.5 + 0.02 * torch.randn(2, 3, *size), 0.5 + 0.02 * torch.randn(2, 3, *size)  # nothing is clipped
+    image, style = 0.5 + 0.02 * torch.randn(2, 2, 3, *size)  # nothing is clipped
     out = data.fourier_restyle(image, style, beta)
     assert out.dtype == torch.float32 and 0 < out.min() and out.max() < 1
     (ours, low), (theirs, _), (mixed, _) = (amplitudes(x, b) for x in (image, style, out))
     assert low.sum() == (2 * b + 1) ** 2
-    torch.testing.assert_close(mixed.abs()[..., low], theirs.abs()[..., low], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(mixed[..., ~low], ours[..., ~low], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(mixed / mixed.abs(), ours / ours.abs(), rtol=1e-2, atol=1e-2)  # phases
-    torch.testing.assert_close(data.fourier_restyle(image, image, beta), image, rtol=0, atol=1e-5)
+    close = torch.testing.assert_close
+    close(mixed.abs()[..., low], theirs.abs()[..., low], rtol=1e-4, atol=1e-4)
+    close(mixed[..., ~low], ours[..., ~low], rtol=1e-4, atol=1e-4)
+    close(mixed / mixed.abs(), ours / ours.abs(), rtol=1e-2, atol=1e-2)  # phases
+    close(data.fourier_restyle(image, image, beta), image, rtol=0, atol=1e-5)
 
 
-def test_styles():
+def test_restyle():
+    """With looks the low frequencies of one of them; without, another random look per step."""
     torch.manual_seed(0)
-    image, dark = torch.rand(4, 3, 24, 32), 0.1 + 0.2 * torch.rand(4, 3, 24, 32)
-    torch.testing.assert_close(data.lab_restyle(image, image), image, rtol=0, atol=1e-4)
-    moved = data.lab_restyle(0.3 + 0.3 * image, dark)  # nothing is clipped: the channel moments arrive in Lab
-    again = data.lab_restyle(moved, 0.3 + 0.3 * image)
-    assert (moved.mean() - dark.mean()).abs() < 0.02
-    torch.testing.assert_close(again, 0.3 + 0.3 * image, rtol=0, atol=2e-3)  # and the way back is exact
-    grey = data.lab_restyle(torch.full((1, 3, 4, 4), 0.5), torch.full((1, 3, 4, 4), 0.2))  # an even image stays finite
-    torch.testing.assert_close(grey, torch.full((1, 3, 4, 4), 0.2), rtol=0, atol=1e-4)
-    assert torch.equal(data.restyle(image, dark, "identity", [0.01], generator()), image)
-    looks = {how: data.restyle(image, dark, how, [0.01, 0.09], generator(3)) for how in data.STYLES}
-    assert all(x.shape == image.shape and x.min() >= 0 and x.max() <= 1 for x in looks.values())
-    drawn = torch.stack([data.restyle(image, image, "random", [0.01], generator(seed)) for seed in range(30)])
-    assert len(drawn.flatten(1).unique(dim=0)) > 20
+    image, looks = torch.rand(4, 3, 24, 32), 0.1 + 0.2 * torch.rand(2, 3, 24, 32)
+    candidates = torch.stack([data.fourier_restyle(image, look.expand_as(image)) for look in looks])
+    picked = set()
+    for seed in range(10):
+        out = data.restyle(image, looks, generator(seed))
+        nearest = (out - candidates).abs().amax((2, 3, 4))  # (look, image)
+        assert (nearest.amin(0) < 1e-6).all()
+        picked |= set(nearest.argmin(0).tolist())
+    assert picked == {0, 1}
+    drawn = [data.restyle(image, None, generator(seed)) for seed in range(60)]
+    assert all(x.shape == image.shape and x.dtype == torch.float32 for x in drawn)
+    assert all(x.min() >= 0 and x.max() <= 1 + 1e-6 for x in drawn)
+    assert len(torch.stack(drawn).flatten(1).unique(dim=0)) > 40
+    jitter = [torch.equal(x, image) for x in drawn]  # neither drawn: 0.1 of a third
+    gains = [affine(image, x) for x in drawn]
+    assert 0 < sum(jitter) < 12 and 10 < sum(gains) < 40
+
+
+def affine(image, out):
+    """Whether `out` is a gain and a shift of each channel of each image, apart from clipping."""
+    for before, after in zip(image.flatten(0, 1).flatten(1), out.flatten(0, 1).flatten(1)):
+        free = (after > 0) & (after < 1)
+        points = torch.stack([before[free], torch.ones_like(before[free])], 1).double()
+        line = torch.linalg.lstsq(points, after[free, None].double()).solution
+        if (points @ line - after[free, None]).abs().max() > 1e-4 or torch.equal(before, after):
+            return False
+    return True
 
 
 def test_strong_augment():
-    flat = torch.tensor([0.2, 0.5, 0.6]).view(1, 3, 1, 1).expand(1, 3, 5, 5)                # blur cannot change it
+    flat = torch.tensor([0.2, 0.5, 0.6]).view(1, 3, 1, 1).expand(1, 3, 5, 5)  # blur keeps it
     edge = torch.zeros(2, 3, 12, 12)
-    edge[..., 6:] = 1                                                     # jitter keeps it a step, blur does not
+    edge[..., 6:] = 1  # jitter keeps it a step, blur does not
     jittered, blurred = [], []
     for seed in range(400):
-        jittered.append((data.strong_augment(flat, generator(seed)) - flat).abs().max() > 1e-5)
+        change = data.strong_augment(flat, generator(seed)) - flat
+        jittered.append(bool(change.abs().max() > 1e-5))
         blurred.append(len(data.strong_augment(edge, generator(seed))[0, 0, 5].unique()) > 2)
     assert abs(np.mean(jittered) - 0.8) < 0.06 and abs(np.mean(blurred) - 0.5) < 0.07
     image = torch.rand(2, 3, 17, 23, generator=generator())
@@ -812,47 +937,71 @@ def test_strong_augment():
     assert all(out.shape == image.shape and out.dtype == torch.float32 for out in outs)
     assert all(0 <= out.min() and out.max() <= 1 + 1e-6 for out in outs)
     assert len({float(out.sum()) for out in outs}) > 80
-    for size in ((1, 1), (1, 9), (3, 2)):                                 # the kernel shrinks with the image
-        outs = [data.strong_augment(torch.rand(1, 3, *size), generator(seed)) for seed in range(8)]
-        assert all(out.shape == (1, 3, *size) and out.isfinite().all() for out in outs)
+    for size in ((1, 1), (1, 9), (3, 2)):  # the kernel shrinks with the image
+        small = torch.rand(1, 3, *size)
+        outs = [data.strong_augment(small, generator(seed)) for seed in range(8)]
+        assert all(out.shape == small.shape and out.isfinite().all() for out in outs)
 
 
-def test_hue_saturation_blur():
+def test_hue_and_saturation():
     image = torch.rand(2, 3, 6, 6, generator=generator(2))
-    image[0, :, 0, 0], image[0, :, 0, 1] = 0.3, 0                         # grey and black
+    image[0, :, 0, 0], image[0, :, 0, 1] = 0.3, 0  # grey and black
+    pixels = image.permute(0, 2, 3, 1).reshape(-1, 3).tolist()  # (B,3,H,W) -> (N,3)
     for turn, factor in ((0.13, 1), (-0.2, 1), (0, 1.2), (0, 0.8)):
-        out = data._hsv(image, turn, factor).permute(0, 2, 3, 1).reshape(-1, 3)
-        for pixel, changed in zip(image.permute(0, 2, 3, 1).reshape(-1, 3).tolist(), out.tolist()):
+        out = data._hsv(image, turn, factor).permute(0, 2, 3, 1).reshape(-1, 3).tolist()
+        for pixel, changed in zip(pixels, out):
             h, s, v = colorsys.rgb_to_hsv(*pixel)
-            assert np.allclose(changed, colorsys.hsv_to_rgb((h + turn) % 1, min(1, s * factor), v), atol=1e-5)
+            wanted = colorsys.hsv_to_rgb((h + turn) % 1, min(1, s * factor), v)
+            assert np.allclose(changed, wanted, atol=1e-5)
+
+
+def test_blur():
     point = torch.zeros(1, 3, 31, 31)
     point[..., 15, 15] = 1
     blurred = data._blur(point, 0.9)[0, 0]
     x = torch.arange(31) - 15.0
     exact = torch.exp(-(x[:, None] ** 2 + x ** 2) / (2 * 0.9 ** 2))
-    assert torch.allclose(blurred, exact / exact.sum(), atol=1e-4) and torch.allclose(blurred.sum(), torch.tensor(1.0))
+    assert torch.allclose(blurred, exact / exact.sum(), atol=1e-4)
+    assert torch.allclose(blurred.sum(), torch.tensor(1.0))
 
 
 # ---------------------------------------------------------------- data.py: the command
 
 
-def test_data_command(tmp_path):
-    spec = make_folder(tmp_path / "d")
-    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+def run_data(*argv):
+    """(exit status, stdout, stderr) of data.py's main()."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            data.main(list(argv))
+        except SystemExit as leave:
+            code = leave.code
+    return code, out.getvalue(), err.getvalue()
 
-    def run(*flags):
-        command = [sys.executable, data.__file__, *flags, "--classes", tmp_path / "names.txt", "--out"]
-        return subprocess.run([*command, tmp_path / "sheet.png"], capture_output=True, text=True)
-    good = run(spec)
-    assert good.returncode == 0 and all(w in good.stdout for w in ("6 images", "24x18 (6)", "0 problems"))
-    assert Image.open(tmp_path / "sheet.png").width == 3 * 320
-    put(tmp_path / "d" / "labels" / "p01.png", np.full((18, 24), 9))
-    (tmp_path / "d" / "images" / "p02.png").write_bytes(b"")
-    bad = run(spec)
-    assert bad.returncode == 1 and not bad.stderr
-    assert all(word in bad.stdout for word in ("2 problems", "p01.png: ids 9", "p02.png"))
-    wrong = run("camvid:/nowhere")
-    assert wrong.returncode == 1 and wrong.stderr.startswith("data.py: camvid:/now") and wrong.stderr.count("\n") == 1
+
+def test_data_command(tmp_path):
+    spec = make_folder(tmp_path)
+    names, sheet = tmp_path / "names.txt", tmp_path / "sheet.png"
+    names.write_text("a\nb\nc\n")
+    options = ["--classes", str(names), "--out"]
+    code, out, _ = run_data(spec, *options, str(sheet))
+    assert code == 0 and all(word in out for word in ("6 images", "24x18 (6)", "\n0 problems"))
+    three = Image.open(sheet).size
+    assert three[0] > 3 * 320 and three[1] > 6 * 240
+    run_data(spec.rsplit(":", 1)[0], *options, str(sheet))
+    assert Image.open(sheet).size == (320, three[1])  # without labels only the images
+    code, _, err = run_data(spec, *options, str(tmp_path / "none" / "sheet.png"))
+    assert code == 1 and err.startswith("data.py: error: ") and err.count("\n") == 1
+
+    put(tmp_path / "labels" / "001.png", np.full((18, 24), 9))
+    (tmp_path / "images" / "002.png").write_bytes(b"")
+    code, out, err = run_data(spec, *options, str(sheet))
+    assert code == 2 and err.startswith("data.py: error: ") and err.count("\n") == 1
+    assert all(word in out for word in ("2 problems", "001.png: ids 9", "002.png"))
+    command = [sys.executable, data.__file__, "camvid:/nowhere"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("data.py: error: camvid:/now")
+    assert wrong.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3321,16 +3470,8 @@ def test_terms_carry_their_weights_and_the_mask_hides_blocks():
 
 
 def write_pairs(root, count=5, size=(56, 40), classes=3, name="train"):
-    """A folder pair of made images: three coloured stripes and noise."""
-    rng = np.random.default_rng(len(name))
-    for part in ("images", "labels"):
-        (root / name / part).mkdir(parents=True)
-    for i in range(count):
-        label = (np.arange(size[1])[:, None] * classes // size[1] + np.zeros(size[0], int)[None]).astype(np.uint8)
-        image = (label[..., None] * np.array([90, 40, 20]) + rng.integers(0, 60, (*label.shape, 3))).astype(np.uint8)
-        Image.fromarray(image).save(root / name / "images" / f"{i:03d}.png")
-        Image.fromarray(label).save(root / name / "labels" / f"{i:03d}.png")
-    return f"folder:{root / name / 'images'}:{root / name / 'labels'}", f"folder:{root / name / 'images'}"
+    spec = make_folder(root / name, count, size, classes, len(name), stripes=True)
+    return spec, spec.rpartition(":")[0]
 
 
 @pytest.fixture
