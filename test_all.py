@@ -3898,11 +3898,11 @@ RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
     "t2sda, labels": "--recipe t2sda --threshold 0.34 --labeled 2 --restyled 0.5",
     "t2sda_dg": "--recipe t2sda_dg",
     "sepico": "--recipe sepico --threshold 0.34",
-    "semidavil": "--recipe semidavil --text BANK --labeled 2 --confident 0.34",
-    "semidavil, no labels": "--recipe semidavil --text stub --confident 0.34",
-    "labels alone": "--recipe source --source none --labeled 3 --dyce --hardest 0.5",
-    "all": "--recipe all --threshold 0.34 --text BANK --restyle extra",
-    "all, labels, two processes": "2 x --recipe all --threshold 0.34 --text BANK --restyle extra --labeled 2 --batch 1",
+    "semidavil": "--recipe semidavil --text BANK --labeled 2 --threshold 0.34",
+    "semidavil, no labels": "--recipe semidavil --text stub --threshold 0.34",
+    "labels alone": "--recipe source --source none --labeled 3 --dyce 0.5",
+    "all": "--recipe all --threshold 0.34 --text BANK",
+    "all, labels, two processes": "2 x --recipe all --threshold 0.34 --text BANK --labeled 2 --batch 1",
 }
 
 
