@@ -2276,7 +2276,7 @@ def test_command_line_scores_and_draws(tmp_path, capsys):
     evaluation.main([again, "--size", "64x48", "--before", checkpoint, "--picture", str(picture)])
     out, right = capsys.readouterr().out, f"{json.loads(report.read_text())['accuracy']:.1f} %"
     assert f"pixel accuracy {right} before, {right} after, over 3 images" in out
-    assert "p00 (+0.0), p01 (+0.0), p02 (+0.0)" in out
+    assert "000 (+0.0), 001 (+0.0), 002 (+0.0)" in out
     assert Image.open(picture).width == 4 * 64 + 3 * 4
 
 
@@ -3249,24 +3249,22 @@ def test_cluda():
     assert leaf.grad[label < 2].abs().max() == 0
 
 
-def test_contrast_rows_keep_their_labels_in_a_batch():
+def test_cells_keep_their_labels_in_a_batch():
     """With two images the released code pairs features in the order (y, x, image) with labels in (image, y, x)."""
-    flags = train.parse_flags(["--recipe", "cluda"])
     net = Segmenter("mit_b0", "segformer", 5, 8)
     label = torch.randint(0, 5, (2, 4, 6), generator=generator()).repeat_interleave(8, 1).repeat_interleave(8, 2).byte()
     label[0, :8] = 255
     weight = (label.float() + 1) / 10
     features = F.one_hot(label[:, ::4, ::4].long().clamp(max=7), 8).permute(0, 3, 1, 2) * 3.0  # tells its place's class
-    rows, cells, weights = train.contrast_rows(flags, net, features, label, weight, generator(), (0, 1))
+    view = train.View(None, label, weight)
+    rows, cells, weights = train.cells(net, features, view)
     assert torch.equal(cells, label[:, ::8, ::8].flatten().long())
     assert torch.equal(rows.argmax(1), cells.clamp(max=7)) and torch.equal(rows.norm(dim=1), torch.ones(48))
     torch.testing.assert_close(weights, (cells + 1) / 10)
     released = F.avg_pool2d(features, 2).permute(2, 3, 0, 1).flatten(0, 2)  # (B,C,h,w) -> (h*w*B,C): the defect
     assert (released.argmax(1) == cells.clamp(max=7)).float().mean() < 0.5
-    with torch.no_grad():
-        flags.contrast_pixels = "7"
-        assert (train.contrast_rows(flags, net, features, label, weight, generator(), (0, 1))[1] != 255).sum() == 7
-    dead = train.contrast_rows(flags, net, torch.zeros_like(features), label, weight, generator(), (0, 1))
+    assert torch.equal(train.cells(net, features, train.View(None, label))[2], torch.ones(48))
+    dead = train.cells(net, torch.zeros_like(features), view)
     assert dead[0].abs().max() == 0  # and not nan
 
 
@@ -3460,6 +3458,10 @@ WRONG_FLAGS = {  # command line: words of the message
     "--control": "--control does nothing without",
     "--tau 0.2": "--tau does nothing without",
     "--recipe source --threshold 0.1": "--threshold does nothing without",
+    "--recipe source --mask-ratio 0.5": "--mask-ratio does nothing without --mask",
+    "--recipe source --border 5 9": "--border does nothing without a target",
+    "--eval-every 5 --val none": "--eval-every needs validation data",
+    "--recipe oracle --target none": "takes its labels from --target, which is none",
 }
 
 
@@ -3825,7 +3827,7 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit_and_eval_repeats_its_score
 
 
 def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
-    argv = [*small_run, "--recipe", "source", "--val", "none"]
+    argv = [*small_run, "--recipe", "source"]
     run_train([*argv, "--stop-at", "2", "--dtype", "auto" if DEVICE == "cpu" else "fp32"])
     (tmp_path / "out").rename(tmp_path / "moved")
     free = "--stop-at 4 --eval-every 2 --save-every 3 --log-every 2 --workers 1"
@@ -4255,7 +4257,7 @@ def test_few_target_labels(flags, number, terms, small_run, tmp_path, monkeypatc
     run_train(argv)
     wanted = 5 if number == "all" else number
     assert len(state["labeled"]) == wanted and start.get("labeled", []) == state["labeled"]
-    assert wanted == 0 or f"split {start['labeled_sha256']}" in done.stdout
+    assert wanted == 0 or f"sha256 {start['labeled_sha256']}" in done.stdout
     with_labels = {name for spec, labels, name in drawn if spec == given and labels}
     without = {name for spec, labels, name in drawn if spec == given and not labels}
     assert with_labels <= set(state["labeled"]) and bool(with_labels) == bool(wanted)
@@ -4318,7 +4320,7 @@ def test_vision_language_towers_train_and_evaluate_offline(name, small_run, tmp_
 
 @pytest.mark.parametrize("delayed", [False, True])
 def test_gradient_that_is_not_finite_never_reaches_the_weights(delayed):
-    """Delayed, as on a GPU, the fused optimiser skips the step, and check() tells of it later."""
+    """Delayed, as on a GPU, the fused optimiser skips the step, and fault() tells of it later."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
 
@@ -4332,28 +4334,24 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(delayed):
         weight.grad = torch.full((3,), gradient)
         norm = torch.nn.utils.get_total_norm([weight.grad])
         guard(number, norm, {"source": torch.tensor(0.5), "mix": torch.tensor(gradient)})
-        optimizer.step()
+        if delayed or guard.fault() is None:  # as the loop does it
+            optimizer.step()
 
     guard = new_guard()
     step(guard, 0, 1.0)
-    guard.check()
     after = weight.detach().clone()
-    assert (after < 1).all()
-    with pytest.raises(FloatingPointError) as caught:
-        step(guard, 1, float("nan"))
-        assert delayed and torch.equal(weight, after)
+    assert guard.fault() is None and (after < 1).all()
+    step(guard, 1, float("nan"))
+    assert torch.equal(weight, after)
+    if delayed:
         step(guard, 2, 1.0)  # the first bad step is remembered, not the last
         step(guard, 3, float("inf"))
-        guard.check()
-    assert caught.value.args == (1, "source 0.5, mix nan")
-    assert delayed or torch.equal(weight, after)
-    assert torch.isfinite(weight).all()
+    assert guard.fault() == (1, "source 0.5, mix nan") and torch.isfinite(weight).all()
     guard = new_guard()
     step(guard, 3, 1.0)
-    guard.check()
-    with pytest.raises(FloatingPointError, match="4"):
-        step(guard, 4, float("inf"))
-        guard.check()
+    assert guard.fault() is None
+    step(guard, 4, float("inf"))
+    assert guard.fault() == (4, "source 0.5, mix inf")
 
 
 @pytest.mark.parametrize("delayed", [False, True])
@@ -4409,7 +4407,7 @@ def test_times_in_the_log_are_of_steps_alone_part_by_part(small_run, tmp_path, m
     assert len(steps) == len(events(tmp_path / "out", "eval")) == 2
     for step in steps:
         assert set(step["ms"]) == {"EMA", "data", "teacher", "views", "source", "mix", "mask",
-                                   "backward", "optimiser"}
+                                   "losses", "backward", "optimiser"}
         assert min(step["ms"].values()) >= 0 and step["ms"]["mask"] > 0 and step["ms"]["backward"] > 0
         spent = 1e3 * 4 / step["images_per_s"]  # 2 + 2 images a step
         assert 0.5 * spent < sum(step["ms"].values()) < 1.1 * spent < 2000
