@@ -3854,7 +3854,7 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
         else:
             with pytest.raises(CheckpointError, match=f"other flags: {shown} .*, is other; repeat"):
                 check()
-    with pytest.raises(CheckpointError, match="the names in --classes was .*, is .*'sofa'"):
+    with pytest.raises(CheckpointError, match="the names in --classes were .*, are .*'sofa'"):
         train.check_resume(flags, [*names[:2], "sofa"], {"flags": flags, "classes": names}, "last.pt")
 
 
