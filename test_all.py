@@ -70,14 +70,15 @@ def put(path, array, mode=None):
 
 def make_folder(root, count=6, size=(24, 18), classes=3, seed=0, stripes=False):
     """
-    Makes folders of images and labels -> their SPEC. Labels are blocks of ids and of 255, images are
-    noise; with stripes a label is one stripe per class and the image shows it through the noise.
+    Makes folders of images and labels -> their SPEC. Labels are blocks of ids and of 255, images
+    are noise; with stripes a label is a stripe per class, which the image shows below noise.
     """
     rng = np.random.default_rng(seed)
     width, height = size
     for i in range(count):
         if stripes:
-            label = (np.arange(height) * classes // height)[:, None].repeat(width, 1)  # (H,) -> (H,W)
+            stripe = np.arange(height) * classes // height
+            label = stripe[:, None].repeat(width, 1)  # (H,) -> (H,W)
             image = label[..., None] * [90, 40, 20] + rng.integers(0, 60, (height, width, 3))
         else:
             image = rng.integers(0, 256, (height, width, 3))
@@ -93,7 +94,7 @@ def open_train(spec, classes=ABC, *options, **more):
 
 
 def png16(path, pixels, filters):
-    """Writes a 16-bit PNG byte by byte, row y with filter filters[y % len]. pixels uint16 (H,W,C)."""
+    """Writes a 16-bit PNG byte by byte, row y by filters[y % len]. pixels uint16 (H,W,C)."""
     height, width, channels = pixels.shape
     step = 2 * channels
     rows, above = b"", bytes(step * width)
@@ -139,8 +140,10 @@ def same(a, b):
 
 
 def test_label_tables():
-    names, no = data.CLASS_SPACES["cityscapes19"], 255
-    published = [no] * 7 + [0, 1, no, no, 2, 3, 4, no, no, no, 5, no, *range(6, 16), no, no, 16, 17, 18]
+    names = data.CLASS_SPACES["cityscapes19"]
+    no = 255
+    published = [no] * 7 + [0, 1, no, no, 2, 3, 4, no, no, no, 5, no, *range(6, 16)]
+    published += [no, no, 16, 17, 18]
     table = data.label_table(data.LABEL_IDS, names)
     assert table[:34].tolist() == published and table[255] == 255
     assert (table[34:255] == data.UNKNOWN).all()
@@ -349,8 +352,9 @@ def test_lists(listed, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("../outside.png", "below"), ("c.png ../outside.png", "below"), ("c.png\t ../outside.png", "below"),
-    ("{root}/outside.png", "below"), ("c.png\tm.png\td.png", "below"),
+    ("../outside.png", "below"), ("c.png ../outside.png", "below"),
+    ("c.png\t ../outside.png", "below"), ("{root}/outside.png", "below"),
+    ("c.png\tm.png\td.png", "below"),
     ("c.png m.png\nd.png\n", "1 of 2 images have no label"), ("c.png m.png\nd.png\n", "d.png"),
     ("c.png none.png\n", "none.png does not exist"), ("", "no image")])
 def test_list_faults(listed, tmp_path, text, words):
@@ -438,18 +442,20 @@ def test_facts_of_images(tmp_path):
     exif[0x0112] = 3  # upside down
     path = tmp_path / "d" / "images" / "002.png"
     Image.open(path).save(path, exif=exif)
-    plain, native = plainly(spec), [data.read_label(p) for p in sorted((tmp_path / "d/labels").iterdir())]
-    served = [[int((label == c).sum()) for c in range(3)] for _, label in plain]
-    owned = [[int((label == c).sum()) for c in range(3)] for label in native]
-    for first in ("prepare", "class_counts"):
-        cached = open_cached(spec, tmp_path / first)
-        getattr(cached, first)()
+    paths = sorted((tmp_path / "d" / "labels").iterdir())
+    served = [data._pixels_per_class(label, 3).tolist() for _, label in plainly(spec)]
+    owned = [data._pixels_per_class(data.read_label(path), 3).tolist() for path in paths]
+    first = data.read_label(paths[0])
+    assert owned[0] == [int((first == c).sum()) for c in range(3)] and owned != served
+    for method in ("prepare", "class_counts"):
+        cached = open_cached(spec, tmp_path / method)
+        getattr(cached, method)()
         assert cached.class_counts().dtype == np.int64 and cached.class_counts().tolist() == served
         facts = cached._facts.records
         assert facts["size"].tolist() == [[24, 18]] * 4 and facts["native"].tolist() == owned
         assert facts["turned"].tolist() == [False, False, True, False] and facts["checked"].all()
         assert not cached._items.pending().size
-    plain = open_train(spec, cache=tmp_path / "native")  # no size: not cached, labels alone are read
+    plain = open_train(spec, cache=tmp_path / "native")  # not cached: labels alone are read
     assert plain.class_counts().tolist() == owned and not plain._facts.records["checked"].any()
     names = data.CLASS_SPACES["cityscapes19"]
     one, more = (open_train("streets", x, cache=tmp_path) for x in (names, (*names, "no label")))
@@ -457,7 +463,7 @@ def test_facts_of_images(tmp_path):
 
 
 def in_child(task):
-    """Id of a forked process that runs the task; numpy only: torch's threads do not survive a fork."""
+    """Id of a forked process that runs the task; numpy only, torch's threads are not forked."""
     child = os.fork()
     if not child:
         try:
@@ -512,7 +518,7 @@ def test_cache_with_two_builders(tmp_path, monkeypatch):
 
 
 def test_cache_that_cannot_be_written(tmp_path):
-    """An unusable folder, a disk without room for the file and one that fills up within a record."""
+    """A folder that is a file, a disk without room for the cache, one that fills in a record."""
     spec = make_folder(tmp_path / "d", 2)
     (tmp_path / "file").write_text("")
     blocked = open_cached(spec, tmp_path / "file" / "cache")
@@ -533,7 +539,8 @@ except data.DataError as error:
 """
     for room in (False, True):
         code = script.format(spec=spec, cache=str(tmp_path / f"cache{room}"), room=room)
-        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
         assert "cannot write" in done.stdout and "--cache" in done.stdout
     half = open_cached(spec, tmp_path / "cacheTrue")
@@ -715,7 +722,7 @@ def test_labeled_subset():
 
 @pytest.fixture
 def subset_of(tmp_path):
-    """A function from the text of a --labeled list to the names that it takes from a made data set."""
+    """A function: text of a --labeled list -> the names that it takes from a made data set."""
     for name in ("a", "a b", "c d e", "aachen_0_leftImg8bit"):
         put(tmp_path / "images" / f"{name}.png", np.zeros((4, 4, 3)))
         put(tmp_path / "labels" / f"{name}.png", np.zeros((4, 4)))
@@ -740,8 +747,8 @@ def test_list_of_labelled_images(subset_of, text, wanted):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", "lists no image"), ("other.png x.png", "'other.png x.png' is no image"), (".png x", "no image"),
-    ("a\na", "for the second time")])
+    ("", "lists no image"), ("other.png x.png", "'other.png x.png' is no image"),
+    (".png x", "no image"), ("a\na", "for the second time")])
 def test_list_of_labelled_images_faults(subset_of, tmp_path, text, words):
     refused(lambda: subset_of(text), tmp_path / "split.txt", words)
 
@@ -783,8 +790,9 @@ def test_images_without_a_mask_beside_labelled_ones(small_run, tmp_path):
     argv = [*small_run, "--target", part, "--val", "none", "--recipe", "semidavil", "--labeled"]
     run_train([*argv, "all"])
     assert load_checkpoint(tmp_path / "out/last.pt")["labeled"] == ["000", "002"]
-    (tmp_path / "split.txt").write_text("003\n")
-    done = run_train([*argv, str(tmp_path / "split.txt"), "--out", str(tmp_path / "b")], check=False)
+    split = tmp_path / "split.txt"
+    split.write_text("003\n")
+    done = run_train([*argv, str(split), "--out", str(tmp_path / "b")], check=False)
     assert done.returncode and "no image with a label" in done.stderr
 
 
@@ -877,7 +885,8 @@ def amplitudes(image, b):
     return spectrum, low
 
 
-@pytest.mark.parametrize("size, beta, b", [((64, 48), 0.05, 2), ((33, 47), 0.09, 2), ((20, 20), 0.01, 0)])
+@pytest.mark.parametrize("size, beta, b", [
+    ((64, 48), 0.05, 2), ((33, 47), 0.09, 2), ((20, 20), 0.01, 0)])
 def test_fourier_restyle_exchanges_low_amplitudes_and_keeps_phases(size, beta, b):
     torch.manual_seed(0)
     image, style = 0.5 + 0.02 * torch.randn(2, 2, 3, *size)  # nothing is clipped
