@@ -394,7 +394,7 @@ def _read_upright(path):
                         "convert it to an 8-bit image")
     orientation = image.getexif().get(0x0112, 1)
     image = ImageOps.exif_transpose(image).convert("RGB")
-    return np.asarray(image), 2 <= orientation <= 8
+    return np.asarray(image), orientation in range(2, 9)
 
 
 def read_image(path):
