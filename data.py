@@ -359,6 +359,15 @@ def _find_in_list(dataset, path):
     return files
 
 
+def _image_names(images):
+    """A name per image: its file's, or its path's where two files have the same one."""
+    names = [re.sub("_(leftImg8bit|rgb_anon)$", "", image.stem) for image in images]
+    if len(set(names)) == len(images):
+        return names
+    top = os.path.commonpath([image.parent for image in images])
+    return ["__".join(image.relative_to(top).with_suffix("").parts) for image in images]
+
+
 # ---------------------------------------------------------------- reading files
 
 def _open(path):
@@ -385,7 +394,7 @@ def _read_upright(path):
                         "convert it to an 8-bit image")
     orientation = image.getexif().get(0x0112, 1)
     image = ImageOps.exif_transpose(image).convert("RGB")
-    return np.asarray(image), 2 <= orientation <= 8
+    return np.asarray(image), orientation in range(2, 9)
 
 
 def read_image(path):
@@ -412,6 +421,19 @@ def read_label(path):
     if fault:
         raise DataError(f"{path}: is {fault}; save the ids as an 8-bit grey or palette PNG")
     return np.asarray(image).astype(np.uint8)
+
+
+def _resized(array, size, how):
+    """An image or label resized to (W,H); itself where it has that size already or size is None."""
+    if size is None or array.shape[1::-1] == size:
+        return array
+    return np.asarray(Image.fromarray(array).resize(size, how))
+
+
+def _pixels_per_class(label, num_classes):
+    """Pixels of each class in a label uint8 of any shape, int64 (K,)."""
+    counts = torch.bincount(torch.from_numpy(label.flatten()), minlength=256)  # numpy's is slower
+    return counts[:num_classes].numpy()
 
 
 def read_png16(path):
@@ -575,12 +597,12 @@ def _in_processes(task, items, text):
     """[task(i) for i in items], over all cores, with a bar on stderr. Raises DataError."""
     workers = os.cpu_count()
     chunk = max(1, min(32, len(items) // (8 * workers)))
-    hidden = None if len(items) else True  # None: where stderr is no terminal
     try:
         begin = functools.partial(_begin_worker, os.getpid())
         with ProcessPoolExecutor(workers, initializer=begin) as pool:
             results = pool.map(task, items, chunksize=chunk)
-            return list(tqdm(results, total=len(items), desc=text, disable=hidden))
+            # disable=None: no bar where stderr is not a terminal
+            return list(tqdm(results, total=len(items), desc=text, disable=None))
     except BrokenProcessPool:
         raise DataError(f"{text}: a process died, perhaps for lack of memory; what is done stays, "
                         "try again") from None
@@ -597,9 +619,8 @@ def open_dataset(spec, split, classes, size=None, cache=None, partial=False):
     size, for folder: and list: the size of each file. Labels follow the image in "train" and stay
     native elsewhere, so that scores do not depend on size. cache: directory, None is
     ~/.cache/nanouda; used for streets, and for real training sets of one size if they are small or
-    a directory is given. partial: some images may lack a label, and are then served with one of
-    255. Raises DataError at once for what file names tell, and at reading for what is wrong in a
-    file.
+    a directory is given. partial: some images may lack a label; they are served with one of 255.
+    Raises DataError at once for what file names tell, at reading for what is wrong in a file.
     """
     return SegmentationDataset(spec, split, class_names(classes), size, cache, partial)
 
@@ -665,6 +686,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return size, ids
 
     def _is_cached(self, cache):
+        """Whether the cache is used; cache: the directory that the user gives, or None."""
         if self.files is None:
             return True
         if self.split != "train" or self.size is None:
@@ -698,11 +720,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if not self.cached:
             return
         pending = self._items.pending()
+        if not len(pending):
+            return
         np.random.default_rng().shuffle(pending)  # so that two runs seldom do the same image
-        if len(pending):
-            size = self._items.path.stat().st_size >> 20
-            print(f"{self.spec} {self.split}: {len(pending)} images go into {self._items.path} "
-                  f"({size} MB), once", file=sys.stderr)
+        size = self._items.path.stat().st_size >> 20
+        print(f"{self.spec} {self.split}: {len(pending)} images go into {self._items.path} "
+              f"({size} MB), once", file=sys.stderr)
         _in_processes(self._fill, pending.tolist(), f"{self.spec} {self.split}: filling the cache")
 
     def class_counts(self):
@@ -730,8 +753,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         counts = None if label is None else _pixels_per_class(label, len(self.classes))
         return image.shape[1::-1], counts, None
 
-    # From the files to the cache: _read gives item i at its own size, _served at that of the data
-    # set, _fill puts it into the cache and what was learnt about it into the table of facts.
+    # From the files to the cache: _read gives an item at its own size, _load as it is served. _fill
+    # writes this into the cache, and what is learnt about the item into the table of facts.
 
     def _read(self, i):
         """(image, label or None, whether EXIF turned it), from the files, at their own size."""
@@ -763,6 +786,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return label
 
     def _served_label(self, label):
+        """The label at the size at which it is served."""
         if label is None or self.split != "train":
             return label
         return _resized(label, self.size, Image.Resampling.NEAREST)
@@ -857,28 +881,6 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return hashlib.sha256(repr((self.kind, self.split, self.size, parts)).encode()).hexdigest()
 
 
-def _image_names(images):
-    """A name per image: its file's, or its path's where two files have the same one."""
-    names = [re.sub("_(leftImg8bit|rgb_anon)$", "", image.stem) for image in images]
-    if len(set(names)) == len(images):
-        return names
-    top = os.path.commonpath([image.parent for image in images])
-    return ["__".join(image.relative_to(top).with_suffix("").parts) for image in images]
-
-
-def _resized(array, size, how):
-    """An image or label resized to (W,H); itself where it has that size already or size is None."""
-    if size is None or array.shape[1::-1] == size:
-        return array
-    return np.asarray(Image.fromarray(array).resize(size, how))
-
-
-def _pixels_per_class(label, num_classes):
-    """Pixels of each class in a label uint8 of any shape, int64 (K,)."""
-    counts = torch.bincount(torch.from_numpy(label.flatten()), minlength=256)  # numpy's is slower
-    return counts[:num_classes].numpy()
-
-
 # ---------------------------------------------------------------- sampling
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: padding is near zero once normalised
@@ -920,15 +922,16 @@ class Crops(torch.utils.data.Dataset):
     "inside" bool (S,S), "index" int}.
 
     An item depends on (seed, names in the data set, k) alone, not on workers, processes or the
-    order of calls. Images come in a new order per epoch. They are flipped with probability 0.5.
-    Small ones are padded: there `inside` is False and the label 255. rare: a RareClassSampler,
-    which draws the images; a crop is drawn again until it shows more than RARE_CROP * S**2 pixels
-    of the class. max_share: a crop is drawn again until it has two classes and none covers that
-    share of the labelled pixels; None takes the first. After RECROPS vain tries the last one stays.
-    labels=False: labels are not looked at and must not steer crops, as with a target or a set
-    without labels; the label is then 255 everywhere. subset: the indices that are drawn from, all
-    by default; `rare` counts these. Source: DAFormer, section 3.3; max_share is mmsegmentation's
-    cat_max_ratio.
+    order of calls. Images come in a new order per epoch and are flipped with probability 0.5. Small
+    ones are padded: there `inside` is False and the label 255.
+
+    rare: a RareClassSampler that draws the images; a crop is then drawn again until it shows more
+    than RARE_CROP * S**2 pixels of the class. max_share: a crop is drawn again until it has two
+    classes and none covers that share of the labelled pixels; None: not for this. After RECROPS
+    vain tries the last crop stays. labels=False: labels are not looked at, so that a target's own
+    cannot steer its crops; they are 255 everywhere, as in a set without labels. subset: the indices
+    that are drawn from, None for all; `rare` counts these.
+    Source: DAFormer, section 3.3; max_share is mmsegmentation's cat_max_ratio.
     """
 
     def __init__(self, dataset, crop, seed, rare=None, max_share=0.75, labels=True, subset=None):
@@ -937,7 +940,7 @@ class Crops(torch.utils.data.Dataset):
         self.rare = rare
         self.labels = labels and dataset.labeled
         self.max_share = max_share if self.labels else None
-        # Subsets of one data set, and its use with and without labels, are drawn independently.
+        # The labelled and the other images of one data set are drawn independently.
         if subset is None:
             self.subset = range(len(dataset))
             names = dataset.names
@@ -1094,7 +1097,7 @@ def shows_classes(dataset, indices=None):
     return any((dataset[i]["label"] != IGNORE).any() for i in indices)
 
 
-# ---------------------------------------------------------------- on the device: batches, no host s
+# ---------------------------------------------------------------- on the device (no host sync)
 
 def uniform(shape, generator, shard=(0, 1)):
     """
@@ -1137,8 +1140,9 @@ def class_mix(source, source_label, target, target_label, target_weight, present
     source, target (B,3,H,W); labels uint8 (B,H,W); target_weight: float tensor that broadcasts to
     (B,H,W); present bool (K,): present_classes of the joint source batch. Each image draws
     ceil(n/2) of these n classes, also ones that it does not show. 255 is never drawn, while the
-    published code counts it as a class. Source: ClassMix (Olsson et al., WACV 2021) across domains,
-    DACS (Tranheden et al., WACV 2021).
+    published code counts it as a class.
+    Source: ClassMix (Olsson et al., WACV 2021) across domains, as in DACS (Tranheden et al., WACV
+    2021).
     """
     draw = uniform((len(source), len(present)), generator, shard)  # (B,K)
     draw = draw.to(source.device, non_blocking=True)
@@ -1268,7 +1272,7 @@ def restyle(image, looks, generator, shard=(0, 1)):
     other images of the batch, beta from 0.01..0.1. Source: after T2S-DA (Wang et al., 2023).
     """
     styles = image if looks is None else looks
-    # Drawn in every case: what is drawn later in the step does not depend on the look.
+    # Both kinds of look draw these first.
     pick = (uniform((len(image),), generator, shard) * len(styles)).long()
     pick = pick.to(image.device, non_blocking=True)
     choice, where = torch.rand(2, generator=generator).tolist()
