@@ -33,6 +33,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -858,35 +859,210 @@ def test_data_command(tmp_path):
 # kernels.py
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch"] + ["triton"] * (kernels.triton is not None)
+BACKENDS = ["torch"] if kernels.triton is None else ["torch", "triton"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-SHAPES = [(2, 2, (9, 6), (18, 12)),             # factor 2
-          (2, 19, (5, 7), (20, 28)),            # 4
-          (1, 11, (3, 5), (24, 40)),            # 8
-          (1, 150, (5, 3), (15, 9)),            # 3, several class tiles
-          (2, 11, (7, 5), (33, 19)),            # no integer factor
-          (1, 19, (13, 4), (6, 11)),            # down in one direction, up in the other
-          (1, 2, (1, 17), (5, 17)),             # one row; same width
-          (2, 3, (17, 19), (40, 57))]           # several tiles of cells and of pixels
+FORMS = ["supcon", "per_positive"]
+each_form = pytest.mark.parametrize("form", FORMS)
+PLAIN = {
+    "upsample_cross_entropy": kernels.plain_cross_entropy,
+    "upsample_pseudo_label": kernels.plain_pseudo_label,
+    "text_correlation": kernels.plain_correlation,
+    "pixel_nce": kernels.plain_nce,
+}
 
 
-def kernel_inputs(B, K, low, full, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(B + K + full[0])
-    logits = (3 * torch.randn(B, K, *low, generator=generator)).to(dtype)
-    labels = torch.randint(K, (B, *full), generator=generator)
-    labels[torch.rand(B, *full, generator=generator) < 0.2] = 255
-    return logits.to(DEVICE), labels.to(DEVICE), torch.rand(B, *full, generator=generator).to(DEVICE)
+class Case(NamedTuple):
+    """What an operator is given, and how near it has to come."""
+
+    operator: str
+    shape: tuple  # upsampling: B, K, (h, w), (H, W); correlation: B, C, (H, W), K; nce: N, M, C, classes
+    options: dict = {}
+    layout: str = ""
+    dtype: torch.dtype = torch.float32
+    limits: tuple = (1e-5, 1e-5)  # relative, of values and of gradients
+    autocast: bool = False
+    chunks: bool = False  # for the torch path alone: more than one chunk
+    even: bool = False  # one upstream number for all rows, as of a mean
+    same: bool = False  # q is k
 
 
-def plain_map(logits, labels, weight):
-    up = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(up, labels.long(), ignore_index=255, reduction="none") * weight
+UPSAMPLINGS = [
+    (2, 2, (9, 6), (18, 12)),  # factor 2
+    (2, 19, (5, 7), (20, 28)),  # 4
+    (1, 11, (3, 5), (24, 40)),  # 8
+    (1, 150, (5, 3), (15, 9)),  # 3, several class tiles
+    (2, 11, (7, 5), (33, 19)),  # no integer factor
+    (1, 19, (13, 4), (6, 11)),  # down in one direction, up in the other
+    (1, 2, (1, 17), (5, 17)),  # one row; same width
+    (2, 3, (17, 19), (40, 57)),  # several tiles of cells and of pixels
+]
+UPSAMPLING_CHUNKS = [(5, 19, (16, 16), (128, 128)), (2, 19, (48, 32), (240, 256)), (1, 150, (9, 64), (70, 250))]
+CORRELATIONS = [(2, 320, (3, 5), 19), (1, 33, (13, 7), 150), (2, 8, (9, 10), 1)]  # several tiles of each axis
+LAYOUTS = ["channels_last", "inside", "inside channels_last", "transposed", "expanded"]
+# Of 16-bit inputs only these and their gradients are rounded, but a GPU's products round more.
+FLOAT16 = {"dtype": torch.float16, "limits": (1e-5 if DEVICE == "cpu" else 2e-3, 2e-3)}
+BFLOAT16 = {"dtype": torch.bfloat16, "limits": (1e-5 if DEVICE == "cpu" else 2e-2, 2e-2)}
 
 
-def loss_and_gradient(loss, logits, *others, upstream=None, **options):
-    leaf = logits.detach().requires_grad_()
-    value = loss(leaf, *others, **options)
-    return value.detach(), torch.autograd.grad(value, leaf, upstream)[0]
+def upsampling_cases():
+    name = "upsample_cross_entropy"
+    for shape in UPSAMPLINGS:
+        yield Case(name, shape)
+        yield Case("upsample_pseudo_label", shape)
+    for shape in UPSAMPLING_CHUNKS:
+        yield Case(name, shape, chunks=True)
+    shape = (2, 19, (6, 7), (24, 28))
+    yield Case(name, UPSAMPLINGS[4], {"reduction": "none"})
+    yield Case(name, shape, layout="channels_last")  # with labels and weights in other strides too
+    yield Case(name, shape, {"ignore_index": -1})
+    for reduction in ("mean", "none"):
+        yield Case(name, shape, {"reduction": reduction}, dtype=torch.bfloat16, limits=(1e-5, 2e-2))
+    yield Case(name, shape, {"reduction": "none"}, autocast=True)
+    yield Case("upsample_pseudo_label", shape, autocast=True)
+
+
+def correlation_cases():
+    name = "text_correlation"
+    for shape in CORRELATIONS:
+        yield Case(name, shape)
+    for layout in LAYOUTS:
+        yield Case(name, (2, 24, (5, 6), 11), layout=layout)
+    yield Case(name, (2, 64, (100, 70), 5), chunks=True)
+    yield Case(name, (1, 40, (5, 6), 19), **FLOAT16)
+    yield Case(name, (1, 40, (5, 6), 19), **BFLOAT16)
+    yield Case(name, (1, 40, (5, 6), 19), autocast=True)
+
+
+def nce_cases():
+    name = "pixel_nce"
+    for form in FORMS:
+        yield Case(name, (250, 237, 64, 11), {"form": form})
+        yield Case(name, (130, 70, 320, 2), {"form": form})
+        yield Case(name, (130, 70, 320, 2), {"form": form}, even=True)
+        itself = {"form": form, "exclude_self": True, "tau": 0.2}
+        yield Case(name, (200, 200, 256, 5), itself, same=True)
+        yield Case(name, (200, 200, 256, 5), itself)  # its own key may be a negative, or ignored
+        yield Case(name, (700, 5000, 16, 40), {"form": form}, chunks=True)  # of 104 rows
+        # logits up to 20,000, which float32 rounds to 0.001
+        yield Case(name, (90, 80, 32, 5), {"form": form, "tau": 5e-5}, limits=(2e-3, 2e-3))
+    yield Case(name, (100, 90, 40, 5), {"form": "per_positive"}, **FLOAT16)
+    yield Case(name, (100, 90, 40, 5), {"form": "per_positive"}, **BFLOAT16)
+    yield Case(name, (100, 90, 40, 5), {"tau": torch.tensor(0.1, device=DEVICE)}, layout="spread", autocast=True)
+
+
+def laid_out(x, layout):
+    """The same values in other strides. What lies between them is NaN, or 9 of integers."""
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    if layout == "spread":
+        wide = x.new_full((*x.shape, 2), float("nan") if x.is_floating_point() else 9)
+        wide[..., 0] = x
+        return wide[..., 0]
+    if layout.startswith("inside"):
+        x = F.pad(x, (2, 1, 1, 1), value=float("nan"))
+    if layout.endswith("channels_last"):
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout.startswith("inside"):
+        x = x[..., 1:-1, 2:-1]
+    return x
+
+
+def upsampling_inputs(case):
+    B, K, low, full = case.shape
+    g = generator(B + K + full[0])
+    logits = (3 * torch.randn(B, K, *low, generator=g)).to(case.dtype)
+    labels = torch.randint(K, (B, *full), generator=g)
+    labels[torch.rand(B, *full, generator=g) < 0.2] = case.options.get("ignore_index", 255)
+    weight = torch.rand(B, *full, generator=g)
+    upstream = torch.tensor(2.5)
+    if case.options.get("reduction") == "none":
+        upstream = torch.randn(B, *full, generator=g)
+    if case.layout:
+        logits = laid_out(logits, case.layout)
+        labels = laid_out(labels.byte(), "transposed")
+        weight = laid_out(weight, "expanded")
+    return [logits], [labels, weight], upstream
+
+
+def pseudo_label_inputs(case):
+    (logits,), _, _ = upsampling_inputs(case)
+    size = case.shape[3]
+    threshold = kernels.plain_pseudo_label(logits.double(), size, 0)[1].median().float() + 1e-4
+    if case.shape[0] == 1:  # a number is as good as a tensor
+        threshold = threshold.item()
+    return [], [logits, size, threshold], None
+
+
+def correlation_inputs(case):
+    B, C, size, K = case.shape
+    g = generator(C + K)
+    features = torch.randn(B, C, *size, generator=g) * (torch.rand(B, 1, *size, generator=g) + 0.1)
+    text = torch.randn(K, C, generator=g)
+    if case.dtype == torch.float32:  # a zero vector's gradient would pass float16's range
+        features[-1, :, 1, 2] = 0
+        if K > 1:
+            text[K // 2] = 0
+    # A gradient of the scale that were noise alone would be cancellation, and not near anything.
+    upstream = torch.randn(B, K, *size, generator=g) + 5 * kernels.plain_correlation(features, text, 1.0)
+    features = laid_out(features.to(case.dtype), case.layout)
+    if case.dtype == torch.float16:  # a number is as good as a tensor
+        return [features, text], [14.0], upstream
+    return [features, text, torch.tensor(14.0)], [], upstream
+
+
+def nce_inputs(case):
+    """Labels with 255 and with a class that is present once, weights with zeros."""
+    N, M, C, classes = case.shape
+    g = generator(N + M + C)
+    sides = []
+    for n in (N, M):
+        rows = F.normalize(torch.randn(n, C, generator=g), dim=1).to(case.dtype)
+        label = torch.randint(classes, (n,), generator=g)
+        if case.layout:  # any numbers may be labels
+            label = label - 3 + 1000 * (label > 2)
+        label[::7] = 255
+        label[5] = 250
+        weight = torch.rand(n, generator=g) * (torch.rand(n, generator=g) < 0.7)
+        sides.append([laid_out(x, case.layout) for x in (rows, label, weight)])
+    (q, yq, wq), (k, yk, wk) = sides
+    if case.same:  # any integers may be labels
+        k, yk, wk = q, yq.int(), wq
+        yq = yq.byte()
+    upstream = torch.full((N,), 1 / N) if case.even else torch.rand(N, generator=g) + 0.2
+    return [q, k], [yq, yk, wq, wk], upstream
+
+
+INPUTS = {
+    "upsample_cross_entropy": upsampling_inputs,
+    "upsample_pseudo_label": pseudo_label_inputs,
+    "text_correlation": correlation_inputs,
+    "pixel_nce": nce_inputs,
+}
+
+
+def made_inputs(case):
+    """-> the tensors that get a gradient, the other arguments, the upstream gradient, on the device."""
+    leaves, others, upstream = INPUTS[case.operator](case)
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), (leaves, others, upstream))
+
+
+def doubles(values):
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in values]
+
+
+def value_and_gradients(function, leaves, others=(), upstream=None, same=False):
+    """-> [value, gradient to each leaf]; the outputs where there is no leaf."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    if not leaves:
+        return list(function(*others))
+    if same:
+        leaves[1] = leaves[0]
+    value = function(*leaves, *others)
+    if upstream is not None:
+        upstream = upstream.to(value.dtype)
+    return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
 
 
 def assert_near(ours, reference, limit=1e-5):
@@ -894,52 +1070,73 @@ def assert_near(ours, reference, limit=1e-5):
     ours, reference = ours.double(), reference.double()
     assert (ours - reference).abs().max() <= limit * reference.abs().max()
     assert (ours - reference).norm() <= limit * reference.norm()
+    assert (ours[reference == 0] == 0).all()  # ignored, zero, or without a contrast: nothing at all
+
+
+def runs_of_operators():
+    for case in (*upsampling_cases(), *correlation_cases(), *nce_cases()):
+        for backend in ["torch"] if case.chunks else BACKENDS:
+            yield pytest.param(case, backend, id=f"{case.operator}-{backend}")
+
+
+@pytest.mark.parametrize("case, backend", list(runs_of_operators()))
+def test_operator_equals_float64(case, backend, monkeypatch):
+    """Values and gradients are near, twice the same bits, and the inputs are left alone."""
+    monkeypatch.setattr(kernels, "RUNS", 2)  # a program of the correlation's gradient has several tiles
+    leaves, others, upstream = made_inputs(case)
+    kept = copy.deepcopy((leaves, others))
+    if case.chunks and case.operator == "upsample_cross_entropy":
+        assert len(list(kernels._upsampled_chunks(leaves[0], case.shape[3]))) > 1
+    if case.chunks and case.operator == "text_correlation":
+        assert len(list(kernels._feature_chunks(leaves[0]))) > 2
+
+    operator = functools.partial(getattr(kernels, case.operator), backend=backend, **case.options)
+    plain = functools.partial(PLAIN[case.operator], **case.options)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=case.autocast):  # the backward pass too
+        ours = value_and_gradients(operator, leaves, others, upstream, case.same)
+        again = value_and_gradients(operator, leaves, others, upstream, case.same)
+        with torch.no_grad():
+            alone = operator(*leaves, *others)
+    exact = value_and_gradients(plain, doubles(leaves), doubles(others), upstream, case.same)
+
+    if leaves:
+        assert ours[0].dtype == torch.float32 and ours[1].dtype == case.dtype
+        assert_near(alone, exact[0], case.limits[0])
+    else:
+        assert ours[0].dtype == torch.uint8
+    limits = [case.limits[0]] + [case.limits[1]] * len(leaves)
+    factors = [1.0] * len(ours)
+    if case.operator == "text_correlation":  # a zero vector's gradient is 1e6 times the others'
+        for i in (0, 1):
+            norm = torch.linalg.vector_norm(leaves[i].double(), dim=1, keepdim=True)
+            factors[1 + i] = norm.clamp(min=1e-6)
+        assert ours[1].is_contiguous(memory_format=torch.channels_last) == (leaves[0].stride(1) == 1)
+    if not leaves:
+        limits = [0, case.limits[0], case.limits[0]]  # of labels, confidence, fraction
+    for x, repeated, reference, factor, limit in zip(ours, again, exact, factors, limits, strict=True):
+        assert torch.equal(x, repeated)
+        assert_near(x * factor, reference * factor, limit)
+    for x, before in zip(leaves + others, kept[0] + kept[1]):
+        assert torch.equal(x, before) if torch.is_tensor(x) else x == before
 
 
 @each_backend
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_upsample_cross_entropy_equals_float64(shape, backend):
-    logits, labels, weight = kernel_inputs(*shape)
-    kept = logits.clone(), labels.clone(), weight.clone()
-    loss, gradient = loss_and_gradient(lambda *a: 2.5 * plain_map(*a).mean(), logits.double(), labels, weight.double())
-    ours, again = (loss_and_gradient(lambda *a: 2.5 * kernels.upsample_cross_entropy(*a, backend=backend),
-                                     logits, labels, weight) for _ in range(2))
-    assert_near(ours[0], loss)
-    assert_near(ours[1], gradient)
-    assert torch.equal(ours[0], again[0]) and torch.equal(ours[1], again[1])            # bit for bit
-    assert all(torch.equal(a, b) for a, b in zip(kept, (logits, labels, weight)))       # inputs are left alone
-    with torch.no_grad():
-        assert_near(2.5 * kernels.upsample_cross_entropy(logits, labels, weight, backend=backend), loss)
-
-
-@pytest.mark.parametrize("shape", [(5, 19, (16, 16), (128, 128)), (2, 19, (48, 32), (240, 256)),
-                                   (1, 150, (9, 64), (70, 250))], ids=str)
-def test_upsample_cross_entropy_over_several_chunks(shape):
-    logits, labels, weight = kernel_inputs(*shape)
-    assert len(list(kernels._upsampled_chunks(logits, shape[3]))) > 1
-    loss, gradient = loss_and_gradient(lambda *a: plain_map(*a).mean(), logits.double(), labels, weight.double())
-    ours = loss_and_gradient(kernels.upsample_cross_entropy, logits, labels, weight, backend="torch")
-    assert_near(ours[0], loss)
-    assert_near(ours[1], gradient)
-
-
-@each_backend
-def test_upsample_cross_entropy_map_is_differentiable(backend):
-    logits, labels, weight = kernel_inputs(2, 11, (7, 5), (29, 16))
-    upstream = torch.randn(labels.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    value, gradient = loss_and_gradient(plain_map, logits.double(), labels, weight.double(), upstream=upstream.double())
-    ours = loss_and_gradient(kernels.upsample_cross_entropy, logits, labels, weight, reduction="none", backend=backend,
-                             upstream=upstream)
-    assert_near(ours[0], value)
-    assert_near(ours[1], gradient)
-    assert (ours[0][labels == 255] == 0).all()
+def test_upsample_pseudo_label_gives_equal_classes_the_lowest_id(backend):
+    logits = torch.zeros(1, 6, 2, 2, device=DEVICE)
+    logits[:, 2] = 1
+    logits[:, 4] = 1
+    label, confidence, fraction = kernels.upsample_pseudo_label(logits, (4, 4), 0.99, backend=backend)
+    assert (label == 2).all() and fraction == 0
+    everything = kernels.upsample_pseudo_label(logits, (4, 4), float(confidence.min()), backend=backend)[2]
+    assert everything == 1  # >=, not >
 
 
 @each_backend
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_upsample_cross_entropy_with_nothing_to_learn_is_zero_with_a_graph(reduction, backend):
-    logits, labels, weight = kernel_inputs(1, 19, (4, 5), (16, 20))
-    for y, w in ((torch.full_like(labels, 255), None), (torch.full_like(labels, 255), weight), (labels, 0 * weight)):
+    (logits,), (labels, weight), _ = made_inputs(Case("upsample_cross_entropy", (1, 19, (4, 5), (16, 20))))
+    ignored = torch.full_like(labels, 255)
+    for y, w in ((ignored, None), (ignored, weight), (labels, 0 * weight)):
         leaf = logits.clone().requires_grad_()
         value = kernels.upsample_cross_entropy(leaf, y, w, reduction=reduction, backend=backend)
         assert (value == 0).all() and value.grad_fn is not None
@@ -948,234 +1145,85 @@ def test_upsample_cross_entropy_with_nothing_to_learn_is_zero_with_a_graph(reduc
 
 
 @each_backend
-def test_upsample_cross_entropy_divides_by_all_pixels(backend):
-    logits, labels, _ = kernel_inputs(1, 5, (4, 4), (8, 8))
-    labels = labels.remainder(5)                                # 255 -> 0: every pixel counts
-    half = labels.clone()
-    half[:, 4:] = 255
-    pixels = kernels.upsample_cross_entropy(logits, labels, reduction="none", backend=backend)
-    assert_near(kernels.upsample_cross_entropy(logits, half, backend=backend), pixels[:, :4].sum() / 64)
-    top = torch.zeros(labels.shape, device=DEVICE)
-    top[:, :4] = 1                                              # weight 0 and ignored are the same thing
-    for a, b in zip(loss_and_gradient(kernels.upsample_cross_entropy, logits, labels, top, backend=backend),
-                    loss_and_gradient(kernels.upsample_cross_entropy, logits, half, backend=backend)):
-        assert_near(a, b)
+@each_form
+def test_pixel_nce_with_nothing_to_contrast_is_zero_with_a_graph(form, backend):
+    (q, k), (yq, yk, wq, wk), _ = made_inputs(Case("pixel_nce", (40, 30, 16, 5)))
+    q[0] = float("nan")  # ignored: nothing of them may be read
+    k[0] = float("inf")
+    assert yq[0] == yk[0] == 255
+    a_class, another = yq * 0, yk * 0 + 1
+    ignored = torch.full_like(yq, 255)
+    for n, m, a, b in (
+        (40, 30, a_class, yk * 0), (40, 30, a_class, another), (40, 30, yq, ignored[:30]),
+        (40, 30, ignored, yk), (0, 30, yq, yk), (40, 0, yq, yk), (0, 0, yq, yk),
+    ):
+        a = a[:n].clone()
+        b = b[:m].clone()
+        a[:1] = 255
+        b[:1] = 255
+        leaves = [q[:n].clone().requires_grad_(), k[:m].clone().requires_grad_()]
+        value = kernels.pixel_nce(*leaves, a, b, wq[:n], wk[:m], form=form, backend=backend)
+        assert value.shape == (n,) and (value == 0).all() and value.grad_fn is not None
+        value.sum().backward()
+        assert (leaves[0].grad == 0).all() and (leaves[1].grad == 0).all()
+    operator = functools.partial(kernels.pixel_nce, form=form, backend=backend)
+    ours = value_and_gradients(operator, [q, k], [yq, yk], torch.ones_like(wq))
+    assert all(x.isfinite().all() for x in ours) and (ours[1][0] == 0).all() and (ours[2][0] == 0).all()
 
 
 @each_backend
-def test_upsample_cross_entropy_label_types_and_strides(backend):
-    logits, labels, _ = kernel_inputs(2, 11, (6, 5), (24, 20))
-    weight = torch.tensor([0.3, 0.8], device=DEVICE).view(2, 1, 1).expand(labels.shape)
-    reference = loss_and_gradient(kernels.upsample_cross_entropy, logits, labels, weight.contiguous(), backend=backend)
-    strided = labels.transpose(1, 2).contiguous().transpose(1, 2)
-    for x, y in ((logits, labels.to(torch.uint8)), (logits.contiguous(memory_format=torch.channels_last), strided)):
-        value, gradient = loss_and_gradient(kernels.upsample_cross_entropy, x, y, weight, backend=backend)
-        assert_near(value, reference[0])
-        assert_near(gradient, reference[1])
-    labels[labels == 255] = -1
-    assert_near(kernels.upsample_cross_entropy(logits, labels, weight, ignore_index=-1, backend=backend), reference[0])
+def test_pixel_nce_gives_gradients_only_where_they_are_asked_for(backend):
+    (q, k), others, upstream = made_inputs(Case("pixel_nce", (100, 90, 16, 5)))
+    operator = functools.partial(kernels.pixel_nce, backend=backend)
+    value, q_gradient, k_gradient = value_and_gradients(operator, [q, k], others, upstream)
+    alone = value_and_gradients(lambda q: operator(q, k, *others), [q], (), upstream)
+    assert torch.equal(alone[0], value) and torch.equal(alone[1], q_gradient)
+    alone = value_and_gradients(lambda k: operator(q, k, *others), [k], (), upstream)
+    assert torch.equal(alone[0], value) and torch.equal(alone[1], k_gradient)
+    tau = torch.tensor(0.1, device=DEVICE, requires_grad=True)
+    assert operator(q, k, *others, tau=tau).grad_fn is None  # no gradient to tau
 
 
-@each_backend
-def test_upsample_cross_entropy_in_bfloat16(backend):
-    logits, labels, weight = kernel_inputs(2, 19, (6, 7), (24, 28), torch.bfloat16)
-    loss, gradient = loss_and_gradient(lambda *a: plain_map(*a).mean(), logits.double(), labels, weight.double())
-    for reduction in ("mean", "none"):
-        options = {"reduction": reduction, "backend": backend}
-        value, ours = loss_and_gradient(lambda *a: kernels.upsample_cross_entropy(*a, **options).mean(),
-                                        logits, labels, weight)
-        assert value.dtype == torch.float32 and ours.dtype == torch.bfloat16
-        assert_near(value, loss)                                # only the inputs were rounded, the sums are float32
-        assert_near(ours, gradient, 2e-2)
-
-
-@each_backend
-def test_kernels_stay_in_float32_under_autocast(backend):
-    logits, labels, weight = kernel_inputs(1, 19, (6, 7), (24, 28))
-    leaf = logits.clone().requires_grad_()
-    loss, gradient = loss_and_gradient(lambda *a: plain_map(*a).sum(), logits.double(), labels, weight.double())
-    confidence = kernels.upsample_pseudo_label(logits, (24, 28), 0.5, backend=backend)[1]
-    with torch.autocast(DEVICE, torch.bfloat16):
-        value = kernels.upsample_cross_entropy(leaf, labels, weight, reduction="none", backend=backend).sum()
-        value.backward()
-        assert torch.equal(kernels.upsample_pseudo_label(logits, (24, 28), 0.5, backend=backend)[1], confidence)
-    assert_near(value.detach(), loss)
-    assert_near(leaf.grad, gradient)
-
-
-@each_backend
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_upsample_pseudo_label_equals_softmax_of_interpolated_logits(shape, backend):
-    logits = kernel_inputs(*shape)[0]
-    up = F.interpolate(logits.double(), shape[3], mode="bilinear", align_corners=False)
-    confidence, label = up.softmax(1).max(1)
-    threshold = confidence.median().float() + 1e-4
-    for level in (threshold, threshold.item()):
-        ours = kernels.upsample_pseudo_label(logits, shape[3], level, backend=backend)
-        assert ours[0].dtype == torch.uint8 and torch.equal(ours[0].long(), label)
-        assert_near(ours[1], confidence)
-        assert ours[2].shape == () and abs(ours[2] - (confidence >= threshold).double().mean()) < 1e-6
-
-
-@each_backend
-def test_upsample_pseudo_label_gives_equal_classes_the_lowest_id(backend):
-    logits = torch.zeros(1, 6, 2, 2, device=DEVICE)
-    logits[:, 2] = logits[:, 4] = 1
-    label, confidence, fraction = kernels.upsample_pseudo_label(logits, (4, 4), 0.99, backend=backend)
-    assert (label == 2).all() and fraction == 0
-    everything = kernels.upsample_pseudo_label(logits, (4, 4), float(confidence.min()), backend=backend)[2]
-    assert everything == 1                                      # >=, not >
-
-
-def test_kernels_refuse_wrong_input_in_one_line(monkeypatch):
-    logits, labels, weight = (x.cpu() for x in kernel_inputs(1, 19, (4, 4), (8, 8)))
-    for bad, message in ((19, "id 19"), (-1, "id -1")):
-        wrong = labels.clone()
-        wrong[0, 3, 3] = bad
-        with pytest.raises(ValueError, match=message):
-            kernels.upsample_cross_entropy(logits, wrong)
-    with pytest.raises(ValueError, match="id 200"):
-        kernels.upsample_cross_entropy(logits, torch.full((1, 8, 8), 200, dtype=torch.uint8))
-    for arguments in ((labels[0],), (labels.int(),), (labels, weight[:, :4]), (labels, None, 255, "sum"),
-                      (labels, None, 255, "mean", "cuda")):
-        with pytest.raises(ValueError):
-            kernels.upsample_cross_entropy(logits, *arguments)
-    with pytest.raises(ValueError, match="300 classes"):
-        kernels.upsample_pseudo_label(torch.zeros(1, 300, 2, 2), (4, 4), 0.5)
+def test_operators_refuse_wrong_input_in_one_line(monkeypatch):
+    logits, labels = torch.zeros(1, 19, 4, 4), torch.zeros(1, 8, 8, dtype=torch.int64)
+    weight, byte = torch.ones(1, 8, 8), labels.byte()
+    features, text = torch.zeros(1, 40, 5, 6), torch.zeros(19, 40)
+    q, k = torch.zeros(20, 8), torch.zeros(16, 8)
+    yq, yk, wq, wk = torch.zeros(20).long(), torch.zeros(16).long(), torch.ones(20), torch.ones(16)
+    operator = kernels.upsample_cross_entropy
+    table = [
+        (operator, "id 19", (logits, labels + 19), {}), (operator, "id -1", (logits, labels - 1), {}),
+        (operator, "id 200", (logits, byte + 200), {}), (operator, "labels are", (logits, labels[0]), {}),
+        (operator, "labels are", (logits, labels.int()), {}), (operator, "weight", (logits, labels, weight[:, :4]), {}),
+        (operator, "reduction", (logits, labels), {"reduction": "sum"}),
+        (operator, "backend", (logits, labels), {"backend": "cuda"}),
+        (kernels.upsample_pseudo_label, "300 classes", (torch.zeros(1, 300, 2, 2), (4, 4), 0.5), {}),
+    ]
+    operator = kernels.text_correlation
+    table += [
+        (operator, "must be", (features, text[:, 1:], 1), {}), (operator, "must be", (features[0], text, 1), {}),
+        (operator, "must be", (features, text[0], 1), {}), (operator, "backend", (features, text, 1, "cuda"), {}),
+        (operator, "257 rows", (features, text[:1].expand(257, -1), 1), {}),
+    ]
+    operator = kernels.pixel_nce
+    table += [
+        (operator, "must be", (q[:, 1:], k, yq, yk), {}), (operator, "must be", (q[0], k, yq, yk), {}),
+        (operator, "yq is", (q, k, yq[1:], yk), {}), (operator, "yk is", (q, k, yq, yk[:, None]), {}),
+        (operator, "yk is", (q, k, yq, yk.float()), {}), (operator, "yq is", (q, k, yq == 1, yk), {}),
+        (operator, "wq is", (q, k, yq, yk, wq[1:]), {}), (operator, "wk is", (q, k, yq, yk, wq, wk[None]), {}),
+        (operator, "tau", (q, k, yq, yk), {"tau": 0.0}), (operator, "tau", (q, k, yq, yk), {"tau": float("nan")}),
+        (operator, "tau", (q, k, yq, yk), {"tau": torch.ones(2)}), (operator, "form", (q, k, yq, yk), {"form": "out"}),
+        (operator, "exclude_self", (q, k, yq, yk), {"exclude_self": True}),
+        (operator, "backend", (q, k, yq, yk), {"backend": "cuda"}),
+    ]
+    for operator, message, arguments, options in table:
+        with pytest.raises(ValueError, match=message) as error:
+            operator(*arguments, **options)
+        assert "\n" not in str(error.value)
     monkeypatch.setattr(kernels, "triton", None)
     with pytest.raises(RuntimeError, match="pip install triton"):
         kernels.upsample_cross_entropy(logits, labels, backend="triton")
-    assert kernels.upsample_cross_entropy(logits, labels).isfinite()                    # auto needs no triton
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux' /proc")
-def test_upsample_cross_entropy_memory_is_an_eighth_of_eager():
-    code = """if True:                                               # not ru_maxrss: it begins with the parent's peak
-        import re, torch, torch.nn.functional as F, kernels
-        def plain(x, y):
-            F.cross_entropy(F.interpolate(x, y.shape[1:], mode="bilinear"), y, ignore_index=255).backward()
-        def ours(x, y):
-            kernels.upsample_cross_entropy(x, y, backend="torch").backward()
-        def kilobytes(name):
-            return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-        def extra(side, x, y):
-            open("/proc/self/clear_refs", "w").write("5")       # the peak starts again from here
-            before = kilobytes("VmRSS")
-            side(x, y)
-            return kilobytes("VmHWM") - before
-        for side in (plain, ours):                              # libraries are up before anything is measured
-            side(torch.randn(1, 19, 8, 8, requires_grad=True), torch.randint(19, (1, 32, 32)))
-        x, y = torch.randn(8, 19, 128, 128, requires_grad=True), torch.randint(19, (8, 512, 512))
-        print(extra(ours, x, y), extra(plain, x.detach().requires_grad_(), y))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                          cwd=os.path.dirname(os.path.abspath(kernels.__file__)),
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    ours, plain = map(int, done.stdout.split())
-    assert 0 < 8 * ours <= plain, f"ours {ours} KB, eager {plain} KB"
-
-
-CORRELATIONS = [(2, 320, (3, 5), 19), (1, 33, (13, 7), 150), (2, 8, (9, 10), 1)]            # several tiles of each axis
-
-
-def exact_unit(x, dim):
-    return x / (x.square().sum(dim, keepdim=True) + 1e-12).sqrt()
-
-
-def plain_correlation(features, text, scale):
-    return scale * torch.einsum("bchw,kc->bkhw", exact_unit(features, 1), exact_unit(text, 1))
-
-
-def correlation_inputs(B, C, size, K, zeros=True):
-    generator = torch.Generator().manual_seed(C + K)
-    features, text = torch.randn(B, C, *size, generator=generator), torch.randn(K, C, generator=generator)
-    features *= torch.rand(B, 1, *size, generator=generator) + 0.1      # given lengths must not matter
-    if zeros:
-        features[-1, :, 1, 2] = 0
-        text[K // 2:K // 2 + (K > 1)] = 0
-    upstream = torch.randn(B, K, *size, generator=generator)
-    upstream += 5 * plain_correlation(features, text, 1.0)              # else the scale's gradient is cancellation only
-    return [x.to(DEVICE) for x in (features, text, torch.tensor(14.0), upstream)]
-
-
-def correlate(operator, features, text, scale, upstream, **options):
-    """-> value and the gradients to features, text and scale."""
-    leaves = [x.detach().requires_grad_() for x in (features, text, scale)]
-    value = operator(*leaves, **options)
-    return value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))
-
-
-def assert_correlations_near(ours, features, text, scale, upstream, limit=1e-5):
-    features, text = features.double(), text.double()
-    value, *gradients = correlate(plain_correlation, features, text, scale.double(), upstream)
-    assert_near(ours[0], value, limit)
-    assert ours[0].dtype == torch.float32
-    norms = [(x.square().sum(1, keepdim=True) + 1e-12).sqrt() for x in (features, text)]
-    for our, gradient, norm in zip(ours[1:], gradients, norms + [1]):   # a zero vector's is 1e6 times the others'
-        assert our.isfinite().all()
-        assert_near(our * norm, gradient * norm, limit)
-
-
-@each_backend
-@pytest.mark.parametrize("shape", CORRELATIONS, ids=str)
-def test_text_correlation_equals_float64(shape, backend, monkeypatch):
-    monkeypatch.setattr(kernels, "RUNS", 2)                     # a program has several tiles
-    inputs = correlation_inputs(*shape)
-    ours, again = (correlate(kernels.text_correlation, *inputs, backend=backend) for _ in range(2))
-    assert_correlations_near(ours, *inputs)
-    assert all(torch.equal(a, b) for a, b in zip(ours, again))                          # bit for bit
-    assert (ours[0][-1, :, 1, 2] == 0).all() and (shape[3] == 1 or (ours[0][:, shape[3] // 2] == 0).all())
-
-
-@each_backend
-def test_text_correlation_of_any_strides(backend):
-    features, *others = correlation_inputs(2, 24, (5, 6), 11)
-    wide = torch.full((2, 24, 7, 9), float("nan"), device=DEVICE)                       # read outside: NaN
-    wide[:, :, 1:6, 2:8] = features
-    for strided in (features.contiguous(memory_format=torch.channels_last), wide[:, :, 1:6, 2:8],
-                    wide.contiguous(memory_format=torch.channels_last)[:, :, 1:6, 2:8],
-                    features.transpose(2, 3).contiguous().transpose(2, 3), features[:1].expand(2, -1, -1, -1)):
-        ours = correlate(kernels.text_correlation, strided, *others, backend=backend)
-        assert_correlations_near(ours, strided, *others)
-        assert ours[1].is_contiguous(memory_format=torch.channels_last) == (strided.stride(1) == 1)
-
-
-def test_text_correlation_over_several_chunks():
-    inputs = correlation_inputs(2, 64, (100, 70), 5)
-    assert len(list(kernels._feature_chunks(inputs[0]))) > 2
-    assert_correlations_near(correlate(kernels.text_correlation, *inputs, backend="torch"), *inputs)
-
-
-@each_backend
-@pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
-def test_text_correlation_of_16_bit_features(dtype, limit, backend):
-    features, *others = correlation_inputs(1, 40, (5, 6), 19, zeros=False)
-    ours = correlate(kernels.text_correlation, features.to(dtype), *others, backend=backend)
-    assert ours[1].dtype == dtype and ours[2].dtype == torch.float32
-    assert_correlations_near(ours, features.to(dtype), *others, limit=limit)
-    if DEVICE == "cpu":                                         # only the features and their gradient are rounded
-        assert_near(ours[0], plain_correlation(features.to(dtype).double(), *(x.double() for x in others[:2])))
-
-
-@each_backend
-def test_text_correlation_is_float32_under_autocast(backend):
-    inputs = correlation_inputs(1, 40, (5, 6), 19)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        ours = correlate(kernels.text_correlation, *inputs, backend=backend)
-    assert_correlations_near(ours, *inputs)
-
-
-@each_backend
-def test_text_correlation_options(backend):
-    features, text, scale, _ = correlation_inputs(1, 40, (5, 6), 19)
-    value, order = kernels.text_correlation(features, text, scale, backend=backend), torch.randperm(19)
-    assert torch.equal(kernels.text_correlation(features, text, 14.0, backend=backend), value)
-    assert_near(kernels.text_correlation(features, text[order], scale, backend=backend), value[:, order], 1e-6)
-    assert value.abs().max() <= 14.0001
-    for arguments in ((features, text[:, 1:], 1), (features[0], text, 1), (features, text[0], 1),
-                      (features, text[:1].expand(257, -1), 1), (features, text, 1, "cuda")):
-        with pytest.raises(ValueError):
-            kernels.text_correlation(*arguments)
+    assert kernels.upsample_cross_entropy(logits, labels).isfinite()  # auto needs no triton
 
 
 def test_text_correlation_makes_no_feature_sized_temporary():
@@ -1184,211 +1232,70 @@ def test_text_correlation_makes_no_feature_sized_temporary():
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            tensors = [x for x in (args, result) for x in torch.utils._pytree.tree_leaves(x) if torch.is_tensor(x)]
+            tensors = [x for x in torch.utils._pytree.tree_leaves((args, result)) if torch.is_tensor(x)]
             made.extend(x.untyped_storage() for x in tensors if x.numel())
             return result
 
-    for layout in (torch.contiguous_format, torch.channels_last):
-        features, *others = correlation_inputs(4, 64, (96, 96), 5)
-        features = features.contiguous(memory_format=layout).requires_grad_()
+    for layout in ("", "channels_last"):
+        case = Case("text_correlation", (4, 64, (96, 96), 5), layout=layout)
+        (features, text, scale), _, upstream = made_inputs(case)
+        features.requires_grad_()
         made.clear()
         with Watch():
-            kernels.text_correlation(features, *others[:2], backend="torch").backward(others[2])
-        size = features.untyped_storage().nbytes()
-        known = {x.untyped_storage().data_ptr() for x in (features, features.grad)}
-        others = {x.data_ptr(): x.nbytes() for x in made if x.data_ptr() not in known}
-        assert features.grad.shape == features.shape and 0 < max(others.values()) <= size / 8
+            kernels.text_correlation(features, text, scale, backend="torch").backward(upstream)
+        known = [x.untyped_storage().data_ptr() for x in (features, features.grad)]
+        largest = max(x.nbytes() for x in made if x.data_ptr() not in known)
+        assert features.grad.shape == features.shape and 0 < largest <= features.untyped_storage().nbytes() / 8
 
 
-FORMS = ["supcon", "per_positive"]
-each_form = pytest.mark.parametrize("form", FORMS)
-
-
-def plain_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_self=False):
-    known = (yq[:, None] != 255) & (yk != 255) & ~(exclude_self & torch.ones_like(yq[:, None] == yk).tril().triu())
-    same = yq[:, None] == yk
-    live = ((known & same).any(1) & (known & ~same).any(1)).nonzero()[:, 0]
-    known, same, s = known[live], same[live], (q @ k.t() / tau)[live]
-    if form == "supcon":
-        loss = s.masked_fill(~known, -torch.inf).logsumexp(1, keepdim=True) - s
-    else:
-        loss = F.softplus(s.masked_fill(~known | same, -torch.inf).logsumexp(1, keepdim=True) - s)
-    loss = (loss * (known & same) * (1 if wk is None else wk)).sum(1) / (known & same).sum(1)
-    return q.new_zeros(len(q)).index_put((live,), loss * (1 if wq is None else wq[live]))
-
-
-def nce_inputs(N, M, C, classes=5, dtype=torch.float32):
-    """-> q, k, labels with 255 and with a class that is present once, weights with zeros, upstream."""
-    generator = torch.Generator().manual_seed(N + M + C)
-    q, k = (F.normalize(torch.randn(n, C, generator=generator), dim=1).to(dtype) for n in (N, M))
-    yq, yk = (torch.randint(classes, (n,), generator=generator) for n in (N, M))
-    for y in (yq, yk):
-        y[::7], y[5] = 255, 250
-    wq, wk = (torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) < 0.7) for n in (N, M))
-    return [x.to(DEVICE) for x in (q, k, yq, yk, wq, wk, torch.rand(N, generator=generator) + 0.2)]
-
-
-def contrast(operator, q, k, *others, upstream, **options):
-    """-> value and the gradients to q and k; to both at once where they are the same tensor."""
-    leaves = [x.detach().requires_grad_() for x in ([q] if q is k else [q, k])]
-    value = operator(leaves[0], leaves[-1], *others, **options)
-    return value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))
-
-
-def assert_contrasts_near(ours, q, k, yq, yk, wq, wk, upstream, limit=1e-5, **options):
-    same, q = q is k, q.double()
-    inputs = q, q if same else k.double(), yq, yk, wq.double(), wk.double()
-    exact = contrast(plain_nce, *inputs, upstream=upstream, **options)
-    assert ours[0].dtype == torch.float32
-    for our, reference in zip(ours, exact, strict=True):
-        assert_near(our, reference, limit)
-
-
-@each_backend
-@each_form
-@pytest.mark.parametrize("N, M, C, classes", [(250, 237, 64, 11), (130, 70, 320, 2)])
-def test_pixel_nce_equals_float64(N, M, C, classes, form, backend):
-    *inputs, upstream = nce_inputs(N, M, C, classes)
-    kept = [x.clone() for x in inputs]
-    options = {"form": form, "backend": backend}
-    ours, again = (contrast(kernels.pixel_nce, *inputs, upstream=upstream, **options) for _ in range(2))
-    assert_contrasts_near(ours, *inputs, upstream, form=form)
-    assert all(torch.equal(a, b) for a, b in zip(ours, again))                          # bit for bit
-    assert all(torch.equal(a, b) for a, b in zip(kept, inputs))                         # inputs are left alone
-    assert (ours[0][inputs[2] == 255] == 0).all() and (ours[1][inputs[2] == 255] == 0).all()
-    mean = torch.full_like(upstream, 1 / N)                     # one number for all rows: the torch path's short cut
-    assert_contrasts_near(contrast(kernels.pixel_nce, *inputs, upstream=mean, **options), *inputs, mean, form=form)
-
-
-@each_backend
-@each_form
-def test_pixel_nce_without_itself(form, backend):
-    q, k, yq, yk, wq, _, upstream = nce_inputs(200, 200, 256)
-    options = {"form": form, "exclude_self": True, "tau": 0.2}
-    ours = contrast(kernels.pixel_nce, q, q, yq.byte(), yq.int(), wq, wq, backend=backend, upstream=upstream, **options)
-    assert_contrasts_near(ours, q, q, yq, yq, wq, wq, upstream, **options)
-    assert ours[0][5] == 0                                      # the class that is present once
-    other = yk.roll(3)                                          # its own key may be a negative, or ignored
-    ours = contrast(kernels.pixel_nce, q, k, yq, other, backend=backend, upstream=upstream, **options)
-    assert_contrasts_near(ours, q, k, yq, other, torch.ones_like(wq), torch.ones_like(wq), upstream, **options)
-
-
-@each_form
-def test_pixel_nce_over_several_chunks(form):
-    *inputs, upstream = nce_inputs(700, 5000, 16, 40)
-    ours = contrast(kernels.pixel_nce, *inputs, form=form, backend="torch", upstream=upstream)
-    assert_contrasts_near(ours, *inputs, upstream, form=form)
-
-
-@each_backend
-@each_form
-def test_pixel_nce_with_nothing_to_contrast_is_zero_with_a_graph(form, backend):
-    q, k, yq, yk, wq, wk, _ = nce_inputs(40, 30, 16)
-    q[0], k[0] = float("nan"), float("inf")                     # ignored: nothing of them may be read
-    assert yq[0] == yk[0] == 255
-    for n, m, a, b in ((40, 30, yq * 0, yk * 0), (40, 30, yq * 0, yk * 0 + 1), (40, 30, yq, yk * 0 + 255),
-                       (40, 30, yq * 0 + 255, yk), (0, 30, yq, yk), (40, 0, yq, yk), (0, 0, yq, yk)):
-        a, b = a.clone(), b.clone()
-        a[0] = b[0] = 255
-        leaves = [x.clone().requires_grad_() for x in (q[:n], k[:m])]
-        value = kernels.pixel_nce(*leaves, a[:n], b[:m], wq[:n], wk[:m], form=form, backend=backend)
-        assert value.shape == (n,) and (value == 0).all() and value.grad_fn is not None
-        value.sum().backward()
-        assert all((x.grad == 0).all() for x in leaves)
-    ours = contrast(kernels.pixel_nce, q, k, yq, yk, form=form, backend=backend, upstream=torch.ones_like(wq))
-    assert all(x.isfinite().all() for x in ours) and (ours[1][0] == 0).all() and (ours[2][0] == 0).all()
-
-
-@each_backend
-@each_form
-def test_pixel_nce_of_large_logits(form, backend):
-    *inputs, upstream = nce_inputs(90, 80, 32)
-    inputs[0], inputs[1] = 40 * inputs[0], 50 * inputs[1]       # logits up to 20,000, which float32 rounds to 0.001
-    ours = contrast(kernels.pixel_nce, *inputs, form=form, backend=backend, upstream=upstream)
-    assert_contrasts_near(ours, *inputs, upstream, limit=2e-3, form=form)
-
-
-@each_backend
-def test_pixel_nce_skips_gradients_that_nobody_needs(backend, monkeypatch):
-    q, k, *others, upstream = nce_inputs(100, 90, 16)
-    reference = contrast(kernels.pixel_nce, q, k, *others, backend=backend, upstream=upstream)
-    sweep, gradient_sweep, asked = getattr(kernels, f"_{backend}_nce"), f"_{backend}_nce_gradient", []
-    monkeypatch.setattr(kernels, f"_{backend}_nce", lambda *a: (asked.append(a[-2:]), sweep(*a))[1])
-    monkeypatch.setattr(kernels, gradient_sweep, lambda *a: pytest.fail("gradients to detached keys"))
-    leaf = q.clone().requires_grad_()
-    value = kernels.pixel_nce(leaf, k, *others, backend=backend)
-    assert torch.equal(torch.autograd.grad(value, leaf, upstream)[0], reference[1])
-    with torch.no_grad():
-        assert torch.equal(kernels.pixel_nce(q, k, *others, backend=backend), reference[0])
-    assert asked == [(True, False), (False, False)]
-    monkeypatch.undo()
-    leaf = k.clone().requires_grad_()
-    value = kernels.pixel_nce(q, leaf, *others, backend=backend)
-    assert torch.equal(torch.autograd.grad(value, leaf, upstream)[0], reference[2])
-
-
-@each_backend
-@pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str)
-def test_pixel_nce_of_16_bit_features(dtype, limit, backend):
-    *inputs, upstream = nce_inputs(100, 90, 40, dtype=dtype)
-    ours = contrast(kernels.pixel_nce, *inputs, form="per_positive", backend=backend, upstream=upstream)
-    assert ours[1].dtype == ours[2].dtype == dtype
-    assert_contrasts_near(ours, *inputs, upstream, limit=limit, form="per_positive")
-    if DEVICE == "cpu":                                         # only the features and their gradients are rounded
-        exact = plain_nce(*(x.double() if x.is_floating_point() else x for x in inputs), form="per_positive")
-        assert_near(ours[0], exact)
-
-
-@each_backend
-def test_pixel_nce_options(backend):
-    q, k, yq, yk, wq, wk, upstream = nce_inputs(100, 90, 40)
-    reference = contrast(kernels.pixel_nce, q, k, yq, yk, wq, wk, backend=backend, upstream=upstream)
-    strided = [torch.stack([x, x * 0 + 9], -1)[..., 0] for x in (q.t().contiguous().t(), k, yq, yk, wq, wk)]
-    tau = torch.tensor(0.1, device=DEVICE, requires_grad=True)
-    with torch.autocast(DEVICE, torch.bfloat16):                # backward too
-        ours = contrast(kernels.pixel_nce, *strided, tau=tau, backend=backend, upstream=upstream)
-    for a, b in zip(ours, reference):
-        assert_near(a, b, 1e-6)
-    assert kernels.pixel_nce(q, k, yq, yk, tau=tau, backend=backend).grad_fn is None    # no gradient to tau
-    many = [torch.where(y == 255, 255, y - 3 + 1000 * (y > 4)) for y in (yq, yk)]       # any ids, in the same order
-    ours = contrast(kernels.pixel_nce, q, k, *many, wq, wk, backend=backend, upstream=upstream)
-    assert all(torch.equal(a, b) for a, b in zip(ours, reference))
-
-
-def test_pixel_nce_refuses_wrong_input_in_one_line():
-    q, k, yq, yk, wq, wk, _ = (x.cpu() for x in nce_inputs(20, 16, 8))
-    for message, arguments, options in (
-            ("must be", (q[:, 1:], k, yq, yk), {}), ("must be", (q[0], k, yq, yk), {}),
-            ("yq is", (q, k, yq[1:], yk), {}), ("yk is", (q, k, yq, yk[:, None]), {}),
-            ("yk is", (q, k, yq, yk.float()), {}), ("yq is", (q, k, yq == 1, yk), {}),
-            ("wq is", (q, k, yq, yk, wq[1:]), {}), ("wk is", (q, k, yq, yk, wq, wk[None]), {}),
-            ("tau", (q, k, yq, yk), {"tau": 0.0}), ("tau", (q, k, yq, yk), {"tau": float("nan")}),
-            ("tau", (q, k, yq, yk), {"tau": torch.ones(2)}), ("form", (q, k, yq, yk), {"form": "out"}),
-            ("exclude_self", (q, k, yq, yk), {"exclude_self": True}), ("backend", (q, k, yq, yk), {"backend": "cuda"})):
-        with pytest.raises(ValueError, match=message) as error:
-            kernels.pixel_nce(*arguments, **options)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux' /proc")
-def test_pixel_nce_makes_no_matrix_of_logits():
-    code = """if True:
-        import re, torch, kernels
+def extra_kilobytes(calls):
+    """-> how far each of these lines of code raises the peak of memory of a process of its own."""
+    code = f"""if True:  # not ru_maxrss: it begins with the parent's peak
+        import re, torch, torch.nn.functional as F, kernels
         def kilobytes(name):
             return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-        def extra(n, C):
-            y, q, k = torch.arange(n) * 19 // n, *(torch.randn(n, C, requires_grad=True) for _ in range(2))
-            open("/proc/self/clear_refs", "w").write("5")       # as for the cross-entropy
+        def extra(call):
+            open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
             before = kilobytes("VmRSS")
-            kernels.pixel_nce(q, k, y, y, form="per_positive", backend="torch").mean().backward()
+            call()
             return kilobytes("VmHWM") - before
-        extra(64, 16)
-        print(extra(16384, 256))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
-                          cwd=os.path.dirname(os.path.abspath(kernels.__file__)),
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+        def cross_entropy(call, B, low):
+            x = torch.randn(B, 19, low, low, requires_grad=True)
+            label = torch.randint(19, (B, 4 * low, 4 * low))
+            return extra(lambda: call(x, label).backward())
+        def contrast(N, C):
+            q, k = torch.randn(2, N, C).requires_grad_()
+            label = torch.arange(N) * 19 // N
+            options = dict(form="per_positive", backend="torch")
+            return extra(lambda: kernels.pixel_nce(q, k, label, label, **options).mean().backward())
+        for line in {calls!r}:
+            print(eval(line))"""
+    folder = os.path.dirname(os.path.abspath(kernels.__file__))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
-    assert 0 < int(done.stdout) < 200 * 1024, done.stdout       # KB; one N x M matrix of float32 would be 1 GiB
+    return list(map(int, done.stdout.split()))
+
+
+reads_peaks = pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux' /proc")
+
+
+@reads_peaks
+def test_upsample_cross_entropy_memory_is_an_eighth_of_eager():
+    ours = "cross_entropy(kernels.upsample_cross_entropy, {}, {})"
+    plain = "cross_entropy(kernels.plain_cross_entropy, {}, {})"
+    # the first two load libraries before anything is measured
+    _, _, our_peak, plain_peak = extra_kilobytes(
+        [ours.format(1, 8), plain.format(1, 8), ours.format(8, 128), plain.format(8, 128)])
+    assert 0 < 8 * our_peak <= plain_peak, f"ours {our_peak} KB, eager {plain_peak} KB"
+
+
+@reads_peaks
+def test_pixel_nce_makes_no_matrix_of_logits():
+    _, peak = extra_kilobytes(["contrast(64, 16)", "contrast(16384, 256)"])
+    assert 0 < peak < 200 * 1024, peak  # KB; one N x M matrix of float32 would be 1 GiB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2434,8 +2341,8 @@ def plain_dyce(logits, label, hardest, omega):
 def test_dyce_equals_the_equation(hardest, omega):
     for seed in range(3):
         logits, label = dyce_inputs(seed)
-        reference, gradient = loss_and_gradient(plain_dyce, logits, label, hardest, omega)
-        value, ours = loss_and_gradient(losses.dyce, logits.float(), label, hardest, omega)
+        reference, gradient = value_and_gradients(plain_dyce, [logits], [label, hardest, omega])
+        value, ours = value_and_gradients(losses.dyce, [logits.float()], [label, hardest, omega])
         torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-6)
         assert_near(ours, gradient)
 
