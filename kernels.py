@@ -1274,11 +1274,15 @@ def pixel_nce(
 
 
 # ---- the same in plain torch: what the check, the tests and the bench compare with ----
+#
+# Arguments and results are those above. Written as one would without the operators, and well.
 
 
-def plain_cross_entropy(logits, labels, weight=1, ignore_index=IGNORE, reduction="mean"):
+def plain_cross_entropy(logits, labels, weight=None, ignore_index=IGNORE, reduction="mean"):
     up = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    value = F.cross_entropy(up, labels.long(), ignore_index=ignore_index, reduction="none") * weight
+    value = F.cross_entropy(up, labels.long(), ignore_index=ignore_index, reduction="none")
+    if weight is not None:
+        value = value * weight
     return value.mean() if reduction == "mean" else value
 
 
@@ -1297,21 +1301,29 @@ def plain_correlation(features, text, scale):
     return scale * torch.einsum("bchw,kc->bkhw", unit(features), unit(text))
 
 
-def plain_nce(q, k, yq, yk, wq=1, wk=1, tau=0.1, form="supcon", exclude_self=False):
-    same = yq[:, None] == yk  # (N,M), as all that follows
-    known = (yq != IGNORE)[:, None] & (yk != IGNORE)
+def plain_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_self=False):
+    yq = yq.long().masked_fill(yq == IGNORE, NOBODY)  # nobody's label, and on the
+    yk = yk.long().masked_fill(yk == IGNORE, NOBODY + 1)  # other side not the same
+    positive = yq[:, None] == yk  # (N,M)
+    hidden = (yk == NOBODY + 1)[None]  # (1,M), or (N,M)
     if exclude_self:
-        known = known & ~torch.eye(len(q), dtype=torch.bool, device=q.device)
-    positive = known & same
-    negative = known & ~same
-    s = q @ k.t() / tau
-    if form == "supcon":
-        loss = s.masked_fill(~known, -1e30).logsumexp(1, keepdim=True) - s
-    else:
-        loss = F.softplus(s.masked_fill(~negative, -1e30).logsumexp(1, keepdim=True) - s)
+        own = torch.eye(len(q), dtype=torch.bool, device=q.device)
+        positive = positive & ~own
+        hidden = hidden | own
     count = positive.sum(1)
-    scale = wq * (negative.any(1) & (count > 0)) / count.clamp(min=1)  # (N,)
-    return scale * (loss * wk).masked_fill(~positive, 0).sum(1)
+    contrasts = (yq != NOBODY) & (count > 0) & ((~hidden).sum(1) > count)
+
+    s = (q @ k.t()).to(torch.promote_types(q.dtype, torch.float32)) / tau
+    if form == "per_positive":
+        s_negative = s.masked_fill(hidden | positive, -1e30)
+        loss = F.softplus(s_negative.logsumexp(1, keepdim=True) - s)
+    else:
+        loss = s.masked_fill(hidden, -1e30).logsumexp(1, keepdim=True) - s
+    loss = loss.masked_fill(~positive, 0)
+    total = loss.sum(1) if wk is None else loss @ wk
+    if wq is not None:
+        total = total * wq
+    return total * contrasts / count.clamp(min=1)
 
 
 # ---- python kernels.py ----
