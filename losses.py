@@ -1,7 +1,7 @@
-"""One function per published loss: tensors in, a scalar out. Everything is computed in float32, also under autocast.
+"""One function per published loss: tensors in, a scalar out. All is float32, also under autocast.
 
-Under torchrun every loss is scaled so that the mean of its gradients over the processes, which DDP forms, equals
-the gradient of one process that sees the joint batch.
+Under torchrun every loss is scaled so that the mean of its gradients over the processes, which DDP
+forms, equals the gradient of one process that sees the joint batch.
 """
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from kernels import IGNORE, pixel_nce, upsample_cross_entropy
 
 
 def mean_over_ranks(value):
-    """The mean of a tensor over all processes, without gradient; the tensor itself where there is one process."""
+    """The mean of a tensor over all processes, without gradient; of one process itself."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         value = value.detach().clone()
         dist.all_reduce(value)
@@ -19,60 +19,83 @@ def mean_over_ranks(value):
 
 
 def cross_entropy(logits, label, weight=None):
-    """Cross-entropy with the convention of the DAFormer family: summed over the valid pixels, over the number of *all*.
+    """The sum of the cross-entropy over the valid pixels, divided by the number of *all* pixels.
 
-    logits: float (B,K,h,w), upsampled on the way; label: uint8 (B,H,W), 255 ignored; weight: float (B,H,W) or None.
-    F.cross_entropy would divide by the number of valid pixels (so in the released code of DAFormer).
+    This is the convention of the DAFormer family and of its released code. (F.cross_entropy divides
+    by the number of valid pixels.)
+
+    logits: float (B,K,h,w), upsampled on the way; label: uint8 (B,H,W), 255 ignored; weight: float
+    (B,H,W) or None.
     """
     return upsample_cross_entropy(logits, label, weight, IGNORE)
 
 
 def dyce(logits, label, hardest=0.2, omega=0.5):
-    """Dynamic cross-entropy (DyCE of SemiDAViL, Basak and Yin, CVPR 2025, eq. 9 as witnessed by its first released
-    code): over the hardest share of the labelled pixels, H, balanced between its classes,
+    """The cross-entropy of the hardest share of the labelled pixels, balanced between its classes.
+
+    Dynamic cross-entropy: DyCE of SemiDAViL (Basak and Yin, CVPR 2025), eq. 9 as witnessed by its
+    first released code. Over the hardest pixels, H,
 
         K^(omega - 1) f_H^-omega sum_c f_c^(omega - 1) sum_{i in H, y_i = c} CE_i
 
-    with f_H = |H|, f_c its pixels of class c, K the classes in it; the factor of K is ours and keeps the scale of a
-    mean. omega 1: the mean over H; omega 0: the mean of the class means. logits: float (B,K,h,w), upsampled on the way;
-    label: uint8 (B,H,W), 255 ignored; hardest, omega: in [0,1]. Selection and counts carry no gradient; pixels as hard
-    as the last one chosen are chosen too. No labelled pixel: 0 with a graph.
+    with f_H = |H|, f_c its pixels of class c, K the classes in it. The factor of K is ours and
+    keeps the scale of a mean. omega 1: the mean over H; omega 0: the mean of the class means.
+
+    logits: float (B,K,h,w), upsampled on the way; label: uint8 (B,H,W), 255 ignored; hardest,
+    omega: in [0,1]. Selection and counts carry no gradient. Pixels as hard as the last one chosen
+    are chosen too. No labelled pixel: 0 with a graph.
     """
     with torch.no_grad():
         values = upsample_cross_entropy(logits, label, None, IGNORE, "none")  # (B,H,W), >= 0
         valid = label != IGNORE
-        bits = torch.where(valid, values.contiguous().view(torch.int32), -1)  # ordered as the floats, all >= 0
+        # Floats >= 0 have the order of their bits read as integers.
+        bits = torch.where(valid, values.contiguous().view(torch.int32), -1)
         wanted = (hardest * mean_over_ranks(valid.sum().float())).clamp(min=1)
+
+        # The hardness of rank `wanted` over all processes, found bit by bit from the highest: no
+        # sorting and no host sync, at the price of 31 all-reduces of one number in each call.
         least = torch.zeros_like(bits[0, 0, 0])
-        for bit in reversed(range(31)):  # the value of rank `wanted`, bit by bit: no sorting, no host sync
+        for bit in reversed(range(31)):
             trial = least + 2 ** bit
-            least = torch.where(mean_over_ranks((bits >= trial).sum().float()) >= wanted, trial, least)
+            count = mean_over_ranks((bits >= trial).sum().float())
+            least = torch.where(count >= wanted, trial, least)
         chosen = (valid & (bits >= least)).float()
-        counts = chosen.new_zeros(256).scatter_add_(0, label.flatten().long(), chosen.flatten())  # whole numbers: exact
-        counts = mean_over_ranks(counts)
-        share = (counts * (counts > 0).sum()).clamp(min=1e-6) ** (1 - omega) * counts.sum().clamp(min=1e-6) ** omega
+
+        # Whole numbers, so that a sum in any order is exact.
+        counts = chosen.new_zeros(256).scatter_add_(0, label.flatten().long(), chosen.flatten())
+        counts = mean_over_ranks(counts)  # f_c, (256,)
+        classes = (counts > 0).sum()
+        by_class = (counts * classes).clamp(min=1e-6) ** (1 - omega)
+        share = by_class * counts.sum().clamp(min=1e-6) ** omega
         weight = chosen / share[label.long()]  # (B,H,W)
     return upsample_cross_entropy(logits, label, weight, IGNORE) * label.numel()
 
 
 def consistency(logits, pseudo, trusted, valid):
-    """Cross-entropy against a teacher's hard labels where they are trusted, over all pixels that are valid (SemiDAViL,
-    eq. 4, with the divisor of UniMatch). logits: float (B,K,h,w) of the strong view, upsampled on the way; pseudo:
-    uint8 (B,H,W); trusted, valid: bool (B,H,W). Nothing trusted: 0 with a graph."""
+    """The cross-entropy against a teacher's labels where they are trusted, over all valid pixels.
+
+    SemiDAViL's eq. 4 with the divisor of UniMatch. logits: float (B,K,h,w) of the strong view,
+    upsampled on the way; pseudo: uint8 (B,H,W); trusted, valid: bool (B,H,W). Nothing trusted: 0
+    with a graph.
+    """
     count = mean_over_ranks(valid.sum().float()).clamp(min=1e-6)
-    return upsample_cross_entropy(logits, pseudo, (trusted & valid).float(), IGNORE) * (pseudo.numel() / count)
+    weight = (trusted & valid).float()
+    return upsample_cross_entropy(logits, pseudo, weight, IGNORE) * (pseudo.numel() / count)
 
 
 def feature_distance(features, reference, label, things):
-    """Thing-class feature distance (DAFormer, Hoyer et al., 2022): mean L2 norm of f - f_ImageNet over thing cells.
+    """The mean L2 norm of f - f_ImageNet over the cells of thing classes.
 
-    features, reference: float (B,C,h,w), the last stage of the student and of the frozen ImageNet network;
-    label: int (B,h,w), 255 where no class has the majority; things: class indices, a tensor or a list. A grid
-    without a thing cell gives 0 with a graph, where the reference code gives NaN (and, summed into one backward, would
-    lose the step).
+    The thing-class feature distance of DAFormer (Hoyer et al., 2022).
+
+    features, reference: float (B,C,h,w), the last stage of the student and of the frozen ImageNet
+    network; label: int (B,h,w), 255 where no class has the majority; things: class indices, a
+    tensor or a list. Without a thing cell it is 0 with a graph. (The reference code gives NaN there,
+    and one backward for all terms would lose the step.)
     """
     keep = torch.isin(label, torch.as_tensor(things, device=label.device))
-    distance = torch.linalg.vector_norm(features.float() - reference.float(), dim=1)  # (B,C,h,w) -> (B,h,w)
+    difference = features.float() - reference.float()
+    distance = torch.linalg.vector_norm(difference, dim=1)  # (B,C,h,w) -> (B,h,w)
     count = mean_over_ranks(keep.sum().float())
     return (distance * keep).sum() / count.clamp(min=1e-6)
 
@@ -81,61 +104,80 @@ def feature_distance(features, reference, label, things):
 
 
 def _one_hot(label, num_classes):
-    """Integers (N,) -> float32 (N,K), a row of zeros for 255. Sums over it repeat bit for bit, scatter_add on a GPU
-    would not."""
+    """Integers (N,) -> float32 (N,K), a row of zeros for 255.
+
+    Sums over it repeat bit for bit; scatter_add on a GPU would not.
+    """
     return (label[:, None] == torch.arange(num_classes, device=label.device)).float()
 
 
 def cluda(rows, label, weight=None, tau=0.1):
-    """Contrast among the pixels of both domains (CLUDA, Vayyat et al., 2022): the mean over all cells that have a
-    positive and a negative of the per-positive InfoNCE of ContrastiveSeg (Wang et al., ICCV 2021), itself excluded.
+    """The mean contrast among the pixels of both domains (CLUDA, Vayyat et al., 2022).
 
-    rows: unit float (N,C), gradient on both sides; label: int (N,), 255 = takes no part; weight: float (N,), a pair
-    weighs the product; tau: temperature (the released code's is 1 in effect). Released code with two images pairs rows
-    with labels of other cells and takes 255 for a class; here rows and labels share one order.
-    Pairs are formed within a process: two processes of B images contrast fewer pairs than one of 2B.
+    The per-positive InfoNCE of ContrastiveSeg (Wang et al., ICCV 2021), itself excluded, averaged
+    over all cells that have a positive and a negative.
+
+    rows: unit float (N,C), gradient on both sides; label: int (N,), 255 = takes no part; weight:
+    float (N,), a pair weighs the product; tau: temperature (the released code's is 1 in effect).
+    Released code with two images pairs rows with labels of other cells and takes 255 for a class;
+    here rows and labels share one order. Pairs are formed within a process: two processes of B
+    images contrast fewer pairs than one of 2B.
     """
-    value = pixel_nce(rows, rows, label, label, weight, weight, tau, "per_positive", exclude_self=True)
+    value = pixel_nce(
+        rows, rows, label, label, weight, weight, tau, "per_positive", exclude_self=True
+    )
     count = _one_hot(label, IGNORE).sum(0)  # (255,)
     counted = (count * ((count > 1) & (count < count.sum()))).sum()
     return value.sum() / mean_over_ranks(counted).clamp(min=1e-6)
 
 
 def t2s(queries, label, keys, key_label, class_weight, tau=0.1):
-    """Pull target to source (after T2S-DA, Wang et al., 2023, as reconstructed): InfoNCE of restyled source pixels
-    against all of the clean source's, the mean within each class first, then over the classes by their weight.
+    """The InfoNCE of restyled source pixels against all of the clean source's.
 
-    queries: unit float (N,C) of the student; keys: unit (M,C) of the teacher, detached here: only the queries move;
-    label (N,), key_label (M,): int, 255 = takes no part; class_weight: float (K,); tau: temperature.
+    It pulls target to source, after T2S-DA (Wang et al., 2023), as reconstructed: the mean within
+    each class first, then over the classes by their weight.
+
+    queries: unit float (N,C) of the student; keys: unit (M,C) of the teacher, detached here: only
+    the queries move; label (N,), key_label (M,): int, 255 = takes no part; class_weight: float
+    (K,); tau: temperature.
     """
     value = pixel_nce(queries, keys.detach(), label, key_label, tau=tau, form="supcon")
-    known, hot = _one_hot(key_label, len(class_weight)).sum(0), _one_hot(label, len(class_weight))
-    count = mean_over_ranks(hot.sum(0) * ((known > 0) & (known < known.sum())))  # (K,), rows with both kinds of keys
+    hot = _one_hot(label, len(class_weight))  # (N,K)
+    known = _one_hot(key_label, len(class_weight)).sum(0)  # (K,), keys of each class
+    contrasts = (known > 0) & (known < known.sum())  # (K,), classes with both kinds of keys
+    count = mean_over_ranks(hot.sum(0) * contrasts)
     total = value @ hot  # (N,) -> (K,)
     weight = class_weight * (count > 0)
     return (weight * total / count.clamp(min=1e-6)).sum() / weight.sum().clamp(min=1e-6)
 
 
 def sepico(rows, label, weight, gaussians, tau=0.1):
-    """Contrast against infinitely many samples of each class's Gaussian, in closed form (SePiCo, Xie et al., 2023,
-    without its diversity regulariser): log sum_c exp(x.mu_c / tau + x^2.var_c / (2 tau^2)) - x.mu_y / tau.
+    """The mean contrast against infinitely many samples of each class's Gaussian, in closed form.
 
-    rows: unit float (N,C); label: int (N,), 255 = takes no part; weight: float (N,) or None; gaussians: ClassGaussians
-    of teacher features of the source; tau: temperature, for unit vectors (published: 100, for others). The mean over
-    the rows whose class is known.
+    SePiCo (Xie et al., 2023) without its diversity regulariser:
+    log sum_c exp(x.mu_c / tau + x^2.var_c / (2 tau^2)) - x.mu_y / tau.
+
+    rows: unit float (N,C); label: int (N,), 255 = takes no part; weight: float (N,) or None;
+    gaussians: ClassGaussians of teacher features of the source; tau: temperature, for unit vectors
+    (published: 100, for others). The mean is over the rows whose class is known.
     """
     mean, variance, known = gaussians.moments()
     logits = rows @ mean.t() / tau + rows.square() @ variance.t() / (2 * tau ** 2)  # (N,K)
     own = label.long().clamp(max=len(mean) - 1)
     counted = ((label != IGNORE) & known[own]).float()
-    value = logits.masked_fill(~known, -1e30).logsumexp(1) - (rows * mean[own]).sum(1) / tau  # (N,)
-    value = value * counted * (1 if weight is None else weight)
+    positive = (rows * mean[own]).sum(1) / tau  # (N,)
+    value = logits.masked_fill(~known, -1e30).logsumexp(1) - positive
+    value = value * counted
+    if weight is not None:
+        value = value * weight
     return value.sum() / mean_over_ranks(counted.sum()).clamp(min=1e-6)
 
 
 class ClassConfidence(torch.nn.Module):
-    """Running mean of the teacher's confidence per predicted class, and the class weights made from it (after T2S-DA,
-    as reconstructed; the form is that of AEL, Hu et al., NeurIPS 2021)."""
+    """The running mean of the teacher's confidence per predicted class, and class weights from it.
+
+    After T2S-DA, as reconstructed; the form is that of AEL (Hu et al., NeurIPS 2021).
+    """
 
     def __init__(self, num_classes, momentum=0.999):
         super().__init__()
@@ -147,22 +189,30 @@ class ClassConfidence(torch.nn.Module):
     def update(self, label, confidence):
         """label: int of any shape, 255 left out; confidence: float of that shape, in [0,1]."""
         hot = _one_hot(label.flatten(), len(self.seen))
-        total, count = mean_over_ranks(torch.stack([confidence.flatten() @ hot, hot.sum(0)]))  # (2,K)
+        sums = torch.stack([confidence.flatten() @ hot, hot.sum(0)])  # (2,K)
+        total, count = mean_over_ranks(sums)
         new = total / count.clamp(min=1e-6)
         step = torch.where(self.seen, 1 - self.momentum, 1.0)  # the first value is taken whole
-        self.confidence.copy_(torch.where(count > 0, self.confidence.lerp(new, step), self.confidence))
+        moved = self.confidence.lerp(new, step)
+        self.confidence.copy_(torch.where(count > 0, moved, self.confidence))
         self.seen |= count > 0
 
     def weights(self, beta=0.5):
-        """((1 - conf_c) / max_k (1 - conf_k))^beta, float (K,); 1, the largest, for a class never predicted."""
+        """((1 - conf_c) / max_k (1 - conf_k))^beta, float (K,).
+
+        It is 1, the largest, for a class never predicted.
+        """
         doubt = 1 - self.confidence
         largest = torch.where(self.seen, doubt, 0).max().clamp(min=1e-6)
         return torch.where(self.seen, doubt / largest, 1).pow(beta)
 
 
 class ClassGaussians(torch.nn.Module):
-    """Running mean and diagonal variance of each class's rows: exponential averages of both moments, corrected for
-    their start (SePiCo keeps such statistics; the decay is our choice)."""
+    """The running mean and diagonal variance of each class's rows.
+
+    Exponential averages of both moments, corrected for their start. SePiCo keeps such statistics;
+    the decay is our choice.
+    """
 
     def __init__(self, num_classes, channels, momentum=0.99):
         super().__init__()
@@ -174,7 +224,8 @@ class ClassGaussians(torch.nn.Module):
     def update(self, rows, label):
         """rows: unit float (N,C); label: int (N,), 255 left out."""
         hot = _one_hot(label, len(self.share))
-        total, count = mean_over_ranks(hot.t() @ torch.stack([rows, rows.square()])), mean_over_ranks(hot.sum(0))
+        total = mean_over_ranks(hot.t() @ torch.stack([rows, rows.square()]))  # (2,K,C)
+        count = mean_over_ranks(hot.sum(0))  # (K,)
         step = (1 - self.momentum) * (count > 0)  # (K,)
         self.sums.lerp_(total / count.clamp(min=1e-6)[:, None], step[:, None])
         self.share.lerp_(torch.ones_like(step), step)
