@@ -3312,7 +3312,7 @@ def test_sepico():
     torch.testing.assert_close(halved, value / 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # train.py: flags
 
 
@@ -3325,8 +3325,10 @@ def test_learning_rates_are_the_published_ones():
 def test_parameter_groups_are_the_published_ones():
     net = Segmenter("mit_b0", "daformer", 19, 16)
     groups = train.parameter_groups(net, 6e-5, 10)
-    of = {id(p): group for group in groups for p in group["params"]}
-    assert len(of) == len(list(net.parameters()))
+    of = {}
+    for group in groups:
+        of |= {id(p): group for p in group["params"]}
+    assert len(of) == sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
     for name, p in net.named_parameters():
         rate, decay = of[id(p)]["peak"], of[id(p)]["weight_decay"]
         if name.startswith("decoder"):
@@ -3440,7 +3442,7 @@ def test_wrong_command_lines_are_one_clear_line(capsys, monkeypatch):
     messages = []
     for line, words in WRONG_FLAGS.items():
         with pytest.raises(SystemExit) as caught:
-            train.main(line.split())
+            train.parse_flags(line.split())
         *usage, message = capsys.readouterr().err.splitlines()
         assert caught.value.code == 2 and len(usage) == 1 and usage[0].startswith("usage: ")
         assert message.startswith("train.py: error: ") and words in message, line
@@ -3448,7 +3450,7 @@ def test_wrong_command_lines_are_one_clear_line(capsys, monkeypatch):
     assert set(train.contradictions(*rules.call_args.args)) <= set(messages)  # each rule is tried
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # train.py: the step
 
 
@@ -3643,7 +3645,7 @@ def test_class_mix_pastes_from_the_source_and_from_the_labelled_target(monkeypat
     assert origins == {"source", "labelled"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # train.py: runs
 
 
@@ -3770,7 +3772,7 @@ def test_wrong_inputs_of_a_run_are_one_clear_line(small_run, tmp_path):
         assert status == 1 or not (tmp_path / "out").exists(), change
 
 
-def test_resumed_run_equals_uninterrupted_bit_for_bit_and_eval_repeats_its_scores(small_run, tmp_path):
+def test_resumed_run_equals_uninterrupted_bit_for_bit(small_run, tmp_path):
     straight, halves = str(tmp_path / "straight"), str(tmp_path / "halves")
     run_train([*small_run, "--out", straight])
     run_train([*small_run, "--out", halves, "--stop-at", "3"])
@@ -3779,11 +3781,13 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit_and_eval_repeats_its_score
     a, b = (load_checkpoint(f"{out}/last.pt") for out in (straight, halves))
     for key in ("student", "teacher", "optimizer", "step"):
         assert same_tensors(a[key], b[key]), key
-    parts = ("step", "source", "mix", "mask", "grad_norm")
-    terms = [[[e[part] for part in parts] for e in events(out, "step")] for out in (straight, halves)]
-    assert terms[0] == terms[1] and len(terms[0]) == 6
-    for e in events(straight, "step"):
-        assert e["lr"] == pytest.approx(train.learning_rate(e["step"] - 1, 1e-3, 6, 0))
+    steps = zip(events(straight, "step"), events(halves, "step"), strict=True)
+    for step, (one, two) in enumerate(steps):
+        for part in ("step", "source", "mix", "mask", "grad_norm", "lr"):
+            assert one[part] == two[part]
+        assert one["step"] == step + 1
+        assert one["lr"] == pytest.approx(train.learning_rate(step, 1e-3, 6, 0))
+    assert step == 5
     for weights in ("student", "teacher"):
         scores = tmp_path / f"{weights}.json"
         evaluation.main([f"{halves}/last.pt", "--weights", weights, "--json", str(scores)])
@@ -3799,22 +3803,24 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
     argv = [*small_run, "--recipe", "source"]
     run_train([*argv, "--stop-at", "2", "--dtype", "auto" if DEVICE == "cpu" else "fp32"])
     (tmp_path / "out").rename(tmp_path / "moved")
-    free = "--stop-at 4 --eval-every 2 --save-every 3 --log-every 2 --workers 1"
-    run_train([*argv, *free.split(), "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "moved")])
+    argv += ["--out", str(tmp_path / "moved"), "--eval-every", "2"]
+    free = "--stop-at 4 --save-every 3 --log-every 2 --workers 1 --cache"
+    run_train([*argv, *free.split(), str(tmp_path / "other cache")])
     assert load_checkpoint(tmp_path / "moved/last.pt")["step"] == 4
-    refused_by = {"--slide": "--slide was False, is True", "--lr 0.5": "--lr was 0.001, is 0.5",
-                  "--dtype bf16": "--dtype was fp32, is bf16", "--recipe dacs": "--mix was 0.0, is 1.0"}
-    for change, words in refused_by.items():
-        line = fails([*argv, "--out", str(tmp_path / "moved"), "--eval-every", "1", *change.split()], words)
+    for change, words in (
+            ("--slide", "--slide was False, is True"), ("--lr 0.5", "--lr was 0.001, is 0.5"),
+            ("--dtype bf16", "--dtype was fp32, is bf16"), ("--mix 1", "--mix was 0.0, is 1.0")):
+        line = fails([*argv, *change.split()], words)
         assert "moved/last.pt was trained with other flags" in line and "--eval-every" not in line
     # and so is each of the others
     names = ["sky", "wall", "car"]
     flags = train.parse_flags(argv).saved | {"world": 1}
+    state = {"flags": flags, "classes": names}
     free = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache"}
     assert free == train.FREE_ON_RESUME
     for name in flags:
-        check = functools.partial(train.check_resume, flags | {name: "other"}, names,
-                                  {"flags": flags, "classes": names}, "last.pt")
+        other = flags | {name: "other"}
+        check = functools.partial(train.check_resume, other, names, state, "last.pt")
         shown = f"--{name.replace('_', '-')} was"
         if name == "world":
             shown = "the number of processes was"
@@ -3824,14 +3830,15 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
             with pytest.raises(CheckpointError, match=f"other flags: {shown} .*, is other; repeat"):
                 check()
     with pytest.raises(CheckpointError, match="the names in --classes were .*, are .*'sofa'"):
-        train.check_resume(flags, [*names[:2], "sofa"], {"flags": flags, "classes": names}, "last.pt")
+        train.check_resume(flags, [*names[:2], "sofa"], state, "last.pt")
 
 
 # what the version before wrote beside today's flags
 EARLIER_FLAGS = dict(
-    spatial_depth=2, mask_views=["target"], teacher_head="plain", dyce=False, hardest=0.2, omega=0.5,
-    confident=0.95, contrast_pixels="all", contrast_start=0, pooled=False, projection=False,
-    style="fourier", beta=[0.01], restyle="extra", class_weights="confidence", panel_every=500, profile=0)
+    spatial_depth=2, mask_views=["target"], teacher_head="plain", dyce=False, hardest=0.2,
+    omega=0.5, confident=0.95, contrast_pixels="all", contrast_start=0, pooled=False,
+    projection=False, style="fourier", beta=[0.01], restyle="extra", class_weights="confidence",
+    panel_every=500, profile=0)
 EARLIER_RUNS = {  # recipe: what it had changed of these
     "mic": {},
     "semidavil": dict(dyce=True, hardest=1.0, threshold=0.968),
@@ -3841,12 +3848,12 @@ EARLIER_RUNS = {  # recipe: what it had changed of these
     "sepico": dict(projection=True),
 }
 EARLIER_CHANGES = dict(
-    spatial_depth=1, mask_views=["source"], teacher_head="other", omega=1.0, contrast_pixels="64/class",
-    contrast_start=5, pooled=True, projection="other", style="lab", beta=[0.1], restyle="half",
-    class_weights="none")
+    spatial_depth=1, mask_views=["source"], teacher_head="other", omega=1.0,
+    contrast_pixels="64/class", contrast_start=5, pooled=True, projection="other", style="lab",
+    beta=[0.1], restyle="half", class_weights="none")
 
 
-def test_a_checkpoint_of_the_version_before_goes_on_where_its_flags_mean_the_same(small_run, tmp_path):
+def test_a_checkpoint_of_the_version_before_goes_on_if_its_flags_mean_the_same(small_run, tmp_path):
     def refused_flags(flags, earlier):
         state = {"flags": flags | EARLIER_FLAGS | earlier, "classes": ["sky"]}
         try:
@@ -3877,7 +3884,7 @@ def test_a_checkpoint_of_the_version_before_goes_on_where_its_flags_mean_the_sam
 
 
 def test_teacher_layers_without_a_batch_have_the_statistics_of_the_student(small_run, tmp_path):
-    """LC-MSM's teacher has the target labelled by its language decoder; its plain one sees nothing."""
+    """LC-MSM's teacher labels with its language decoder; its plain one sees nothing."""
     argv = [*small_run, *"--mask-block 4 --steps 3 --crop 64 --val none".split()]
     run_train([*argv, *"--recipe lcmsm --text stub --out".split(), str(tmp_path / "lcmsm")])
     run_train([*argv, "--recipe", "mic", "--out", str(tmp_path / "mic")])
@@ -3925,8 +3932,9 @@ def test_recipes_run(recipe, small_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, terms", [
-    ("t2sda --t2s 0", ["mix"]), ("mic --mask-ratio 1", ["mix", "mask"]), ("cluda --mix 0 --rcs 0", ["cluda"]),
-    ("mic --mix 0 --threshold 1", ["mask"]), ("t2sda_dg --target none --restyled 0", ["t2s"]),
+    ("t2sda --t2s 0", ["mix"]), ("mic --mask-ratio 1", ["mix", "mask"]),
+    ("cluda --mix 0 --rcs 0", ["cluda"]), ("mic --mix 0 --threshold 1", ["mask"]),
+    ("t2sda_dg --target none --restyled 0", ["t2s"]),
     ("lcmsm --mix 0 --consistency 1 --text stub", ["mask_source", "mask_mix", "consistency"])])
 def test_flags_that_leave_little_to_do_still_train(flags, terms, small_run, tmp_path):
     run_train([*small_run, *"--steps 2 --crop 64 --val none --recipe".split(), *flags.split()])
@@ -3935,7 +3943,7 @@ def test_flags_that_leave_little_to_do_still_train(flags, terms, small_run, tmp_
     assert [name for name in known if name in found] == terms
 
 
-def test_init_takes_pretrained_weights_and_our_checkpoint_without_the_new_heads(small_run, tmp_path):
+def test_init_takes_pretrained_weights_and_our_checkpoints_of_other_heads(small_run, tmp_path):
     weights = tmp_path / "mit_b0.pth"
     torch.save(MixTransformer("mit_b0").state_dict(), weights)
     for recipe, more in (("daformer", "--lr 1e-3"), ("sepico", "--lr 0"), ("mic", "--lr 1e-3")):
@@ -3945,13 +3953,14 @@ def test_init_takes_pretrained_weights_and_our_checkpoint_without_the_new_heads(
         far = "feature distance: off" in done.stdout  # from the weights of ImageNet
         assert far == (recipe != "daformer") == ("fd" not in events(out, "step")[0])
         weights = out / "last.pt"
-    first, second = (load_checkpoint(tmp_path / f"{name}/last.pt")["student"] for name in ("daformer", "sepico"))
+    first = load_checkpoint(tmp_path / "daformer/last.pt")["student"]
+    second = load_checkpoint(tmp_path / "sepico/last.pt")["student"]
     new = {f"projection.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     assert set(second) - set(first) == new
     assert torch.equal(first["decoder.classifier.weight"], second["decoder.classifier.weight"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # train.py: several processes, and what breaks a run
 
 
@@ -3981,7 +3990,8 @@ if world > 1:
     source = train.View(source.image[part], source.label[part])
     target = train.View(target.image[part], None, target.weight[part])
 networks = train.Networks(student, teacher, imagenet, None, None)
-terms, _ = test_all.one_step(flags, networks, source, None, target, [1, 2], seed=5, shard=(rank, world))
+terms, _ = test_all.one_step(
+    flags, networks, source, None, target, [1, 2], seed=5, shard=(rank, world))
 assert set(terms) == {"source", "fd", "mix", "mask"}
 sum(terms.values()).backward()
 if rank == 0:
@@ -4014,10 +4024,11 @@ def test_two_processes_draw_the_samples_of_one(small_run, monkeypatch):
             monkeypatch.setattr(train, "RANK", rank)
             monkeypatch.setattr(train, "WORLD", world)
             views = train.Stream(dataset, f).views(1, torch.device("cpu"))
-            drawn.append([next(views).image for _ in range(4)])
-        return torch.cat([image for batch in zip(*drawn) for image in batch])
+            drawn.append(torch.stack([next(views).image for _ in range(4)]))
+        return torch.cat(drawn, 1)  # (4 batches, 4 images, 3,S,S)
 
-    assert torch.equal(samples(1, 4), samples(2, 2)) and len(samples(2, 2)) == 16
+    one, two = samples(1, 4), samples(2, 2)
+    assert torch.equal(one, two) and len(two.flatten(0, 1).unique(dim=0)) == 16
 
 
 def test_two_processes_train_and_evaluate_like_one(small_run, tmp_path):
@@ -4066,11 +4077,12 @@ def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path
         broken = tmp_path / domain / "images/003.png"
         broken.write_bytes(broken.read_bytes()[:200])
     begin = time.time()
-    for launcher, workers in (((sys.executable,), "1"), ((), "0")):  # in a loader process; in this one
-        fails([*small_run, "--rcs", "0", "--workers", workers], "source/images/003.png", launcher=launcher)
+    argv = [*small_run, "--rcs", "0", "--workers"]
+    fails([*argv, "1"], "source/images/003.png", launcher=(sys.executable,))  # a loader process
+    fails([*argv, "0"], "source/images/003.png")
     assert time.time() - begin < 120
-    _, good = write_pairs(tmp_path, name="good")
-    argv = [*small_run, "--source", f"{good}:{tmp_path}/good/labels", "--out", str(tmp_path / "last")]
+    good, _ = write_pairs(tmp_path, name="good")
+    argv = [*small_run, "--source", good, "--out", str(tmp_path / "last")]
     fails([*argv, *"--recipe source --target none --steps 2".split()], "target/images/003.png")
     assert load_checkpoint(tmp_path / "last/last.pt")["step"] == 2  # the final evaluation failed
 
@@ -4079,7 +4091,7 @@ def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path
     (torch.OutOfMemoryError("x"), 1, "out of memory; try --checkpointing"),
     (MemoryError(), 1, "out of memory"), (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
-    (OSError(28, "No space left on device", "log.jsonl"), 1, "No space left on device: 'log.jsonl'"),
+    (OSError(28, "No space left on device", "x"), 1, "No space left on device: 'x'"),
     (DataError("a.png: damaged"), 2, "a.png: damaged"), (TextError("a.npz: x"), 2, "a.npz: x"),
     (WeightsError("a.pth: x"), 2, "a.pth: x"), (CheckpointError("a.pt: x"), 2, "a.pt: x")])
 def test_what_ends_a_run_from_outside_is_one_line(error, status, words, monkeypatch, capsys):
@@ -4176,7 +4188,7 @@ def test_contrasts_train_and_resume(flags, small_run, tmp_path, monkeypatch):
 
 
 def test_control_computes_contrasts_without_effect(small_run, tmp_path):
-    """Bit for bit, the teacher's statistics too: source images that it sees leave no trace in them."""
+    """Bit for bit; the teacher's statistics too, though it sees the source."""
     lines = ("daformer", "cluda --control", "sepico --control", "cluda")
     states = {}
     for line in lines:
@@ -4252,7 +4264,8 @@ def test_another_labelled_set_is_refused_on_resume(small_run, tmp_path):
     run_train(argv)
 
 
-def test_a_run_says_what_its_source_never_labels_and_where_it_goes_on(small_run, tmp_path, monkeypatch):
+def test_a_run_says_what_its_source_never_labels_and_where_it_goes_on(
+        small_run, tmp_path, monkeypatch):
     monkeypatch.setitem(data.STREETS["streets"], "train", range(2))
     (tmp_path / "names.txt").write_text("sky\nsofa\ncar\n")
     argv = [*small_run, *"--source streets --recipe source --val none --steps 2".split()]
@@ -4283,44 +4296,37 @@ def test_vision_language_towers_train_and_evaluate_offline(name, small_run, tmp_
     evaluation.main([str(tmp_path / "out/last.pt")])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # train.py: gradients, time, pictures, numbers
 
 
 @pytest.mark.parametrize("delayed", [False, True])
-def test_gradient_that_is_not_finite_never_reaches_the_weights(delayed):
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_gradient_that_is_not_finite_never_reaches_the_weights(bad, delayed):
     """Delayed, as on a GPU, the fused optimiser skips the step, and fault() tells of it later."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
+    guard = train.GradientGuard(optimizer, torch.device("cpu"))
+    assert not guard.delayed
+    guard.delayed = delayed
 
-    def new_guard():
-        guard = train.GradientGuard(optimizer, torch.device("cpu"))
-        assert not guard.delayed
-        guard.delayed = delayed
-        return guard
-
-    def step(guard, number, gradient):
+    def step(number, gradient):
         weight.grad = torch.full((3,), gradient)
         norm = torch.nn.utils.get_total_norm([weight.grad])
         guard(number, norm, {"source": torch.tensor(0.5), "mix": torch.tensor(gradient)})
         if delayed or guard.fault() is None:  # as the loop does it
             optimizer.step()
 
-    guard = new_guard()
-    step(guard, 0, 1.0)
+    step(0, 1.0)
     after = weight.detach().clone()
     assert guard.fault() is None and (after < 1).all()
-    step(guard, 1, float("nan"))
+    step(1, float(bad))
     assert torch.equal(weight, after)
     if delayed:
-        step(guard, 2, 1.0)  # the first bad step is remembered, not the last
-        step(guard, 3, float("inf"))
-    assert guard.fault() == (1, "source 0.5, mix nan") and torch.isfinite(weight).all()
-    guard = new_guard()
-    step(guard, 3, 1.0)
-    assert guard.fault() is None
-    step(guard, 4, float("inf"))
-    assert guard.fault() == (4, "source 0.5, mix inf")
+        step(2, 1.0)
+        step(3, float("nan"))  # the first bad step is told, not the last
+        assert (weight < after).all()
+    assert guard.fault() == (1, f"source 0.5, mix {bad}") and torch.isfinite(weight).all()
 
 
 @pytest.mark.parametrize("delayed", [False, True])
@@ -4377,7 +4383,7 @@ def test_times_in_the_log_are_of_steps_alone_part_by_part(small_run, tmp_path, m
     for step in steps:
         assert set(step["ms"]) == {"EMA", "data", "teacher", "views", "source", "mix", "mask",
                                    "losses", "backward", "optimiser"}
-        assert min(step["ms"].values()) >= 0 and step["ms"]["mask"] > 0 and step["ms"]["backward"] > 0
+        assert min(step["ms"].values()) > 0
         spent = 1e3 * 4 / step["images_per_s"]  # 2 + 2 images a step
         assert 0.5 * spent < sum(step["ms"].values()) < 1.1 * spent < 2000
         assert step["peak_mib"] > 100
@@ -4415,8 +4421,9 @@ def test_sliding_validation_is_remembered(small_run, tmp_path):
     (result,) = events(tmp_path / "out", "result")
     scores = []
     for more in ([], ["--no-slide"]):
-        evaluation.main([str(tmp_path / "out/last.pt"), "--json", str(tmp_path / "scores.json"), *more])
-        scores.append(json.loads((tmp_path / "scores.json").read_text())["iou"])
+        report = tmp_path / "scores.json"
+        evaluation.main([str(tmp_path / "out/last.pt"), "--json", str(report), *more])
+        scores.append(json.loads(report.read_text())["iou"])
     assert scores[0] == result["student"]["iou"] and scores[1] != scores[0]
 
 
@@ -4427,7 +4434,8 @@ def test_checkpointing_computes_the_same(flags, small_run, tmp_path):
     run_train([*argv, "--out", str(tmp_path / "twice"), "--checkpointing"])
     a, b = (load_checkpoint(tmp_path / f"{name}/last.pt")["student"] for name in ("plain", "twice"))
     for name, value in a.items():
-        if "running" not in name and "tracked" not in name:  # a BatchNorm inside a block sees its batch twice
+        # a BatchNorm inside a block sees its batch twice
+        if "running" not in name and "tracked" not in name:
             torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-5)
 
 
@@ -4493,7 +4501,8 @@ def test_compiled_network_learns_the_same(small_run, tmp_path):
         torch.compile(lambda x: x + 1)(torch.ones(2))
     except Exception as error:  # no C++ compiler, no Python headers
         pytest.skip(f"torch.compile does not work here: {complaint(error)}")
-    plain = model.SegFormerFusion((16, 32, 48, 96), 8).double()  # whose levels lost gradients, compiled whole
+    # compiled whole, the levels of the decoder lost gradients
+    plain = model.SegFormerFusion((16, 32, 48, 96), 8).double()
     fusion, pyramid = copy.deepcopy(plain), []
     for i, c in enumerate((16, 32, 48, 96)):
         level = torch.randn(2, c, 16 >> i, 16 >> i).double()
@@ -4508,11 +4517,12 @@ def test_compiled_network_learns_the_same(small_run, tmp_path):
             *"--steps 3 --val none --crop 64".split()]
     run_train([*argv, "--out", str(tmp_path / "plain")])
     run_train([*argv, "--out", str(tmp_path / "compiled"), "--compile"])
-    a, b = (load_checkpoint(tmp_path / f"{name}/last.pt")["student"] for name in ("plain", "compiled"))
-    assert list(a) == list(b)  # the raw module is saved
-    steps = zip(*(events(tmp_path / name, "step") for name in ("plain", "compiled")), strict=True)
-    for straight, compiled in steps:
-        for term in ("source", "mix", "mask", "grad_norm"):  # not the weights: AdamW blows up rounding
+    one, two = tmp_path / "plain", tmp_path / "compiled"
+    names = [list(load_checkpoint(out / "last.pt")["student"]) for out in (one, two)]
+    assert names[0] == names[1]  # the raw module is saved
+    for straight, compiled in zip(events(one, "step"), events(two, "step"), strict=True):
+        # not the weights: AdamW blows up rounding
+        for term in ("source", "mix", "mask", "grad_norm"):
             assert compiled[term] == pytest.approx(straight[term], rel=1e-3, abs=1e-3)
 
 
@@ -4543,8 +4553,9 @@ def test_the_record_has_each_recipe_and_holds_for_two_rows():
     assert set(known) == {"made on", "pixels", *RECORD_ROWS}
     recorded = {line.split("--recipe ")[1].split()[0] for line in RECORD_ROWS.values()}
     assert recorded == set(train.RECIPES)
-    done = subprocess.run([sys.executable, __file__, "record", "source", "mic"], capture_output=True,
-                          text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    command = [sys.executable, __file__, "record", "source", "mic"]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     *notes, source, mic = done.stdout.splitlines()
     assert (source, mic) == ("source: as recorded", "mic: as recorded")
@@ -4557,7 +4568,8 @@ def test_the_record_has_each_recipe_and_holds_for_two_rows():
         changed = copy.deepcopy(row)
         changed[key][2] = None
         assert record_difference(row, changed, True).startswith(f"{key} of step 3: None, recorded ")
-    for factor, exact, differs in ((1.005, False, False), (1.02, False, True), (1.0000001, True, True)):
+    for factor, exact, differs in (
+            (1.005, False, False), (1.02, False, True), (1.0000001, True, True)):
         changed = copy.deepcopy(row)
         changed["terms"][0]["mix"] *= factor
         assert bool(record_difference(row, changed, exact)) == differs
