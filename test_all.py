@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
