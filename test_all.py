@@ -3608,7 +3608,8 @@ def test_consistency_is_of_confident_pixels_that_stay_the_targets(monkeypatch):
     assert clear.float().mean() > 0.9
     assert torch.equal(trusted[clear], (confidence >= 0.5)[clear])
     stays = (views["mix"].image == target.image).all(1)
-    assert 0.1 < stays.float().mean() < 0.9 and torch.equal(valid, stays & target.weight)
+    assert stays.float().mean((1, 2)).tolist() == [0.5, 0.5]  # one of the two classes was pasted
+    assert torch.equal(valid, stays & target.weight)
     assert list(terms) == ["source", "consistency"]
 
 
@@ -3702,11 +3703,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def events(out, kind):
-    """The lines of a run's log that have this event; at least one."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    found = [line for line in lines if line["event"] == kind]
-    assert found, f"{out}: no {kind} in the log"
-    return found
+    return [line for line in lines if line["event"] == kind]
 
 
 def same_tensors(a, b):
@@ -4519,7 +4517,9 @@ def test_compiled_network_learns_the_same(small_run, tmp_path):
     one, two = tmp_path / "plain", tmp_path / "compiled"
     names = [list(load_checkpoint(out / "last.pt")["student"]) for out in (one, two)]
     assert names[0] == names[1]  # the raw module is saved
-    for straight, compiled in zip(events(one, "step"), events(two, "step"), strict=True):
+    steps = list(zip(events(one, "step"), events(two, "step"), strict=True))
+    assert len(steps) == 3
+    for straight, compiled in steps:
         # not the weights: AdamW blows up rounding
         for term in ("source", "mix", "mask", "grad_norm"):
             assert compiled[term] == pytest.approx(straight[term], rel=1e-3, abs=1e-3)
