@@ -584,6 +584,7 @@ def test_workers_of_a_killed_process_do_not_stay():
     command = [sys.executable, "-c", code]
     run = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
     worker = int(run.stdout.readline())
+    assert Path(f"/proc/{worker}/stat").exists() and run.poll() is None
     run.kill()
     run.wait()
     for _ in range(100):
@@ -650,7 +651,8 @@ def test_crops_are_a_function_of_seed_and_k(tmp_path):
         backwards = [data.Crops(moved, 16, 3, sampler)[k] for k in reversed(keys)]
         loader = torch.utils.data.DataLoader(crops, batch_size=None, sampler=keys, num_workers=2)
         assert all(map(same, wanted, backwards[::-1]))
-        assert all(same(a, b | {"index": int(b["index"])}) for a, b in zip(wanted, loader))
+        assert all(same(a, b | {"index": int(b["index"])}) for a, b in zip(
+            wanted, loader, strict=True))
         other = data.Crops(dataset, 16, 4, sampler)
         assert not all(same(a, other[k]) for a, k in zip(wanted, keys))
 
@@ -861,7 +863,7 @@ def test_draws_do_not_depend_on_the_number_of_processes():
         "mix": lambda b, shard: data.class_mix(*(x[shard[0] * b:][:b] for x in inputs), weight,
                                                present, generator(1), shard)}
     for name, draw in draws.items():
-        halves = [torch.cat(parts) for parts in zip(draw(2, (0, 2)), draw(2, (1, 2)))]
+        halves = [torch.cat(parts) for parts in zip(draw(2, (0, 2)), draw(2, (1, 2)), strict=True)]
         assert all(map(torch.equal, draw(4, (0, 1)), halves)), name
     for seed in range(5):
         parts = [data.strong_augment(source[i:i + 2], generator(seed)) for i in (0, 2)]
@@ -2594,7 +2596,8 @@ def test_teacher_schedule():
     for step, weight in ((0, 0.0), (1, 0.5), (3, 0.75), (10_000, 0.999)):
         before = [p.clone() for p in teacher.parameters()]
         model.ema_update(teacher, student, step, 0.999)
-        for old, new, s in zip(before, teacher.parameters(), student.parameters()):
+        for old, new, s in zip(
+                before, teacher.parameters(), student.parameters(), strict=True):
             torch.testing.assert_close(new, weight * old + (1 - weight) * s)
     assert teacher.decoder.fusion.bn.running_mean.abs().max() == 0  # parameters only
     model.teacher_mode(teacher)
@@ -3744,7 +3747,7 @@ WRONG_INPUTS = [  # change (in capitals: made by the test), words of the message
     ("--init OURS --channels 16", "ours.pt: other network", 2),
     ("--recipe lcmsm --text /nonexistent.npz", "/nonexistent.npz", 2),
     ("--init NAN", "step 0: the gradient is not finite (source nan", 1),
-    ("--out FILE/out", "Not a directory", 1),
+    ("--out FILE/out", "Not a directory); give another --out", 2),
 ]
 
 
@@ -4744,6 +4747,8 @@ def record_difference(old, new, exact):
         near = old["terms"][0].keys() == new["terms"][0].keys() and all(
             new["terms"][0][name] == pytest.approx(value, rel=0.01) for name, value in old["terms"][0].items())
         return "" if near else f"first terms {new['terms'][0]}, recorded {old['terms'][0]}"
+    if old.keys() != new.keys():
+        return f"it holds {', '.join(new)}, recorded {', '.join(old)}"
     for key in new:
         if old.get(key) == new[key]:
             continue
@@ -4851,7 +4856,7 @@ def check_side(row, call, exact, limit):
     limits = limit if isinstance(limit, tuple) else [limit] * len(errors)
     if exact:
         row["error"] = max(errors)
-    if not all(error <= most for error, most in zip(errors, limits)):
+    if not all(error <= most for error, most in zip(errors, limits, strict=True)):
         raise ArithmeticError(f"off by {max(errors):.0e}, the limit is {limit}")
     if ON_GPU:
         held = torch.cuda.memory_allocated()
@@ -5035,7 +5040,7 @@ def transformers_twin(net, training):
     head, fusion = theirs.decode_head, net.decoder.fusion
     net.backbone.load_state_dict(model.published_to_ours(theirs.segformer.state_dict()))
     projections = getattr(head, "linear_projections", None) or head.linear_c  # by version
-    for mine, other in zip(fusion.linears, projections):
+    for mine, other in zip(fusion.linears, projections, strict=True):
         mine.load_state_dict(other.proj.state_dict())
     fusion.bn.load_state_dict(head.batch_norm.state_dict())
     net.decoder.classifier.load_state_dict(head.classifier.state_dict())

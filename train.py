@@ -1005,8 +1005,12 @@ class Log:
         self.path = path
         self.file = None
         if RANK == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a", buffering=1)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path, "a", buffering=1)
+            except OSError as error:
+                raise data.DataError(f"{path}: cannot be written ({error.strerror}); give another "
+                                     "--out") from error
         self.images = images_per_step
         self.clock = clock
         self.least_ms = None  # what a step's matrix products would take at the GPU's peak rate
@@ -1428,7 +1432,7 @@ def end_processes():
 def fail(error, status):
     """The last line of an error on stderr; exit. A loader process puts its traceback before it."""
     lines = str(error).splitlines() or [type(error).__name__]
-    print("train.py: error:", lines[-1], file=sys.stderr)
+    print("train.py: error:", lines[-1].removeprefix("data.DataError: "), file=sys.stderr)
     sys.exit(status)
 
 
