@@ -3746,8 +3746,8 @@ WRONG_INPUTS = [  # change (in capitals: made by the test), words of the message
     ("--init /nonexistent.pt", "no such weights file", 2),
     ("--init OURS --channels 16", "ours.pt: other network", 2),
     ("--recipe lcmsm --text /nonexistent.npz", "/nonexistent.npz", 2),
-    ("--init NAN", "step 0: the gradient is not finite (source nan", 1),
     ("--out FILE/out", "Not a directory); give another --out", 2),
+    ("--init NAN", "step 0: the gradient is not finite (source nan", 1),
 ]
 
 
@@ -3770,6 +3770,15 @@ def test_wrong_inputs_of_a_run_are_one_clear_line(small_run, tmp_path):
         fails([*small_run, *change.split()], words, status=status)
         assert not (tmp_path / "out/last.pt").exists()
         assert status == 1 or not (tmp_path / "out").exists(), change
+
+
+def test_a_run_that_cannot_save_broke(small_run, tmp_path, monkeypatch):
+    """A full disk is no bad input: exit status 1; the earlier checkpoint stays."""
+    run_train([*small_run, "--stop-at", "2"])
+    before = (tmp_path / "out/last.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", Mock(side_effect=OSError(28, "No space left on device")))
+    fails(small_run, "out/last.pt: cannot be written", "No space left", status=1)
+    assert (tmp_path / "out/last.pt").read_bytes() == before
 
 
 def test_resumed_run_equals_uninterrupted_bit_for_bit(small_run, tmp_path):

@@ -1204,7 +1204,10 @@ class Run:
         }
         if bank:
             state["text"] = {"embeddings": bank.embeddings, "kind": bank.kind, "about": bank.about}
-        model.save_checkpoint(self.out / name, state)
+        try:
+            model.save_checkpoint(self.out / name, state)
+        except model.CheckpointError as error:
+            raise OSError(str(error)) from None  # the run broke; nobody's input was bad
 
     def measures_peak(self):
         """Whether the log has the share of the GPU's peak; compiled code cannot be counted."""
