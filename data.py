@@ -49,6 +49,21 @@ class DataError(ValueError):
     """Bad input data: one line that names the file and the remedy."""
 
 
+def fail(script, error, status):
+    """Ends the program with one line on stderr. status 2: bad input, 1: a run that broke."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    text = lines[-1].removeprefix("data.DataError: ")  # a loader process puts its traceback before
+    print(f"{script}: error: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, like all others of the scripts."""
+
+    def error(self, message):
+        fail(self.prog, f"{message} (-h explains the flags)", 2)
+
+
 def read_lines(path):
     """Lines of a UTF-8 text file that hold something, stripped, tuple of str. Raises DataError."""
     try:

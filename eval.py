@@ -34,8 +34,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, as_picture, colorize, grid,
-                  majority_label, open_dataset, overlay, palette, parse_size, read_image)
+from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
+                  colorize, fail, grid, majority_label, open_dataset, overlay, palette, parse_size,
+                  read_image)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags, load_checkpoint,
                    upsample_pseudo_label)
 
@@ -1072,19 +1073,6 @@ def draw_curves(curves, ticks):
 # Command line
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as all others of this script."""
-
-    def error(self, message):
-        fail(f"{message} (-h explains the flags)", 2)
-
-
-def fail(text, status):
-    """End with one line on stderr; status 2 for bad input, 1 for a run that broke."""
-    print("eval.py: error:", " ".join(str(text).split()), file=sys.stderr)
-    sys.exit(status)
-
-
 def device(text):
     """A device that this torch can use."""
     try:
@@ -1272,12 +1260,12 @@ def main(argv=None):
         else:
             run(args)
     except (DataError, CheckpointError, WeightsError, OSError) as error:
-        fail(error, 2)
+        fail("eval.py", error, 2)
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and "allocate memory" not in str(error):
             raise
-        fail("out of memory; try --size WxH, --slide, or --device cpu", 1)
+        fail("eval.py", "out of memory; try --size WxH, --slide, or --device cpu", 1)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from data import DataError, cache_folder, read_lines
+from data import DataError, Parser, cache_folder, fail, read_lines
 from kernels import text_correlation, upsample_pseudo_label  # the second for train.py and eval.py
 
 # What a Segmenter gives: logits (B,K,h,w), features (B,C,h,w), pyramid, a list of (B,C_i,h_i,w_i)
@@ -1514,8 +1514,10 @@ def make_bank(names, spec, out):
 
 def main(argv=None):
     """python model.py text. A failure is one line: exit 2 for bad input, 1 for a run that broke."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    p = Parser(
+        "model.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     a = p.add_argument
     a("what", choices=("text",))
@@ -1526,11 +1528,9 @@ def main(argv=None):
     try:
         make_bank(args.names, args.text, args.out)
     except (TextError, DataError) as error:
-        print(f"model.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail("model.py", error, 2)
     except OSError as error:
-        print(f"model.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail("model.py", error, 1)
 
 
 if __name__ == "__main__":

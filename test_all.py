@@ -3445,10 +3445,10 @@ def test_wrong_command_lines_are_one_clear_line(capsys, monkeypatch):
     for line, words in WRONG_FLAGS.items():
         with pytest.raises(SystemExit) as caught:
             train.parse_flags(line.split())
-        *usage, message = capsys.readouterr().err.splitlines()
-        assert caught.value.code == 2 and len(usage) == 1 and usage[0].startswith("usage: ")
+        (message,) = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 2
         assert message.startswith("train.py: error: ") and words in message, line
-        messages.append(message.removeprefix("train.py: error: "))
+        messages.append(message[len("train.py: error: "):-len(" (-h explains the flags)")])
     assert set(train.contradictions(*rules.call_args.args)) <= set(messages)  # each rule is tried
 
 

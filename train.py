@@ -112,8 +112,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def build_parser():
     usage = "train.py [--recipe NAME] [flags]   (-h explains them)"
-    p = argparse.ArgumentParser(
-        "train.py", usage, description=__doc__, formatter_class=Help, allow_abbrev=False)
+    p = data.Parser("train.py", usage, __doc__, formatter_class=Help, allow_abbrev=False)
 
     a = p.add_argument_group("data (SPEC: see python data.py -h)").add_argument
     a("--recipe", default="mic", choices=RECIPES, metavar="NAME",
@@ -1432,26 +1431,20 @@ def end_processes():
         dist.destroy_process_group()
 
 
-def fail(error, status):
-    """The last line of an error on stderr; exit. A loader process puts its traceback before it."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    print("train.py: error:", lines[-1].removeprefix("data.DataError: "), file=sys.stderr)
-    sys.exit(status)
-
-
 def main(argv=None):
     """run(); status 2 for bad input, 1 for a run that broke, each with one line."""
     try:
         run(argv)
     except (data.DataError, model.WeightsError, model.CheckpointError, model.TextError) as error:
-        fail(error, 2)
+        data.fail("train.py", error, 2)
     except (FloatingPointError, OSError) as error:
-        fail(error, 1)
+        data.fail("train.py", error, 1)
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not memory and "allocate memory" not in str(error):
             raise
-        fail("out of memory; try --checkpointing, --batch 1 --accum N or a smaller --crop", 1)
+        remedy = "try --checkpointing, --batch 1 --accum N or a smaller --crop"
+        data.fail("train.py", f"out of memory; {remedy}", 1)
     except KeyboardInterrupt:  # before the first step; later it is collected
         print("interrupted", file=sys.stderr)
         sys.exit(130)
