@@ -1,16 +1,18 @@
 """The tests: python -m pytest -q test_all.py. On a CPU, without network, in a few minutes.
 
     python test_all.py bench        times ours against named peers, where they are installed
-    python test_all.py record       compares six steps of every recipe with assets/record.json, bit for bit
+    python test_all.py record       compares six steps of every recipe with assets/record.json
 
-Comparisons with code that is not ours (transformers, scikit-learn) skip, and say so, where it is not installed.
+Comparisons with code that is not ours (transformers, scikit-learn) skip, and say so, where it is
+not installed.
 """
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels.py is imported: its Triton path runs on a CPU
+    # read when kernels.py is imported: its Triton path then runs on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import argparse
 import colorsys
@@ -49,8 +51,8 @@ import losses
 import model
 import train
 from data import CLASS_SPACES, DataError
-from model import (CheckpointError, MixTransformer, Output, Segmenter, TextBank, TextError, WeightsError, load_backbone,
-                   load_checkpoint, save_checkpoint, text_bank)
+from model import (CheckpointError, MixTransformer, Output, Segmenter, TextBank, TextError,
+                   WeightsError, load_backbone, load_checkpoint, save_checkpoint, text_bank)
 
 HERE = str(Path(__file__).resolve().parent)
 
@@ -1015,7 +1017,7 @@ def test_data_command(tmp_path):
     assert wrong.stderr.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # kernels.py
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1495,7 +1497,7 @@ def test_pixel_nce_makes_no_matrix_of_logits():
     assert 0 < peak < 200 * 1024, peak  # KB; one N x M matrix of float32 would be 1 GiB
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # eval.py
 
 NAMES19 = CLASS_SPACES["cityscapes19"]
@@ -2304,7 +2306,7 @@ def test_command_line_fails_in_one_line(tmp_path, capsys, monkeypatch):
         evaluation.main([checkpoint, *data])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # model.py
 
 
@@ -2762,7 +2764,7 @@ def test_wrapper_prefixes_are_forgiven(prefix):
     assert same_tensors(dict(net.state_dict()), dict(checkpoint["student"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # model.py: language and text banks
 
 
@@ -3046,7 +3048,7 @@ def test_text_command(tmp_path, capsys, monkeypatch):
     assert leave.value.code == 1 and capsys.readouterr().err == broken
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # losses.py
 
 
@@ -4299,7 +4301,7 @@ def test_trained_class_vectors_of_the_guidance_go_on_from_a_checkpoint(small_run
 
 @pytest.mark.parametrize("name", ["resnet50_clip", "vit_base_patch32_clip_224"])
 def test_vision_language_towers_train_and_evaluate_offline(name, small_run, tmp_path):
-    argv = [*small_run, "--backbone", f"timm:{name}", "--steps", "2", "--batch", "2", "--init", "none"]
+    argv = [*small_run, "--backbone", f"timm:{name}", *"--steps 2 --batch 2 --init none".split()]
     done = run_train([*argv, "--recipe", "source"])
     assert "random weights" in done.stdout
     evaluation.main([str(tmp_path / "out/last.pt")])
@@ -4588,13 +4590,14 @@ def test_the_record_has_each_recipe_and_holds_for_two_rows():
     assert record_difference(row, changed, False) and not record_difference(row, row, True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python test_all.py record: what every recipe computed when the record was made, and whether it still does
+# --------------------------------------------------------------------------------------------------
+# python test_all.py record: what every recipe computed when the record was made, and computes now
 #
-# A change of the code that should change no number is checked here: six steps of each row on made images, in fp32 on
-# one CPU thread, have to give the same loss terms, gradient norms, weights and scores bit for bit. A change that should
-# change a number writes its rows again, and its commit says why. On another kind of machine or version of torch the
-# rounding differs; there only the first step's terms are compared, to one percent.
+# A change of the code that should change no number is checked here: six steps of each row on made
+# images, in fp32 on one CPU thread, have to give the same loss terms, gradient norms, weights and
+# scores bit for bit. A change that should change a number writes its rows again, and its commit
+# says why. On another kind of machine or version of torch the rounding differs; there only the first
+# step's terms are compared, to one percent.
 
 RECORD = Path(HERE) / "assets" / "record.json"
 RECORD_STEPS = 6
@@ -4610,8 +4613,10 @@ RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
     "mic, labels": "--recipe mic --threshold 0.34 --labeled 2",
     "mic, decoder daformer, border, clean source":
         "--recipe mic --threshold 0.34 --decoder daformer --border 5 9 --no-augment-source --slide",
-    "mic, timm backbone, bf16": "--recipe mic --threshold 0.34 --backbone timm:resnet10t --dtype bf16",
-    "mic, recomputed activations, resized, workers": "--recipe mic --threshold 0.34 --checkpointing --size 96x80 --workers 1",
+    "mic, timm backbone, bf16":
+        "--recipe mic --threshold 0.34 --backbone timm:resnet10t --dtype bf16",
+    "mic, recomputed activations, resized, workers":
+        "--recipe mic --threshold 0.34 --checkpointing --size 96x80 --workers 1",
     "lcmsm": "--recipe lcmsm --threshold 0.34 --text BANK --mask-block 8",
     "lcmsm, learned vectors": "--recipe lcmsm --threshold 0.34 --text learned",
     "lcmsm, two processes": "2 x --recipe lcmsm --threshold 0.34 --text stub --batch 1",
@@ -4625,21 +4630,33 @@ RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
     "semidavil, no labels": "--recipe semidavil --text stub --threshold 0.34",
     "labels alone": "--recipe source --source none --labeled 3 --dyce 0.5",
     "all": "--recipe all --threshold 0.34 --text BANK",
-    "all, labels, two processes": "2 x --recipe all --threshold 0.34 --text BANK --labeled 2 --batch 1",
+    "all, labels, two processes":
+        "2 x --recipe all --threshold 0.34 --text BANK --labeled 2 --batch 1",
 }
 
 
 def record_inputs(root):
-    """Made data, a text bank and weights of a backbone below `root` -> the flags that all rows share."""
+    """Made data, a text bank and a backbone's weights below `root` -> the flags of all rows."""
     labelled, _ = write_pairs(root, 6, (104, 88), name="source")
     val, _ = write_pairs(root, 5, (104, 88), name="the target")
     (root / "names.txt").write_text("sky\nwall\ncar\n")
     write_bank(root / "bank.npz", made_bank()._replace(names=("sky", "wall", "car")))
     torch.manual_seed(0)
     torch.save(MixTransformer("mit_b0").state_dict(), root / "mit_b0.pth")
-    return ["--source", labelled, "--target", val, "--val", val, "--classes", str(root / "names.txt"),
-            "--cache", str(root / "cache"), *"--crop 64 --batch 2 --channels 16 --dtype fp32 --seed 3".split(),
-            *f"--lr 1e-3 --head-lr 1 --steps {RECORD_STEPS} --log-every 1 --save-every 1".split()]
+    return [
+        "--source",
+        labelled,
+        "--target",
+        val,
+        "--val",
+        val,
+        "--classes",
+        str(root / "names.txt"),
+        "--cache",
+        str(root / "cache"),
+        *"--crop 64 --batch 2 --channels 16 --dtype fp32 --seed 3".split(),
+        *f"--lr 1e-3 --head-lr 1 --steps {RECORD_STEPS} --log-every 1 --save-every 1".split(),
+    ]
 
 
 def digest(*arrays):
@@ -4647,15 +4664,26 @@ def digest(*arrays):
     hashed = hashlib.sha256()
     for array in arrays:
         if torch.is_tensor(array):
-            array = array.detach().contiguous().view(-1).view(torch.uint8).numpy() if array.ndim else array.numpy()
+            array = (
+                array.detach().contiguous().view(-1).view(torch.uint8).numpy()
+                if array.ndim
+                else array.numpy()
+            )
         hashed.update(np.ascontiguousarray(array).tobytes())
     return hashed.hexdigest()[:12]
 
 
 def recorded_run(argv, out):
-    """Run train.py's main() -> {"terms": a dict for each batch, "norm", "student", "teacher": one value a step, ...}."""
+    """Run train.py's main() -> {"terms": a dict a batch; "norm", "student", "teacher": a value a step}.
+
+    With validation data also "miou": of student, teacher and student with AdaBN.
+    """
     row = {"terms": [], "norm": [], "student": [], "teacher": []}
-    step_terms, total_norm, save = train.step_terms, torch.nn.utils.get_total_norm, model.save_checkpoint
+    step_terms, total_norm, save = (
+        train.step_terms,
+        torch.nn.utils.get_total_norm,
+        model.save_checkpoint,
+    )
 
     def spy_on_terms(*args, **options):
         terms, *rest = step_terms(*args, **options)
@@ -4678,19 +4706,34 @@ def recorded_run(argv, out):
         patch.setattr(model, "save_checkpoint", spy_on_save)
         run_train([*argv, "--out", str(out)])
     if finished := events(out, "result"):
-        row["miou"] = [finished[-1][name]["miou"] if finished[-1][name] else None
-                       for name in ("student", "teacher", "adabn")]
+        row["miou"] = [
+            finished[-1][name]["miou"] if finished[-1][name] else None
+            for name in ("student", "teacher", "adabn")
+        ]
     return row
 
 
 def recorded_row(name, shared, root):
     """One row of the record, computed anew."""
-    flags = [str({"MIT": root / "mit_b0.pth", "BANK": root / "bank.npz"}.get(word, word))
-             for word in RECORD_ROWS[name].split()]
+    flags = [
+        str({"MIT": root / "mit_b0.pth", "BANK": root / "bank.npz"}.get(word, word))
+        for word in RECORD_ROWS[name].split()
+    ]
     out = root / re.sub(r"\W+", "-", name)
     if flags[0] == "2":
-        command = [*TORCHRUN, __file__, "record-rank", str(root / "row.json"), *shared, *flags[2:], "--out", str(out)]
-        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            *TORCHRUN,
+            __file__,
+            "record-rank",
+            str(root / "row.json"),
+            *shared,
+            *flags[2:],
+            "--out",
+            str(out),
+        ]
+        subprocess.run(
+            command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         return json.loads((root / "row.json").read_text())
     if "t2sda_dg" in flags:
         flags += ["--target", "none"]
@@ -4712,31 +4755,46 @@ def recorded_pixels(root, shared):
     row["street 3, small"] = digest(*data.render_street(0, 3, False, (100, 76)))
     classes = data.class_names(str(root / "names.txt"))
     dataset = data.open_dataset(shared[1], "train", classes, (60, 50), root / "cache")
-    row["resized"] = digest(*(dataset[i][key] for i in range(len(dataset)) for key in ("image", "label")))
+    row["resized"] = digest(
+        *(dataset[i][key] for i in range(len(dataset)) for key in ("image", "label"))
+    )
     for size in (32, 80):  # the second is larger than the images: padded
         crops = [data.Crops(dataset, size, 5)[k] for k in range(8)]
-        row[f"crops of {size}"] = digest(*(crop[key] for crop in crops for key in ("image", "label")))
+        row[f"crops of {size}"] = digest(
+            *(crop[key] for crop in crops for key in ("image", "label"))
+        )
     return row
 
 
 def record(argv):
     """python test_all.py record [--write] [NAME ...]"""
-    parser = argparse.ArgumentParser(prog="test_all.py record", description="compare with assets/record.json")
+    parser = argparse.ArgumentParser(
+        prog="test_all.py record", description="compare with assets/record.json"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows (default: all)")
-    parser.add_argument("--write", action="store_true", help="write the rows into the record instead")
+    parser.add_argument(
+        "--write", action="store_true", help="write the rows into the record instead"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     machine = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
     exact = known.get("made on", machine) == machine
     if not exact:
-        print(f"the record was made on {known['made on']}, here is {machine}: only first steps are compared")
+        print(
+            f"the record was made on {known['made on']}, here is {machine}: "
+            "only first steps are compared"
+        )
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         shared = record_inputs(root)
         for name in args.names or ["pixels", *RECORD_ROWS]:
-            row = recorded_pixels(root, shared) if name == "pixels" else recorded_row(name, shared, root)
+            row = (
+                recorded_pixels(root, shared)
+                if name == "pixels"
+                else recorded_row(name, shared, root)
+            )
             if args.write:
                 known[name] = row
             fault = record_difference(known.get(name, {}), row, exact)
@@ -4744,7 +4802,10 @@ def record(argv):
             if fault:
                 wrong.append(name)
     if args.write:
-        rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in (known | {"made on": machine}).items())
+        rows = ",\n".join(
+            f"{json.dumps(name)}: {json.dumps(row)}"
+            for name, row in (known | {"made on": machine}).items()
+        )
         RECORD.write_text("{" + rows + "}\n")
     if wrong:
         sys.exit(f"{len(wrong)} rows differ from the record: {', '.join(wrong)}")
@@ -4754,7 +4815,9 @@ def record_difference(old, new, exact):
     """In a few words, where a row first differs from the record; '' where it does not."""
     if not exact and "terms" in new:
         near = old["terms"][0].keys() == new["terms"][0].keys() and all(
-            new["terms"][0][name] == pytest.approx(value, rel=0.01) for name, value in old["terms"][0].items())
+            new["terms"][0][name] == pytest.approx(value, rel=0.01)
+            for name, value in old["terms"][0].items()
+        )
         return "" if near else f"first terms {new['terms'][0]}, recorded {old['terms'][0]}"
     if old.keys() != new.keys():
         return f"it holds {', '.join(new)}, recorded {', '.join(old)}"
@@ -4762,7 +4825,10 @@ def record_difference(old, new, exact):
         if old.get(key) == new[key]:
             continue
         if isinstance(new[key], list) and isinstance(old.get(key), list):
-            at = next((i for i, pair in enumerate(zip(old[key], new[key])) if pair[0] != pair[1]), "length")
+            at = next(
+                (i for i, pair in enumerate(zip(old[key], new[key])) if pair[0] != pair[1]),
+                "length",
+            )
             if at != "length":
                 return f"{key} of step {at + 1}: {new[key][at]}, recorded {old[key][at]}"
         return f"{key}: {new[key]}, recorded {old.get(key)}"
@@ -4773,7 +4839,7 @@ def record_difference(old, new, exact):
 
 
 def apply_example(block, folder):
-    """Apply README's example to the copies in a folder: "+" lines are new, the other ones stand in the file already."""
+    """Apply README's example to the copies in a folder: its "+" lines are new, the others stand."""
     parts = re.split(r"^@@ (.*) @@\n", block, flags=re.M)[1:]
     for title, body in zip(parts[::2], parts[1::2], strict=True):
         path = folder / re.search(r"\w+\.py", title)[0]
@@ -4782,30 +4848,42 @@ def apply_example(block, folder):
         old = "".join(line[1:] for line in lines if line[0] == " ")
         new = "".join(line[1:] for line in lines)
         if old:
-            assert text.count(old) == 1, f"{title}: {old!r} stands {text.count(old)} times in {path.name}"
+            assert (
+                text.count(old) == 1
+            ), f"{title}: {old!r} stands {text.count(old)} times in {path.name}"
             path.write_text(text.replace(old, new))
         else:
             path.write_text(text + "\n\n" + new)
 
 
 def test_a_new_loss_in_four_places_as_readme_shows_it(small_run, tmp_path):
-    """The example's diff fits the scripts, its recipe trains with the new term, and its own test passes."""
+    """The example fits the scripts, its recipe trains with the new term, its own test passes."""
     folder = tmp_path / "changed"
     folder.mkdir()
     for path in Path(HERE).glob("*.py"):
         shutil.copy(path, folder)
     block = re.search(r"```diff\n(.*?)```", (Path(HERE) / "README.md").read_text(), re.S)[1]
     apply_example(block, folder)
-    argv = [sys.executable, str(folder / "train.py"), *small_run, "--recipe", "minent", "--steps", "2"]
+    argv = [
+        sys.executable,
+        str(folder / "train.py"),
+        *small_run,
+        "--recipe",
+        "minent",
+        "--steps",
+        "2",
+    ]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [0 < event["entropy"] < 0.01 * np.log(3) + 1e-4 for event in events(tmp_path / "out", "step")] == [True, True]
+    assert [
+        0 < event["entropy"] < 0.01 * np.log(3) + 1e-4 for event in events(tmp_path / "out", "step")
+    ] == [True, True]
     argv = [sys.executable, "-m", "pytest", "-q", str(folder / "test_all.py"), "-k", "test_entropy"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # python test_all.py bench [NAME ...] [--json FILE]: ours against named peers in one process
 #
 # Every side first has to come near the reference (float64; for networks the peer in float32). Then
@@ -4993,7 +5071,7 @@ def bench_upsample_cross_entropy(B, K, low):
 
 
 def tidy_nce(q, k, yq, yk, form):
-    """Plain torch with less to do than kernels.plain_nce: no 255, no weights, all 19 classes there."""
+    """Plain torch with less to do than kernels.plain_nce: no 255, no weights, all classes there."""
     s = (q @ k.t()).to(torch.promote_types(q.dtype, torch.float32)) / TAU  # (N,M)
     if form == "supcon":
         # The mean positive logit is that with the class's mean key.
@@ -5077,7 +5155,9 @@ def b0_passes(mode, B, height, width):
 
     def our_forward():
         z = net(x).logits
-        return z, losses.cross_entropy(z, byte) if training else model.upsample_pseudo_label(z, size, 0.0)[0]
+        if training:
+            return z, losses.cross_entropy(z, byte)
+        return z, model.upsample_pseudo_label(z, size, 0.0)[0]
 
     def their_forward():
         if theirs is None:
@@ -5233,11 +5313,11 @@ if __name__ == "__main__":
         bench(sys.argv[2:])
     elif command == "record":
         record(sys.argv[2:])
-    elif command == "record-rank":  # one of the processes of a row of the record: FILE, then train.py's flags
+    elif command == "record-rank":  # one process of a row of the record: FILE, train.py's flags
         torch.set_num_threads(1)
         *flags, _, folder = sys.argv[3:]
         row = recorded_run(flags, folder)
         if os.environ["RANK"] == "0":
             Path(sys.argv[2]).write_text(json.dumps(row))
     else:
-        sys.exit("the tests: python -m pytest -q test_all.py; also: python test_all.py bench, python test_all.py record")
+        sys.exit("the tests: python -m pytest -q test_all.py; also: python test_all.py bench | record")
