@@ -632,7 +632,7 @@ def before_after(before, after, dataset, titles=("before", "after"), **how):
 # Own images and benchmark servers
 
 # Label ids in the order of the train ids: both count the 19 classes in one order.
-TRAIN_TO_LABEL_IDS = sorted(raw for raw, name in LABEL_IDS.items() if name)
+TRAIN_TO_LABEL_IDS = sorted(raw for raw, name in LABEL_IDS.names.items() if name)
 # Kind of data set: size (h,w) that the server wants, id written for each train id, file names.
 SERVERS = {
     "cityscapes": ((1024, 2048), TRAIN_TO_LABEL_IDS, r"[^_]+_\d{6}_\d{6}.*"),
