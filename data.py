@@ -207,10 +207,10 @@ _COLOUR = r"(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)"
 _NOTATIONS = (
     ("colour", rf"#(?P<hex>[0-9a-fA-F]{{6}}){_GAP}(?P<name>.+)"),  # #804080 road
     ("colour", rf"{_COLOUR}{_GAP}(?P<name>.+)"),  # 128 64 128 road
-    ("colour", rf"(?P<name>.+?){_GAP}{_COLOUR}[\s,;]*(:.*)?"),  # road,128,64,128   road:128,64,128::
+    ("colour", rf"(?P<name>.+?){_GAP}{_COLOUR}[\s,;]*(:.*)?"),  # road,128,64,128
     ("id", rf"(?P<id>-?\d+){_GAP}(?P<name>.+)"),  # 7 road
     ("id", r"(?P<name>.+?)\s*[\t,;:=]\s*(?P<id>-?\d+)"),  # road, 7
-    ("position", r"(?P<name>.+)"))
+    ("position", r"(?P<name>.+)"))  # road
 _NUMBERS = rf"[\d.]+({_GAP}.*)?|.*[,;]\s*[\d.]+"  # a name that begins or ends with another value
 _HEADERS = ("name", "names", "class", "classes", "classname", "label", "labels", "category")
 
@@ -545,8 +545,9 @@ def _split_paths(text, kinds):
     """
     The paths that colons join, list of str. kinds: what they name, at most that many paths.
 
-    A path may hold colons, or begin with a drive letter. Of all ways to split the text that one is
-    taken of which the most paths exist; else none that tears off a drive letter; else the longest.
+    A path may hold colons, or begin with a drive letter. Of all ways to split the text one is taken
+    of which all paths exist, else the most; among equals one that tears off no drive letter; then
+    that of the most paths.
     """
     pieces = text.split(":")
     best = None
@@ -560,7 +561,7 @@ def _split_paths(text, kinds):
             torn = 0
             for path, following in zip(paths, paths[1:]):
                 torn += bool(re.fullmatch("[A-Za-z]", path) and re.match(r"[\\/]", following))
-            rank = (existing, -torn, count)
+            rank = (existing == count, existing, -torn, count)
             if best is None or rank > best[0]:
                 best = (rank, paths)
     return best[1]
@@ -571,8 +572,9 @@ def _exists(path, kind):
     path = home(path)
     if kind == "folder":
         return os.path.isdir(path)
-    if kind == "glob":
-        return os.path.isdir(_glob_root(path)[0])
+    if kind == "glob" and "*" in path:
+        folder, rest = _glob_root(path)
+        return os.path.isdir(folder) and ":" not in rest
     return os.path.isfile(path)
 
 
@@ -923,7 +925,7 @@ def _one_channel(channels, mode):
     return ids, f"a colour picture ({mode}) and no class ids"
 
 
-def read_colours(path):
+def read_mask_colours(path):
     """
     Colours int32 (H,W) as red << 16 | green << 8 | blue, upright by EXIF; of a palette its colours,
     alpha dropped, grey repeated. Raises DataError.
@@ -1195,7 +1197,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.size = tuple(size) if size else None
         self.table = label_table(self.ids, classes)
         self.train_table = label_table(TRAIN_IDS, classes)
-        self.colours = np.array([], np.int32)  # packed as in read_colours, sorted
+        self.colours = np.array([], np.int32)  # packed as in read_mask_colours, sorted
         if self.ids.kind == "colour":
             packed = [red << 16 | green << 8 | blue for red, green, blue in sorted(self.ids.names)]
             self.colours = np.array(packed, np.int32)
@@ -1229,11 +1231,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
             self.files = _find_published(self, spec.images)
         self.names = _image_names([image for image, _ in self.files])
         self.labeled = any(label for _, label in self.files)
+        self.train_ids = True  # in masks that are named *labelTrainIds*
         if self.kind in SETS:
             self.ids = SETS[self.kind].ids
             self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
             return SETS[self.kind].size
         self._set_own_ids(spec.ids or ids)
+        self.train_ids = spec.ids is None and self.ids.kind == "position"
         return None
 
     def _set_own_ids(self, ids):
@@ -1249,7 +1253,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.ids = read_table(home(ids))
         self.ids_from = ids
         if self.ids.nearest:
-            self.notes.append(f"{ids}: ~, a value that is not listed means the nearest one that is")
+            self.notes.append(f"{ids}: a value that is not listed means the nearest one (~)")
 
     def _note_names(self):
         """Notes what the classes lack, and whose ids masks of the name labelTrainIds hold."""
@@ -1259,12 +1263,11 @@ class SegmentationDataset(torch.utils.data.Dataset):
         lacking = sorted(name for name in named if class_index(name, self.classes, False) == IGNORE)
         if lacking:
             self.notes.append(f"ignored, because the classes lack these names: {_some(lacking)}")
-        if self.kind in SETS and self.ids != TRAIN_IDS:
-            found = sum("labelTrainIds" in label.name for _, label in self.files if label)
-            if found:
-                self.notes.append(
-                    f"{found} masks are named labelTrainIds and hold the train ids of Cityscapes, "
-                    "0 road to 18 bicycle; for ids of your own use glob:IMAGES:MASKS:IDS")
+        found = sum(self._holds_train_ids(label) for _, label in self.files or [] if label)
+        if found:
+            self.notes.append(
+                f"{found} masks are named labelTrainIds and taken for train ids of Cityscapes, "
+                "0 road to 18 bicycle; for ids of your own use glob:IMAGES:MASKS:IDS")
 
     def has_label(self, i):
         """Whether item i has a label of its own."""
@@ -1373,7 +1376,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             raw = read_label(path)
             label = _look_up(self.train_table, raw)
         elif self.ids.kind == "colour":
-            raw = read_colours(path)
+            raw = read_mask_colours(path)
             place = np.searchsorted(self.colours, raw).clip(max=len(self.colours) - 1)
             unlisted = len(self.colours)
             label = self.table[np.where(self.colours[place] == raw, place, unlisted)]
@@ -1390,11 +1393,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return label
 
     def _holds_train_ids(self, path):
-        """Whether a mask holds train ids of Cityscapes, as its name says; own tables go first."""
-        if "labelTrainIds" not in path.name:
-            return False
-        return self.kind in SETS or (
-            self.ids.kind == "position" and self.classes in CLASS_SPACES.values())
+        """Whether a mask holds train ids of Cityscapes, as its name says. IDS says more."""
+        return self.train_ids and "labelTrainIds" in path.name
 
     def _unknown_values(self, raw):
         """Values (n,) that the table does not list, in words with their counts."""
@@ -1524,8 +1524,8 @@ class Pool(torch.utils.data.Dataset):
         if self.labeled and not partial:
             for part in parts:
                 if not part.labeled:
-                    raise DataError(f"{part.spec}: has no labels, and {self.spec} needs them in all "
-                                    "its parts; give masks for this one, or leave it out")
+                    raise DataError(f"{part.spec}: has no labels, and {self.spec} needs them in "
+                                    "all its parts; give masks for this one, or leave it out")
         sizes = {part.size for part in parts}
         self.size = sizes.pop() if len(sizes) == 1 else None
         self.cached = all(part.cached for part in parts)

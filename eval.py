@@ -311,7 +311,8 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None):
                 picture = as_picture(item["image"])
                 label = item["label"].numpy()
                 sheet = panel(picture, label, pred.cpu().numpy(), palette(names))
-                sheet.save(Path(save) / f"{item['name']}.png")
+                name = item["name"].replace("/", "__")  # of a pool
+                sheet.save(Path(save) / f"{name}.png")
     if dist.is_initialized():
         dist.all_reduce(total)
     result = scores(total, names)  # waits for the device
@@ -1212,6 +1213,11 @@ def run(args):
     slide = flags.get("slide") if args.slide is None else args.slide
     how = {"window": flags["crop"] if slide else None, "flip": args.flip, "head": args.head}
     spec = args.data or flags["val"]
+    # what the ids of own masks mean that have no IDS: the file of --classes may have said more
+    # than their positions
+    ids = flags.get("classes") or "classes"
+    if not Path(ids).is_file():
+        ids = "classes"
 
     if args.adabn:
         target = open_dataset(args.adabn, "train", classes, size, flags["cache"])
@@ -1221,10 +1227,10 @@ def run(args):
         if spec == "none":
             raise DataError(f"{args.checkpoint}: the run had no validation data; "
                             "give --data SPEC or --images PATH")
-        dataset = open_dataset(spec, args.split, classes, size, flags["cache"])
+        dataset = open_dataset(spec, args.split, classes, size, flags["cache"], ids=ids)
     aligned = {}
     if args.alignment:
-        source = open_dataset(args.alignment, "val", classes, size, flags["cache"])
+        source = open_dataset(args.alignment, "val", classes, size, flags["cache"], ids=ids)
         aligned["alignment"] = alignment(model, source, dataset, args.head)
 
     begin = time.perf_counter()
@@ -1236,12 +1242,12 @@ def run(args):
         print(f"panels and ids at native size in {folder}")
     elif args.submit:
         count = submit(model, dataset, args.submit, **how)
-        print(f"ids of {spec}, split {args.split}, for the server in {args.submit}")
+        print(f"ids of {dataset.spec}, split {args.split}, for the server in {args.submit}")
     elif args.before:
         count = draw_gain(args, checkpoint, model, dataset, how)
     else:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights,
-                 "data": spec, "split": args.split, "adabn": args.adabn, "head": args.head,
+                 "data": dataset.spec, "split": args.split, "adabn": args.adabn, "head": args.head,
                  "slide": slide, "flip": args.flip}
         count = score(args, about, model, dataset, aligned, how)
 
