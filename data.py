@@ -67,7 +67,9 @@ def _numbered_lines(path):
     """[(number, line)] of a UTF-8 text file: the lines that hold something. Raises DataError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: no readable UTF-8 text ({error}); save it as UTF-8") from error
     stripped = [line.strip() for line in lines]
     return [(number, line) for number, line in enumerate(stripped, 1) if line]
@@ -712,8 +714,8 @@ def _files_by_name(dataset, root):
     root = Path(root)
     files = [file for file, _ in _glob(dataset, root, "**/*")]
     if not files:
-        raise DataError(f"{dataset.spec}: nothing matches {root}/**/* with {' '.join(SUFFIXES)}; "
-                        "check the folder")
+        raise DataError(f"{dataset.spec}: no image file matches {root}/**/*; check the folder"
+                        + "".join(f"; {note}" for note in dataset.notes))
     found = {}
     for file in files:
         found[_composed(file.relative_to(root).with_suffix("").as_posix())] = file
@@ -859,8 +861,9 @@ def _upright(image):
 def _read_upright(path):
     """(RGB image uint8 (H,W,3), whether its EXIF tag turned or mirrored it). Raises DataError."""
     image = _open(path)
-    if image.mode[0] in "IF" or _bits(path, image) > 8:
-        raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}); "
+    bits = _bits(path, image)
+    if image.mode[0] in "IF" or bits > 8:
+        raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}, {bits} bits); "
                         "convert it to an 8-bit image")
     image, turned = _upright(image)
     return np.asarray(image.convert("RGB")), turned
@@ -890,7 +893,7 @@ def read_label(path, lossy=False):
     if lossy and image.mode not in ("1", "L", "P"):
         image = image.convert("L")
     if _is_lossy(image) and not lossy:
-        fault = f"{image.format}, which does not keep ids exactly"
+        fault = f"a lossy {image.format}, which does not keep ids exactly"
     elif image.mode in ("L", "LA") and bits in range(2, 8):
         fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
     elif image.mode[0] == "I" and bits not in (8, 16, 32):
@@ -927,21 +930,21 @@ def _one_channel(channels, mode):
 
 def read_mask_colours(path):
     """
-    Colours int32 (H,W) as red << 16 | green << 8 | blue, upright by EXIF; of a palette its colours,
-    alpha dropped, grey repeated. Raises DataError.
+    Colours (H,W), red | green << 8 | blue << 16, upright by EXIF; of a palette its colours, alpha
+    dropped, grey repeated. Raises DataError.
     """
     image = _open(path)
     fault = None
     if _is_lossy(image):
-        fault = f"{image.format}, which does not keep colours exactly"
+        fault = f"a lossy {image.format}, which does not keep colours exactly"
     elif image.mode[0] in "IF" or _bits(path, image) > 8:
         fault = f"a picture of more than 8 bits per channel (mode {image.mode})"
     elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         fault = f"a picture of mode {image.mode}"
     if fault:
         raise DataError(f"{path}: is {fault}; save the mask as an 8-bit RGB PNG")
-    channels = np.asarray(_upright(image)[0].convert("RGB")).astype(np.int32)
-    return channels[:, :, 0] << 16 | channels[:, :, 1] << 8 | channels[:, :, 2]
+    channels = np.asarray(_upright(image)[0].convert("RGB").convert("RGBX"))  # (H,W,4)
+    return channels.view("<u4")[:, :, 0] & 0xffffff  # four bytes as one number
 
 
 def palette_digest(path):
@@ -1197,11 +1200,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.size = tuple(size) if size else None
         self.table = label_table(self.ids, classes)
         self.train_table = label_table(TRAIN_IDS, classes)
-        self.colours = np.array([], np.int32)  # packed as in read_mask_colours, sorted
-        if self.ids.kind == "colour":
-            packed = [red << 16 | green << 8 | blue for red, green, blue in sorted(self.ids.names)]
-            self.colours = np.array(packed, np.int32)
-        self.mapping = mapping_lines(self.ids, classes)
+        self.mapping = mapping_lines(self._shown_ids(), classes)
         self._note_names()
         self.cache = cache_folder(cache)
         self.cached = self._is_cached(cache)
@@ -1254,6 +1253,17 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.ids_from = ids
         if self.ids.nearest:
             self.notes.append(f"{ids}: a value that is not listed means the nearest one (~)")
+
+    def _shown_ids(self):
+        """The table that says most about the masks: published ids without those of no name."""
+        if self.kind in OWN:
+            return self.ids
+        table = self.ids
+        labels = [label for _, label in self.files or [] if label]
+        if labels and all(map(self._holds_train_ids, labels)):
+            table = TRAIN_IDS
+        named = {value: name for value, name in table.names.items() if name is not None}
+        return table._replace(names=named)
 
     def _note_names(self):
         """Notes what the classes lack, and whose ids masks of the name labelTrainIds hold."""
@@ -1377,9 +1387,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             label = _look_up(self.train_table, raw)
         elif self.ids.kind == "colour":
             raw = read_mask_colours(path)
-            place = np.searchsorted(self.colours, raw).clip(max=len(self.colours) - 1)
-            unlisted = len(self.colours)
-            label = self.table[np.where(self.colours[place] == raw, place, unlisted)]
+            label = _labels_of_colours(tuple(sorted(self.ids.names)), self.table.tobytes())[raw]
         else:
             if self.kind == "synthia":
                 raw = read_png16(path)
@@ -1402,7 +1410,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         said = []
         for value, count in zip(values.tolist(), counts.tolist()):
             if self.ids.kind == "colour":
-                value = _words((value >> 16, value >> 8 & 255, value & 255))
+                value = _words((value & 255, value >> 8 & 255, value >> 16))
             said.append(f"{value} ({count} pixels)")
         kind = "colours" if self.ids.kind == "colour" else "ids"
         return f"{kind} {_some(said)}"
@@ -1608,6 +1616,15 @@ def _look_up(table, raw):
     if raw.dtype != np.uint8 and len(table) < 65536:
         table = np.pad(table, (0, 65536 - len(table)), constant_values=UNKNOWN)
     return table[raw]
+
+
+@functools.lru_cache(4)
+def _labels_of_colours(colours, labels):
+    """Labels uint8 (2**24,) of colours packed as in read_mask_colours. labels: a label_table."""
+    table = np.full(1 << 24, UNKNOWN, np.uint8)
+    for (red, green, blue), label in zip(colours, labels):
+        table[red | green << 8 | blue << 16] = label
+    return table
 
 
 def _image_names(images):
