@@ -949,17 +949,16 @@ def read_mask_colours(path):
 
 def palette_digest(path):
     """
-    A hash, str, of the palette of a mask, "" where it has none. Masks whose ids are palette indices
-    should have one palette: tools that reduce colours make one for each file, and an index then
-    means another colour in each.
+    A hash, str, of the palette of a mask that can be read, "" where it has none. Masks whose ids
+    are palette indices should have one palette: tools that reduce colours make one for each file,
+    and an index then means another colour in each.
     """
-    image = _open(path)
-    if image.mode != "P":
-        return ""
-    colours = np.zeros(768, np.uint8)  # what an image does not use at the end may be left out
-    stored = image.getpalette("RGB")
-    colours[:len(stored)] = stored
-    return hashlib.sha256(colours.tobytes()).hexdigest()[:16]
+    with Image.open(path) as image:  # of which the head is enough
+        if image.mode != "P" or image.palette is None:
+            return ""
+        order, colours = image.palette.getdata()
+    colours = bytes(colours).rstrip(b"\0")  # some files leave out the unused end, some fill it
+    return hashlib.sha256(order.encode() + colours).hexdigest()[:16]
 
 
 def read_png16(path):
@@ -1538,16 +1537,21 @@ class Pool(torch.utils.data.Dataset):
         self.size = sizes.pop() if len(sizes) == 1 else None
         self.cached = all(part.cached for part in parts)
         self.table = np.concatenate([part.table for part in parts])
-        self.starts = np.cumsum([0] + [len(part) for part in parts])
-        self.names = []
-        self.files = []
         self.notes = []
         self.mapping = []
-        for index, part in enumerate(parts):
-            self.names += [f"{index}/{name}" for name in part.names]
-            self.files += part.files or [(None, None)] * len(part)
+        for part in parts:
             self.notes += [f"{part.spec}: {note}" for note in part.notes]
             self.mapping += [f"{part.spec}: {line}" for line in part.mapping]
+        self._join()
+
+    def _join(self):
+        """Sets what the parts' items give together: starts, names, files."""
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.names = []
+        self.files = []
+        for index, part in enumerate(self.parts):
+            self.names += [f"{index}/{name}" for name in part.names]
+            self.files += part.files or [(None, None)] * len(part)
 
     def __len__(self):
         return len(self.names)
@@ -1572,7 +1576,7 @@ class Pool(torch.utils.data.Dataset):
             label = np.full(image.shape[:2], IGNORE, np.uint8)
         return image, label
 
-    @functools.cached_property
+    @property
     def drawn_names(self):
         """The names without INDEX/, or with INDEX__ where two are the same: as in one folder."""
         names = []
