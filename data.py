@@ -703,8 +703,8 @@ def _find_published(dataset, root):
 
     files = []
     for image, matched in images:
-        labels = [_existing(root / _fill_stars(pattern, matched)) for pattern in label_patterns]
-        files.append((image, next(filter(None, labels), None)))
+        labels = [root / _fill_stars(pattern, matched) for pattern in label_patterns]
+        files.append((image, next(filter(None, map(_existing, labels)), None)))
     _accept_missing(dataset, files)
     return files
 
