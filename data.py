@@ -1199,7 +1199,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.size = tuple(size) if size else None
         self.table = label_table(self.ids, classes)
         self.train_table = label_table(TRAIN_IDS, classes)
-        self.mapping = mapping_lines(self._shown_ids(), classes)
+        self.mapping = []
+        if self.labeled:
+            self.mapping = mapping_lines(self._shown_ids(), classes)
         self._note_names()
         self.cache = cache_folder(cache)
         self.cached = self._is_cached(cache)
@@ -1268,7 +1270,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """Notes what the classes lack, and whose ids masks of the name labelTrainIds hold."""
         if not self.labeled or self.classes in CLASS_SPACES.values():
             return
-        named = {name for name in self.ids.names.values() if name is not None}
+        named = table_classes(self._shown_ids())
         lacking = sorted(name for name in named if class_index(name, self.classes, False) == IGNORE)
         if lacking:
             self.notes.append(f"ignored, because the classes lack these names: {_some(lacking)}")
@@ -1516,8 +1518,8 @@ class Pool(torch.utils.data.Dataset):
     parts: the data sets, each with its own table and cache; images are numbered through, in the
     order of the parts. names: INDEX/NAME, the part and the name in it. spec: the SPECs with blanks
     between. size: that of all parts, or None. mapping, notes: with the part's SPEC before them.
-    Draws are those from one folder with all the files, in the order of their names: see
-    drawn_names. So kind is folder.
+    Crops are drawn as from one folder with all the files, if the order of their names there is this
+    one: so kind is folder, see also drawn_names.
     """
 
     kind = "folder"

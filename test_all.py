@@ -1129,7 +1129,8 @@ def test_own_masks_need_classes_or_ids(tmp_path):
         refused(lambda: data.open_dataset(spec, "train", **given), spec, "--classes", "IDS")
     (tmp_path / "list.txt").write_text("d/images/p00.png d/masks/p00.png\n")
     refused(lambda: data.open_dataset(f"list:{tmp_path}/list.txt", "train"), "IDS")
-    assert data.open_dataset(f"folder:{tmp_path}/d/images", "train").classes == ()       # nothing to name
+    bare = data.open_dataset(f"folder:{tmp_path}/d/images", "train")
+    assert bare.classes == () and bare.mapping == []                      # nothing to name
     names = tmp_path / "names.txt"
     names.write_text("1 wall\n2 sky\n3 wall\n")
     assert data.open_dataset(f"{spec}:{names}", "train").classes == ("wall", "sky")
@@ -1171,8 +1172,8 @@ def test_own_train_ids_are_read_by_name_unless_ids_say_more(tmp_path):
     names = ("road", "car", "person")
     found = data.open_dataset(f"cityscapes:{tmp_path}", "train", names, (3, 2), tmp_path / "cache")
     assert found[0]["label"].tolist() == [[0, 255, 255], [1, 255, 255]]
-    assert "labelTrainIds" in found.notes[-1]
-    (tmp_path / "names.txt").write_text("road\ncar\nperson\n3 fence".replace("\n3 fence", ""))
+    assert "labelTrainIds" in found.notes[-1] and found.mapping[:2] == ["0 -> road", "1 -> ignored (sidewalk)"]
+    (tmp_path / "names.txt").write_text("road\ncar\nperson\n")
     (tmp_path / "list.txt").write_text(" ".join(city))
     put(tmp_path / city[1], np.array([[0, 1, 2], [0, 1, 255]]))
     own = data.open_dataset(f"list:{tmp_path}/list.txt:{tmp_path}/names.txt", "train", names)
@@ -1389,6 +1390,11 @@ def test_a_pooled_source_trains_as_one_folder(tmp_path):
     one = made_run(tmp_path / "a", specs[:1], specs[:1], specs[:1], *flags)
     pool = made_run(tmp_path / "b", specs[1:], specs[1:], specs[1:], *flags)
     assert one == pool and one["miou"][0] > 0
+    again = made_run(tmp_path / "b", specs[1:], specs[1:], specs[1:], *flags)         # finished: nothing is done
+    assert not again["terms"] and not again["student"]
+    half = made_run(tmp_path / "c", specs[1:], specs[1:], specs[1:], *flags, "--stop-at", "2")
+    rest = made_run(tmp_path / "c", specs[1:], specs[1:], specs[1:], *flags)
+    assert half["student"] + rest["student"] == pool["student"]
     saved = load_checkpoint(tmp_path / "b" / "out" / "last.pt")["flags"]
     assert saved["source"] == specs[1:] == saved["val"] and saved["classes"] == str(tmp_path / "names.txt")
     assert load_checkpoint(tmp_path / "a" / "out" / "last.pt")["flags"]["source"] == specs[0]       # as before
