@@ -1025,6 +1025,17 @@ def test_values_that_a_table_does_not_list_are_shown_with_their_count(tmp_path):
     refused(lambda: data.open_dataset(f"{spec}/ids.txt", "val", classes)[0], "263 (24 pixels)")
 
 
+def test_another_table_of_the_same_order_is_not_served_from_the_cache(tmp_path):
+    spec = f"{make_masks(tmp_path / 'd', COLOURS[:2])}:{tmp_path}/colours.txt"
+    for text in ("128 64 128 road\n0 0 142 car", "128 64 129 road\n0 0 142 car"):
+        (tmp_path / "colours.txt").write_text(text)
+        dataset = data.open_dataset(spec, "train", ("road", "car"), (24, 18), tmp_path / "cache")
+        assert dataset.cached and dataset.table.tolist() == [1, 0, data.UNKNOWN]
+        if "129" not in text:
+            assert dataset[0]["label"].unique().tolist() == [0, 1]
+    refused(lambda: dataset[0], "128,64,128")
+
+
 def test_jpeg_masks_need_a_tilde(tmp_path):
     spec = make_masks(tmp_path / "d", (0, 128, 255), size=(48, 48))
     wanted = data.open_dataset(f"{spec}", "val", [str(k) for k in range(256)])
