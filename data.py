@@ -3,13 +3,25 @@ Where pixels and labels come from, how they are sampled, and what is done to a b
 
     python data.py streets              the rendered default: counts, class shares, contact sheet
     python data.py camvid:DIR --split val         reads every file; exit code 2 if one has a problem
-    python data.py folder:IMAGES:LABELS --classes FILE
-                                        own data: an id is a position in FILE (one name a line)
+    python data.py folder:IMAGES:MASKS --classes FILE
+                                        own data: a mask's value is a position in FILE
+    python data.py folder:IMAGES:MASKS:IDS        own data: IDS says what the values are
 
-Specs: streets | streets:shifted | camvid:DIR | cityscapes:DIR | gta:DIR | synthia:DIR | acdc:DIR |
-darkzurich:DIR | folder:IMAGES[:LABELS] | list:FILE (an image and its label per line, relative to
-FILE). There is no conversion step. Images stay uint8 RGB until they are on the device; a label is
-a class index, or 255 for "ignore".
+SPEC    streets | streets:shifted                 rendered
+        camvid:DIR | cityscapes:DIR | gta:DIR | synthia:DIR | acdc:DIR | darkzurich:DIR | ...
+                                                  as published, one row of SETS each
+        folder:IMAGES[:MASKS[:IDS]]               files of the same name in two folders
+        glob:IMAGES[:MASKS[:IDS]]                 with stars, as in 'glob:d/*.jpg:d/*_mask.png': the
+                                                  stars of a mask are filled with its image's;
+                                                  **/ is any folders, {split} train, val or test
+        list:FILE[:IDS]                           an image and its mask a line, by tab, comma or
+                                                  blanks, relative to FILE
+IDS     a file that says what the values of masks mean, a line each, all in one notation:
+        road | 7 road | 7, road | 0 - | 128 64 128 road | road,128,64,128 | #804080 road
+                                                  see read_table; - is ignored
+
+There is no conversion step. Images stay uint8 RGB until they are on the device; a label is a class
+index, or 255 for "ignore".
 """
 import argparse
 import colorsys
@@ -25,12 +37,14 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 import zlib
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,14 +78,21 @@ class Parser(argparse.ArgumentParser):
         fail(self.prog, f"{message} (-h explains the flags)", 2)
 
 
-def read_lines(path):
-    """Lines of a UTF-8 text file that hold something, stripped, tuple of str. Raises DataError."""
+def _numbered_lines(path):
+    """[(number, line)] of a UTF-8 text file: the lines that hold something. Raises DataError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: no readable UTF-8 text ({error}); save it as UTF-8") from error
     stripped = [line.strip() for line in lines]
-    return tuple(line for line in stripped if line)
+    return [(number, line) for number, line in enumerate(stripped, 1) if line]
+
+
+def read_lines(path):
+    """Lines of a UTF-8 text file that hold something, stripped, tuple of str. Raises DataError."""
+    return tuple(line for _, line in _numbered_lines(path))
 
 
 def cache_folder(path=None):
@@ -121,28 +142,46 @@ COLOURS = (
 
 def class_names(spec):
     """
-    Class names, tuple of str. spec: a key of CLASS_SPACES, a file with one name a line, or the
-    names themselves. Raises DataError.
+    Class names, tuple of str. spec: a key of CLASS_SPACES, a file as of read_table, of which the
+    names are taken, or the names themselves. Raises DataError.
     """
     if not isinstance(spec, str):
         return tuple(spec)
     if spec in CLASS_SPACES:
         return CLASS_SPACES[spec]
-    if not Path(spec).is_file():
+    path = Path(home(spec))
+    if not path.is_file():
         raise DataError(f"classes {spec!r}: neither a file nor one of {', '.join(CLASS_SPACES)}")
-    names = read_lines(spec)
-    if not 1 <= len(names) < UNKNOWN or len(set(names)) < len(names):
+    table = read_table(path)
+    names = table_classes(table)
+    lines = [name for name in table.names.values() if name is not None]
+    twice = table.kind == "position" and len(names) < len(lines)
+    if not 1 <= len(names) < UNKNOWN or twice:
         raise DataError(f"{spec}: needs 1 to {UNKNOWN - 1} different class names, one a line, "
-                        f"not {len(names)} lines")
+                        f"not {len(lines)} lines")
     return names
 
 
-def class_index(name, classes):
-    """Position of the class `name` in `classes`, directly or by CAMVID_NAMES, or 255."""
-    candidates = [name]
+def _plain(name):
+    """A name as it is compared: without case, blanks, _ and -."""
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
+def class_index(name, classes, renamed=True):
+    """
+    Position of the class `name` in `classes`, or 255: the same name, or one that differs in case,
+    blanks, _ and - alone, or, where renamed, one of CAMVID_NAMES.
+    """
+    if name in classes:
+        return classes.index(name)
+    plain = [_plain(known) for known in classes]
+    if _plain(name) in plain:
+        return plain.index(_plain(name))
+    if not renamed:
+        return IGNORE
+    candidates = [ours for ours, camvid in CAMVID_NAMES.items() if camvid == name]
     if name in CAMVID_NAMES:
-        candidates.append(CAMVID_NAMES[name])
-    candidates += [ours for ours, camvid in CAMVID_NAMES.items() if camvid == name]
+        candidates.insert(0, CAMVID_NAMES[name])
     for candidate in candidates:
         if candidate in classes:
             return classes.index(candidate)
@@ -162,13 +201,183 @@ def palette(names):
     return colours
 
 
+# ---------------------------------------------------------------- tables: what masks mean
+
+class Table(NamedTuple):
+    """
+    What the values of masks mean.
+
+    names: {value: class name, or None where it is ignored}. A value is an id from 0 to 65535, or a
+    colour (red, green, blue). kind: position, id or colour. space: "cityscapes" or "camvid" where
+    the names are those of Cityscapes or CamVid, which are renamed into each other. nearest: whether
+    a value that is not listed means the nearest one that is.
+    """
+    names: dict
+    kind: str = "id"
+    space: str = None
+    nearest: bool = False
+
+
+# A line of a table. Between value and name stand blanks, commas, semicolons, colons or =.
+_GAP = r"[\s,;:=]+"
+_COLOUR = r"(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)"
+_NOTATIONS = (
+    ("colour", rf"#(?P<hex>[0-9a-fA-F]{{6}}){_GAP}(?P<name>.+)"),  # #804080 road
+    ("colour", rf"{_COLOUR}{_GAP}(?P<name>.+)"),  # 128 64 128 road
+    ("colour", rf"(?P<name>.+?){_GAP}{_COLOUR}[\s,;]*(:.*)?"),  # road,128,64,128
+    ("id", rf"(?P<id>-?\d+){_GAP}(?P<name>.+)"),  # 7 road
+    ("id", r"(?P<name>.+?)\s*[\t,;:=]\s*(?P<id>-?\d+)"),  # road, 7
+    ("position", r"(?P<name>.+)"))  # road
+_NUMBERS = rf"[\d.]+({_GAP}.*)?|.*[,;]\s*[\d.]+"  # a name that begins or ends with another value
+_HEADERS = ("name", "names", "class", "classes", "classname", "label", "labels", "category")
+
+
+def read_table(path):
+    """
+    Table of a text file with a line for each value, all in one notation. Raises DataError.
+
+        road                                    position: 0 for the first line
+        7 road    7, road    0 -                id; - is ignored, and so is 255 if it is not listed
+        128 64 128 road    road,128,64,128      colour
+        road:128,64,128::    #804080 road       colour
+
+    Lines of the same name merge. A header, blank lines and comments (# and no colour) are skipped.
+    ~ before all ids: masks may be JPEG, a value means the nearest one that is listed.
+    """
+    lines = []  # (number, kind, value, name)
+    for number, line in _numbered_lines(path):
+        if line.startswith("#") and not re.match(rf"#[0-9a-fA-F]{{6}}{_GAP}", line):
+            continue
+        lines.append((number, *_parse_line(line, f"{path}: line {number}")))
+    lines = _without_header(lines)
+    if not lines:
+        raise DataError(f"{path}: names no class; write one a line")
+
+    first, kind, _, _, tilde = lines[0]
+    names = {}
+    where = {}
+    for position, (number, own_kind, value, name, own_tilde) in enumerate(lines):
+        if own_kind != kind:
+            raise DataError(f"{path}: line {number} gives a {own_kind} where line {first} gives a "
+                            f"{kind}; use one notation in all lines")
+        if own_tilde != tilde:
+            raise DataError(f"{path}: line {number}: write ~ before all values or before none")
+        if kind == "position":
+            value = position
+        if value in names:
+            raise DataError(f"{path}: line {number}: {_words(value)} stands in line {where[value]} "
+                            "already; remove one")
+        names[value] = None if name == "-" else name
+        where[value] = number
+    return Table(names, kind, nearest=tilde)
+
+
+def _parse_line(line, where):
+    """(kind, value or None, name, whether ~ stands before it) of a line. Raises DataError."""
+    tilde = re.match(r"~\s*[-\d#]", line) is not None
+    line = line.removeprefix("~").strip() if tilde else line
+    for kind, notation in _NOTATIONS:
+        match = re.fullmatch(notation, line)
+        if match:
+            break
+    parts = match.groupdict()
+    name = parts["name"].strip(" \t\"'")
+    if kind == "position" and not tilde:
+        return kind, None, name, tilde
+    if kind == "position" or re.fullmatch(_NUMBERS, name) or not name:
+        raise DataError(f"{where}: {line!r} has not one value and one name; write ID NAME or "
+                        "RED GREEN BLUE NAME, and letters first in a name")
+    value, most = _value(parts)
+    if kind == "colour" and tilde:
+        raise DataError(f"{where}: ~ stands before a colour; it is for ids alone")
+    if not 0 <= np.min(value) <= np.max(value) <= most:
+        raise DataError(f"{where}: {_words(value)} is out of range; it must be from 0 to {most}")
+    return kind, value, name, tilde
+
+
+def _value(parts):
+    """(id or colour (red, green, blue), the largest number that it may hold)."""
+    if parts.get("id"):
+        return int(parts["id"]), 65535
+    if parts.get("hex"):
+        return tuple(bytes.fromhex(parts["hex"])), 255
+    return (int(parts["red"]), int(parts["green"]), int(parts["blue"])), 255
+
+
+def _without_header(lines):
+    """The lines (number, kind, value, name, tilde) without a first one that titles the others."""
+    if len(lines) < 2:
+        return lines
+    kinds = [line[1] for line in lines]
+    _, kind, _, name, _ = lines[0]
+    titles_columns = kind == "position" and "position" not in kinds[1:]
+    titles_names = set(kinds) == {"position"} and _plain(name) in _HEADERS
+    if titles_columns or titles_names:
+        return lines[1:]
+    return lines
+
+
+def _words(value):
+    """An id or a colour as it is written: 7, or 128,64,128."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def table_classes(table):
+    """The class names of a table, tuple of str, in order of first appearance."""
+    return tuple(dict.fromkeys(name for name in table.names.values() if name is not None))
+
+
+def _classes_of_values(table, classes):
+    """{value: class index, or 255 where it is ignored}, the values in their order."""
+    renamed = table.space is not None and tuple(classes) in CLASS_SPACES.values()
+    found = {}
+    for value in sorted(table.names):
+        name = table.names[value]
+        found[value] = IGNORE if name is None else class_index(name, classes, renamed)
+    return found
+
+
+def label_table(table, classes):
+    """
+    Classes uint8 (256,) or (65536,) of raw ids: index, 255 (ignore), or UNKNOWN for an id that the
+    table does not list. Of colours (n+1,): of the n listed ones in their order, then UNKNOWN.
+    """
+    found = _classes_of_values(table, classes)
+    values = list(found)
+    if table.kind == "colour":
+        return np.array([*found.values(), UNKNOWN], np.uint8)
+    labels = np.full(256 if values[-1] < 256 else 65536, UNKNOWN, np.uint8)
+    if table.nearest:
+        ids = np.arange(len(labels))[:, None]  # (M,1) against (n,)
+        labels[:] = np.array(list(found.values()), np.uint8)[abs(ids - values).argmin(1)]
+    labels[IGNORE] = IGNORE
+    labels[values] = list(found.values())
+    return labels
+
+
+def mapping_lines(table, classes):
+    """What each value of a table becomes, list of str such as '7 -> road'."""
+    lines = []
+    for value, index in _classes_of_values(table, classes).items():
+        name = table.names[value]
+        became = "ignored"
+        if index != IGNORE:
+            became = classes[index]
+        elif name is not None:
+            became = f"ignored ({name})"
+        lines.append(f"{_words(value)} -> {became}")
+    return lines
+
+
 # ---------------------------------------------------------------- the table of data sets
 
-def _ids(last, trained, names=CITYSCAPES):
-    """{raw id: class name}, None for ids up to `last` that are published but not trained on."""
+def _ids(last, trained, names=CITYSCAPES, space="cityscapes"):
+    """Table of ids up to `last`, of which those in `trained` have the names, in their order."""
     table = dict.fromkeys(range(last + 1))
     table.update(zip(trained, names))
-    return table
+    return Table(table, space=space)
 
 
 # Raw ids in the order of the classes.
@@ -179,30 +388,123 @@ TRAIN_IDS = _ids(18, range(19))
 LABEL_IDS = _ids(33, _LABEL_IDS)
 GTA_IDS = _ids(34, _LABEL_IDS)
 SYNTHIA_IDS = _ids(22, _SYNTHIA_IDS)
-CAMVID_IDS = _ids(11, range(11), CAMVID)
+URBANSYN_IDS = _ids(19, range(19))  # train ids, and 19 for what has no label
+CAMVID_IDS = _ids(11, range(11), CAMVID, "camvid")
 
-# size: the published (W,H). layouts: tuples of an image glob and the label paths to try, in which
-# a star is what the star of the same rank matched in the image's path. Files that are named
-# *labelTrainIds* hold TRAIN_IDS, whatever the data set.
-Published = namedtuple("Published", "size ids layouts")
+# CamVid's 32 colours, grouped into the 11 classes as SegNet did (Badrinarayanan et al., 2017).
+CAMVID_COLOURS = Table({
+    (0, 0, 0): None,
+    (128, 128, 128): "Sky",
+    (0, 128, 64): "Building",  # bridge
+    (128, 0, 0): "Building",
+    (64, 192, 0): "Building",  # wall
+    (64, 0, 64): "Building",  # tunnel
+    (192, 0, 128): "Building",  # archway
+    (192, 192, 128): "Pole",
+    (0, 0, 64): "Pole",  # traffic cone
+    (128, 64, 128): "Road",
+    (128, 0, 192): "Road",  # lane markings
+    (192, 0, 64): "Road",  # other markings
+    (0, 0, 192): "Pavement",
+    (64, 192, 128): "Pavement",  # parking block
+    (128, 128, 192): "Pavement",  # road shoulder
+    (128, 128, 0): "Tree",
+    (192, 192, 0): "Tree",  # other vegetation
+    (192, 128, 128): "SignSymbol",
+    (128, 128, 64): "SignSymbol",  # other text
+    (0, 64, 64): "SignSymbol",  # traffic light
+    (64, 64, 128): "Fence",
+    (64, 0, 128): "Car",
+    (64, 128, 192): "Car",  # SUV, pickup
+    (192, 128, 192): "Car",  # truck, bus
+    (192, 64, 128): "Car",  # train
+    (128, 64, 64): "Car",  # other moving things
+    (64, 64, 0): "Pedestrian",
+    (192, 128, 64): "Pedestrian",  # child
+    (64, 0, 192): "Pedestrian",  # cart, luggage, pram
+    (64, 128, 64): "Pedestrian",  # animal
+    (0, 128, 192): "Bicyclist",
+    (192, 0, 192): "Bicyclist"}, "colour", "camvid")  # motorcycle, scooter
+
+# IDD's level-3 ids; its names that Cityscapes does not train on stay names, for --classes FILE.
+IDD_IDS = Table(dict(enumerate((
+    "road", "drivable fallback", "sidewalk", "non-drivable fallback", "person", "rider",
+    "motorcycle", "bicycle", "autorickshaw", "car", "truck", "bus", "vehicle fallback", "curb",
+    "wall", "fence", "guard rail", "billboard", "traffic sign", "traffic light", "pole",
+    "obs-str-bar-fallback", "building", "bridge", "vegetation", "sky"))), space="cityscapes")
+IDD_LITE_IDS = Table(dict(enumerate((
+    "drivable", "non-drivable", "living things", "vehicles", "roadside objects", "far objects",
+    "sky"))))
+
+# Mapillary Vistas 1.2: its 66 ids as classes of Cityscapes, where these are defined to include them
+# (curbs, say, are part of a sidewalk). The others, such as parking, bridges or mountains, are None.
+VISTAS_IDS = Table(dict.fromkeys(range(66)) | {
+    2: "sidewalk", 3: "fence", 6: "wall", 7: "road", 8: "road", 9: "sidewalk", 11: "sidewalk",
+    13: "road", 14: "road", 15: "sidewalk", 17: "building", 19: "person", 20: "rider", 21: "rider",
+    22: "rider", 23: "road", 24: "road", 26: "terrain", 27: "sky", 29: "terrain", 30: "vegetation",
+    36: "road", 41: "road", 43: "road", 45: "pole", 47: "pole", 48: "traffic light",
+    50: "traffic sign", 52: "bicycle", 54: "bus", 55: "car", 57: "motorcycle", 58: "train",
+    61: "truck"}, space="cityscapes")
+
+LOVEDA_IDS = Table(dict(enumerate((
+    None, "background", "building", "road", "water", "barren", "forest", "agricultural"))))
+
+# size: the published (W,H), None for that of each file. layouts: tuples of an image glob and the
+# label paths to try, in which a star is what the star of the same rank matched in the image's path.
+# splits: other words for {split}. Files that are named *labelTrainIds* hold TRAIN_IDS, whatever the
+# data set.
+# Tried on real files: camvid, in ids. The others are built to their publishers' descriptions.
+Published = namedtuple("Published", "size ids layouts splits", defaults=({},))
+
+_LOVEDA_SPLITS = {"train": "Train", "val": "Val", "test": "Test"}
 
 SETS = {
     "camvid": Published((480, 360), CAMVID_IDS, [
         ("{split}/images/*.*", "{split}/labels/*.png"),
         ("{split}/*.png", "{split}annot/*.png")]),
+    "camvid32": Published((480, 360), CAMVID_COLOURS, [
+        ("{split}/*.png", "{split}_labels/*_L.png"),
+        ("701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png")]),
     "cityscapes": Published((1024, 512), LABEL_IDS, [
         ("leftImg8bit/{split}/*/*_leftImg8bit.png",
+         "gtFine/{split}/*/*_gtFine_labelIds.png",
+         "gtFine/{split}/*/*_gtFine_labelTrainIds.png")]),
+    "foggycityscapes": Published((1024, 512), LABEL_IDS, [
+        ("leftImg8bit_foggy/{split}/*/*_leftImg8bit_foggy_beta_0.02.png",
          "gtFine/{split}/*/*_gtFine_labelIds.png",
          "gtFine/{split}/*/*_gtFine_labelTrainIds.png")]),
     "gta": Published((1280, 704), GTA_IDS, [
         ("images/*.png", "labels/*.png")]),
     "synthia": Published((1280, 760), SYNTHIA_IDS, [
         ("RGB/*.png", "GT/LABELS/*.png")]),
+    "urbansyn": Published((1024, 512), URBANSYN_IDS, [
+        ("rgb/rgb_*.png", "ss/ss_*.png")]),
+    "synscapes": Published((1440, 720), LABEL_IDS, [
+        ("img/rgb/*.png", "img/class/*.png")]),
     "acdc": Published((960, 540), TRAIN_IDS, [
         ("rgb_anon/**/{split}/**/*_rgb_anon.png", "gt/**/{split}/**/*_gt_labelTrainIds.png")]),
     "darkzurich": Published((960, 540), TRAIN_IDS, [
         ("rgb_anon/{split}/night/**/*_rgb_anon.png",
-         "gt/{split}/night/**/*_gt_labelTrainIds.png")])}
+         "gt/{split}/night/**/*_gt_labelTrainIds.png")]),
+    "bdd100k": Published((1280, 720), TRAIN_IDS, [
+        ("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
+        ("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")]),
+    "kitti": Published((1242, 375), LABEL_IDS, [
+        ("training/image_2/*.png", "training/semantic/*.png")]),
+    "vistas": Published(None, VISTAS_IDS, [
+        ("{split}/images/*.jpg", "{split}/v1.2/labels/*.png", "{split}/labels/*.png")],
+        {"train": "training", "val": "validation", "test": "testing"}),
+    "idd": Published((1280, 720), IDD_IDS, [  # after IDD's createLabels.py --id-type level3Id
+        ("leftImg8bit/{split}/*/*_leftImg8bit.*",
+         "gtFine/{split}/*/*_gtFine_labellevel3Ids.png")]),
+    "idd-lite": Published((320, 227), IDD_LITE_IDS, [
+        ("leftImg8bit/{split}/*/*_image.jpg", "gtFine/{split}/*/*_label.png")]),
+    "loveda": Published((1024, 1024), LOVEDA_IDS, [
+        ("{split}/*/images_png/*.png", "{split}/*/masks_png/*.png")], _LOVEDA_SPLITS),
+    "loveda-urban": Published((1024, 1024), LOVEDA_IDS, [
+        ("{split}/Urban/images_png/*.png", "{split}/Urban/masks_png/*.png")], _LOVEDA_SPLITS),
+    "loveda-rural": Published((1024, 1024), LOVEDA_IDS, [
+        ("{split}/Rural/images_png/*.png", "{split}/Rural/masks_png/*.png")], _LOVEDA_SPLITS)}
 
 # The rendered streets: the indices that the renderer draws for each split.
 STREETS_SEED = 0
@@ -212,23 +514,93 @@ STREETS = {
     "streets:shifted": {"train": range(200_000, 200_500), "val": range(300_000, 300_100)}}
 
 
-def label_table(ids, classes):
-    """
-    Table uint8 (256,): raw id -> class index, 255 (ignore), or UNKNOWN for an id that the data set
-    does not list. ids: {raw id: class name or None}.
-    """
-    table = np.full(256, UNKNOWN, np.uint8)
-    table[IGNORE] = IGNORE
-    for raw, name in ids.items():
-        table[raw] = IGNORE
-        if name is not None:
-            table[raw] = class_index(name, classes)
-    return table
-
-
 # ---------------------------------------------------------------- finding files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jpe", ".jfif", ".jp2", ".j2k", ".jpx", ".tga", ".dib", ".pcx", ".sgi", ".ras", ".qoi",
+    ".apng", ".mpo", ".dds", ".xbm", ".xpm")
+PHONE_SUFFIXES = (".heic", ".heif", ".avif")  # read where Pillow is built or extended for it
+SUFFIXES += tuple(end for end in PHONE_SUFFIXES if end in Image.registered_extensions())
+
+# Own data: the kinds of SPEC, and what the parts after the kind name.
+OWN = {
+    "folder": ("folder", "folder", "file"),
+    "glob": ("glob", "glob", "file"),
+    "list": ("file", "file")}
+
+# A SPEC in its parts. images: the folder of published data, or what stands for images in own data;
+# masks, ids: None where they are not given.
+Spec = namedtuple("Spec", "kind images masks ids", defaults=(None, None, None))
+
+
+def home(path):
+    """The path, str, with ~ as the user's folder."""
+    return os.path.expanduser(path)
+
+
+def parse_spec(text, split="train"):
+    """Spec of a text. Raises DataError."""
+    if text in STREETS:
+        return Spec(text)
+    kind, _, rest = text.partition(":")
+    if not rest or kind not in (*OWN, *SETS):
+        published = ", ".join(f"{name}:DIR" for name in SETS)
+        raise DataError(f"{text!r} names no data set; use {', '.join(STREETS)}, "
+                        f"folder:IMAGES[:MASKS[:IDS]], glob:IMAGES[:MASKS[:IDS]], list:FILE[:IDS] "
+                        f"or {published}")
+    if kind in SETS:
+        return Spec(kind, home(rest))
+    rest = rest.replace("{split}", split)
+    parts = [home(part) for part in _split_paths(rest, OWN[kind])]
+    if kind == "list":
+        parts.insert(1, None)
+    return Spec(kind, *parts)
+
+
+def _split_paths(text, kinds):
+    """
+    The paths that colons join, list of str. kinds: what they name, at most that many paths.
+
+    A path may hold colons, or begin with a drive letter. Of all ways to split the text one is taken
+    of which all paths exist, else the most; among equals one that tears off no drive letter; then
+    that of the most paths.
+    """
+    pieces = text.split(":")
+    best = None
+    for count in range(1, min(len(kinds), len(pieces)) + 1):
+        for cuts in itertools.combinations(range(1, len(pieces)), count - 1):
+            edges = (0, *cuts, len(pieces))
+            paths = []
+            for begin, end in zip(edges, edges[1:]):
+                paths.append(":".join(pieces[begin:end]))
+            existing = sum(map(_exists, paths, kinds))
+            torn = 0
+            for path, following in zip(paths, paths[1:]):
+                torn += bool(re.fullmatch("[A-Za-z]", path) and re.match(r"[\\/]", following))
+            rank = (existing == count, existing, -torn, count)
+            if best is None or rank > best[0]:
+                best = (rank, paths)
+    return best[1]
+
+
+def _exists(path, kind):
+    """Whether a path of a SPEC exists: a folder, a file, or the folder in which a glob begins."""
+    path = home(path)
+    if kind == "folder":
+        return os.path.isdir(path)
+    if kind == "glob" and "*" in path:
+        folder, rest = _glob_root(path)
+        return os.path.isdir(folder) and ":" not in rest
+    return os.path.isfile(path)
+
+
+def _glob_root(pattern):
+    """(folder, the rest): a glob is cut before its first part with a star."""
+    parts = Path(pattern).parts
+    stars = [i for i, part in enumerate(parts) if "*" in part]
+    cut = stars[0] if stars else len(parts) - 1
+    return str(Path(*parts[:cut])), "/".join(parts[cut:])
 
 
 def _some(items):
@@ -239,13 +611,39 @@ def _some(items):
     return text
 
 
-def _glob(root, pattern):
-    """Sorted image files below a folder that match; hidden ones do not count."""
+def _walk(folder, above=()):
+    """Files below a folder, also in linked ones, but not in a link to a folder that it is in."""
+    real = os.path.realpath(folder)
+    if real in above or not os.path.isdir(folder):
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _walk(entry.path, (*above, real))
+        elif entry.is_file():
+            yield Path(entry.path)
+
+
+def _glob(dataset, root, pattern):
+    """
+    [(image file, what its stars matched)] below a folder, sorted; hidden files do not count. Those
+    that Pillow cannot read are named in the data set's notes.
+    """
+    stars = _star_groups(pattern)
     found = []
-    for path in sorted(root.glob(pattern)):
-        if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file():
-            found.append(path)
-    return found
+    skipped = []
+    for file in _walk(root):
+        match = stars.fullmatch(file.relative_to(root).as_posix())
+        suffix = file.suffix.lower()
+        if not match or file.name[0] == ".":
+            continue
+        if suffix in SUFFIXES:
+            found.append((file, match.groups()))
+        elif suffix in PHONE_SUFFIXES:
+            skipped.append(file.name)
+    if skipped:
+        dataset.notes.append(f"{root}: {len(skipped)} files are skipped, Pillow does not read them "
+                             f"here; save them as JPEG or PNG: {_some(sorted(skipped))}")
+    return sorted(found)
 
 
 def _star_groups(pattern):
@@ -258,6 +656,27 @@ def _fill_stars(pattern, matched):
     """The pattern with its stars replaced by texts, in their order."""
     first, *rest = re.split(r"\*\*/|\*", pattern)
     return first + "".join(text + part for text, part in zip(matched, rest))
+
+
+def _composed(text):
+    """A name with its accents in one form: file systems differ (NFC, NFD)."""
+    return unicodedata.normalize("NFC", text)
+
+
+@functools.lru_cache(None)
+def _composed_names(folder):
+    """{name with its accents composed: name} of what is in a folder."""
+    return {_composed(name): name for name in os.listdir(folder)}
+
+
+def _existing(path):
+    """The file of that name, or of one that differs in the form of its accents, or None."""
+    if path.is_file():
+        return path
+    if path.name.isascii() or not path.parent.is_dir():
+        return None
+    name = _composed_names(path.parent).get(_composed(path.name))
+    return path.parent / name if name else None
 
 
 def _accept_missing(dataset, files):
@@ -278,59 +697,61 @@ def _accept_missing(dataset, files):
 def _find_published(dataset, root):
     """[(image, label or None)] of the first layout of SETS that has images. Raises DataError."""
     root = Path(root)
-    layouts = SETS[dataset.kind].layouts
-    if dataset.split != "train" and "{split}" not in layouts[0][0]:
-        raise DataError(f"{dataset.spec}: has no {dataset.split!r} split, all its images are "
-                        "'train'; use another data set")
+    published = SETS[dataset.kind]
+    split = published.splits.get(dataset.split, dataset.split)
     tried = []
-    for layout in layouts:
-        pattern, *label_patterns = [path.format(split=dataset.split) for path in layout]
-        images = _glob(root, pattern)
+    images = []
+    for layout in published.layouts:
+        if dataset.split != "train" and "{split}" not in layout[0]:
+            continue
+        pattern, *label_patterns = [path.format(split=split) for path in layout]
+        images = _glob(dataset, root, pattern)
         if images:
             break
         tried.append(str(root / pattern))
-    else:
+    if not images and not tried:
+        raise DataError(f"{dataset.spec}: has no {dataset.split!r} split, all its images are "
+                        "'train'; use another data set")
+    if not images:
         raise DataError(f"{dataset.spec}: no image matches {' or '.join(tried)}; check the folder "
                         "and the split")
 
-    stars = _star_groups(pattern)
     files = []
-    for image in images:
-        matched = stars.fullmatch(image.relative_to(root).as_posix()).groups()
+    for image, matched in images:
         labels = [root / _fill_stars(pattern, matched) for pattern in label_patterns]
-        files.append((image, next(filter(Path.is_file, labels), None)))
+        files.append((image, next(filter(None, map(_existing, labels)), None)))
     _accept_missing(dataset, files)
     return files
 
 
 def _files_by_name(dataset, root):
-    """{path below the folder without suffix: file}. Raises DataError."""
-    files = _glob(root, "**/*")
+    """{path below the folder without suffix, composed: file}. Raises DataError."""
+    root = Path(root)
+    files = [file for file, _ in _glob(dataset, root, "**/*")]
     if not files:
-        raise DataError(f"{dataset.spec}: nothing matches {root}/**/* with {' '.join(SUFFIXES)}; "
-                        "check the folder")
+        raise DataError(f"{dataset.spec}: no image file matches {root}/**/*; check the folder"
+                        + "".join(f"; {note}" for note in dataset.notes))
     found = {}
     for file in files:
-        found[file.relative_to(root).with_suffix("").as_posix()] = file
+        found[_composed(file.relative_to(root).with_suffix("").as_posix())] = file
     if len(found) < len(files):
         raise DataError(f"{dataset.spec}: two files in {root} differ only in their suffix; "
                         "remove one")
     return found
 
 
-def _find_in_folders(dataset, roots):
-    """[(image, label or None)] of IMAGES[:LABELS], matched by _files_by_name. Raises DataError."""
-    image_root, colon, label_root = roots.partition(":")
-    images = _files_by_name(dataset, Path(image_root))
-    if not colon:
+def _find_in_folders(dataset, spec):
+    """[(image, label or None)] of IMAGES[:MASKS], matched by _files_by_name. Raises DataError."""
+    images = _files_by_name(dataset, spec.images)
+    if spec.masks is None:
         return [(image, None) for image in images.values()]
 
-    labels = _files_by_name(dataset, Path(label_root))
+    labels = _files_by_name(dataset, spec.masks)
     files = [(image, labels.get(name)) for name, image in images.items()]
     if not any(label for _, label in files):
         missing = [str(image) for image, _ in files]
         raise DataError(f"{dataset.spec}: no image has a label of the same name, such as "
-                        f"{_some(missing)}")
+                        f"{_some(missing)}; for other names use glob:IMAGES:MASKS")
     _accept_missing(dataset, files)
     extra = [str(label) for name, label in labels.items() if name not in images]
     if extra:
@@ -338,36 +759,68 @@ def _find_in_folders(dataset, roots):
     return files
 
 
+def _find_by_glob(dataset, spec):
+    """[(image, label or None)] of two patterns whose stars of equal rank pair. Raises DataError."""
+    images = _glob(dataset, *_glob_root(spec.images))
+    if not images:
+        raise DataError(f"{dataset.spec}: no image matches {spec.images}; check the pattern, and "
+                        "put it in quotes")
+    if spec.masks is None:
+        return [(image, None) for image, _ in images]
+
+    masks = Path(spec.masks).as_posix()
+    if len(re.findall(r"\*\*/|\*", masks)) > len(images[0][1]):
+        raise DataError(f"{dataset.spec}: {masks} has more stars than {spec.images}; each star of "
+                        "a mask is filled with its image's")
+    files = []
+    for image, matched in images:
+        files.append((image, _existing(Path(_fill_stars(masks, matched)))))
+    if not any(label for _, label in files):
+        image, matched = images[0]
+        raise DataError(f"{dataset.spec}: no image has a label, {image} not in "
+                        f"{_fill_stars(masks, matched)}; check the pattern of the masks")
+    _accept_missing(dataset, files)
+    return files
+
+
 def _names_in_line(line, folder):
-    """[image] or [image, label]: a line is split at its tabs, else at the last space."""
+    """
+    [image] or [image, label] of a line: split at its tabs, else where both parts are files, at a
+    comma or blanks, else at the last of them.
+    """
     if "\t" in line:
-        return line.split("\t")
-    if (folder / line).is_file():  # a name may hold spaces
+        return [name.strip() for name in line.split("\t")]
+    if _existing(folder / home(line)):  # a name may hold blanks and commas
         return [line]
-    return line.rsplit(" ", 1)
+    splits = []
+    for gap in re.finditer(r"\s*[,\s]\s*", line):
+        names = [line[:gap.start()], line[gap.end():]]
+        if all(_existing(folder / home(name)) for name in names):
+            return names
+        splits.append(names)
+    return splits[-1] if splits else [line]
 
 
-def _find_in_list(dataset, path):
+def _find_in_list(dataset, spec):
     """[(image, label or None)] of a text file. Raises DataError."""
-    path = Path(path)
-    folder = path.parent
+    path = Path(spec.images)
     if not path.is_file():
         raise DataError(f"list:{path}: no such file; give a text file with an image and its label "
                         "per line")
     files = []
-    for line in read_lines(path):
-        names = [Path(name.strip()) for name in _names_in_line(line, folder)]
-        # A list may come from anywhere and must not reach outside its folder. Symbolic links are
-        # the user's own and are followed.
-        outside = [name for name in names if name.is_absolute() or ".." in name.parts]
-        if outside or len(names) > 2:
-            raise DataError(f"{path}: {line!r} must be one or two paths below {folder}, "
-                            "without '..'")
+    for number, line in _numbered_lines(path):
+        names = _names_in_line(line, path.parent)
+        if len(names) > 2:
+            raise DataError(f"{path}: line {number}: {line!r} must be one or two paths")
+        found = []
         for name in names:
-            if not (folder / name).is_file():
-                raise DataError(f"{path}: {folder / name} does not exist; paths are relative to "
-                                "the list's folder")
-        files.append((folder / names[0], folder / names[1] if len(names) == 2 else None))
+            wanted = path.parent / home(name)  # an absolute path stays what it is
+            file = _existing(wanted)
+            if file is None:
+                raise DataError(f"{path}: line {number}: {wanted} does not exist; paths are "
+                                "relative to the list's folder")
+            found.append(file)
+        files.append((found[0], found[1] if len(found) == 2 else None))
     if not files:
         raise DataError(f"{path}: lists no image")
     _accept_missing(dataset, files)
@@ -401,15 +854,43 @@ def _open(path):
                         "restore or remove it") from error
 
 
+# What does not keep values exactly.
+LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF")
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+
+
+def _bits(path, image):
+    """Bits per channel in the file of an opened image. Pillow reads all but 16-bit grey as 8."""
+    if image.format == "PNG":
+        with open(path, "rb") as file:
+            return file.read(25)[24]
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,)))
+    if image.format == "PPM":
+        with open(path, "rb") as file:
+            header = re.match(rb"P[2356](?:\s+|#[^\n]*\n)+\d+\s+\d+\s+(\d+)", file.read(512))
+        most = int(header[1]) if header else 255
+        if most == 255:
+            return 8
+        return min(most.bit_length(), 7) if most < 255 else most.bit_length()
+    return 8
+
+
+def _upright(image):
+    """(the image as its EXIF tag shows it, whether that turned or mirrored it)."""
+    turned = image.getexif().get(0x0112, 1) in range(2, 9)  # 1, and an odd tag, is upright
+    return ImageOps.exif_transpose(image), turned
+
+
 def _read_upright(path):
     """(RGB image uint8 (H,W,3), whether its EXIF tag turned or mirrored it). Raises DataError."""
     image = _open(path)
-    if image.mode[0] in "IF":
-        raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}); "
+    bits = _bits(path, image)
+    if image.mode[0] in "IF" or bits > 8:
+        raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}, {bits} bits); "
                         "convert it to an 8-bit image")
-    orientation = image.getexif().get(0x0112, 1)
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    return np.asarray(image), orientation in range(2, 9)
+    image, turned = _upright(image)
+    return np.asarray(image.convert("RGB")), turned
 
 
 def read_image(path):
@@ -417,25 +898,91 @@ def read_image(path):
     return _read_upright(path)[0]
 
 
-def read_label(path):
-    """Raw ids uint8 (H,W) of a grey or palette file: indices, never colours. Raises DataError."""
+def _is_lossy(image):
+    """Whether the file of an image does not keep values exactly."""
+    return image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
+
+
+def read_label(path, lossy=False):
+    """
+    Raw ids (H,W), uint8 or uint16, upright by EXIF. Raises DataError.
+
+    They are read from 8- and 16-bit grey, from the indices of a palette, never from its colours,
+    and from RGB(A) whose channels are equal or all of whose values are red (CARLA). lossy: JPEG and
+    its like are taken as well, as grey.
+    """
     image = _open(path)
-    depth, colour = 8, None
-    if image.format == "PNG":
-        with open(path, "rb") as file:
-            depth, colour = file.read(26)[24:]  # bits per channel, and 0 for grey, 3 for a palette
+    bits = _bits(path, image)
     fault = None
-    if depth == 16 or image.mode[0] in "IF":
-        fault = "a 16-bit label"
-    elif image.mode not in ("1", "L", "P"):
-        fault = f"a colour picture ({image.mode}) and no class ids"
-    elif image.format in ("JPEG", "WEBP"):
-        fault = f"{image.format}, which does not keep ids exactly"
-    elif colour == 0 and depth in (2, 4):
-        fault = f"a {depth}-bit grey PNG, which Pillow scales to 8 bits"
+    if lossy and image.mode not in ("1", "L", "P"):
+        image = image.convert("L")
+    if _is_lossy(image) and not lossy:
+        fault = f"a lossy {image.format}, which does not keep ids exactly"
+    elif image.mode in ("L", "LA") and bits in range(2, 8):
+        fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
+    elif image.mode[0] == "I" and bits not in (8, 16, 32):
+        fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 16 bits"
+    elif image.format == "TIFF" and image.mode != "P" and image.tag_v2.get(262) == 0:
+        fault = "a TIFF in which 0 is white, which Pillow inverts"
+    elif image.mode in ("RGB", "RGBA") and bits > 8:
+        fault = f"a {bits}-bit colour picture"
+    elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and image.mode[0] != "I":
+        fault = f"a picture of mode {image.mode} and no class ids"
+    if fault is None:
+        ids = np.asarray(_upright(image)[0])
+        if ids.ndim == 3:
+            ids, fault = _one_channel(ids, image.mode)
+    if fault is None and ids.max() > 65535:
+        fault = "a picture with values above 65535"
     if fault:
-        raise DataError(f"{path}: is {fault}; save the ids as an 8-bit grey or palette PNG")
-    return np.asarray(image).astype(np.uint8)
+        raise DataError(f"{path}: is {fault}; save the ids as an 8-bit grey or palette PNG, or say "
+                        "what the colours are in IDS")
+    return ids.astype(np.uint8 if ids.max() < 256 else np.uint16)
+
+
+def _one_channel(channels, mode):
+    """(ids (H,W), fault or None) of an image (H,W,C) in which one channel says it all."""
+    ids = channels[:, :, 0]
+    if mode in ("LA", "PA"):
+        return ids, None
+    equal = (channels[:, :, 1:3] == channels[:, :, :1]).all()
+    red = not channels[:, :, 1:3].any()
+    if equal or red:
+        return ids, None
+    return ids, f"a colour picture ({mode}) and no class ids"
+
+
+def read_mask_colours(path):
+    """
+    Colours (H,W), red | green << 8 | blue << 16, upright by EXIF; of a palette its colours, alpha
+    dropped, grey repeated. Raises DataError.
+    """
+    image = _open(path)
+    fault = None
+    if _is_lossy(image):
+        fault = f"a lossy {image.format}, which does not keep colours exactly"
+    elif image.mode[0] in "IF" or _bits(path, image) > 8:
+        fault = f"a picture of more than 8 bits per channel (mode {image.mode})"
+    elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        fault = f"a picture of mode {image.mode}"
+    if fault:
+        raise DataError(f"{path}: is {fault}; save the mask as an 8-bit RGB PNG")
+    channels = np.asarray(_upright(image)[0].convert("RGB").convert("RGBX"))  # (H,W,4)
+    return channels.view("<u4")[:, :, 0] & 0xffffff  # four bytes as one number
+
+
+def palette_digest(path):
+    """
+    A hash, str, of the palette of a mask that can be read, "" where it has none. Masks whose ids
+    are palette indices should have one palette: tools that reduce colours make one for each file,
+    and an index then means another colour in each.
+    """
+    with Image.open(path) as image:  # of which the head is enough
+        if image.mode != "P" or image.palette is None:
+            return ""
+        order, colours = image.palette.getdata()
+    colours = bytes(colours).rstrip(b"\0")  # some files leave out the unused end, some fill it
+    return hashlib.sha256(order.encode() + colours).hexdigest()[:16]
 
 
 def _resized(array, size, how):
@@ -625,50 +1172,79 @@ def _in_processes(task, items, text):
 
 # ---------------------------------------------------------------- the data set
 
-def open_dataset(spec, split, classes, size=None, cache=None, partial=False):
+def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False, ids="classes"):
     """
     Data set of {"image": uint8 (3,H,W) tensor, "label": uint8 (h,w) tensor or None, "name": str}.
 
-    spec: see the top of the file. split: "train", "val" or "test"; folder: and list: are the same
-    in all. classes: see class_names. size (W,H): images are resized to it; None is the published
-    size, for folder: and list: the size of each file. Labels follow the image in "train" and stay
-    native elsewhere, so that scores do not depend on size. cache: directory, None is
-    ~/.cache/nanouda; used for streets, and for real training sets of one size if they are small or
-    a directory is given. partial: some images may lack a label; they are served with one of 255.
-    Raises DataError at once for what file names tell, at reading for what is wrong in a file.
+    spec: see the top of the file; a list of several is pooled. split: "train", "val" or "test"; own
+    data are the same in all, unless {split} is in their SPEC. classes: see class_names; None:
+    default_classes. size (W,H): images are resized to it; None is the published size, for own data
+    the size of each file. Labels follow the image in "train" and stay native elsewhere, so that
+    scores do not depend on size. cache: directory, None is ~/.cache/nanouda; used for streets, and
+    for real training sets of one size if they are small or a directory is given. partial: some
+    images may lack a label, and are then served with one of 255. ids: what the values of own masks
+    mean where their SPEC has no IDS: "classes", positions in these, or what the file says of which
+    these are; another file; None, which makes such masks an error. Raises DataError at once for
+    what file names tell, and at reading for what is wrong in a file.
     """
-    return SegmentationDataset(spec, split, class_names(classes), size, cache, partial)
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    if ids == "classes" and (classes is None or isinstance(classes, str)):
+        ids = classes
+    if classes is None:
+        classes = default_classes(specs[0])
+    names = class_names(classes)
+    parts = [SegmentationDataset(one, split, names, size, cache, partial, ids) for one in specs]
+    return parts[0] if len(parts) == 1 else Pool(parts, partial)
+
+
+def default_classes(spec):
+    """
+    The classes of a SPEC where none are given: a key of CLASS_SPACES, or names, tuple of str: those
+    of its table; () where it says nothing of classes. Raises DataError.
+    """
+    parsed = parse_spec(spec)
+    if parsed.kind in OWN:
+        return table_classes(read_table(parsed.ids)) if parsed.ids else ()
+    if parsed.kind in STREETS:
+        return "cityscapes19"
+    table = SETS[parsed.kind].ids
+    known = {"cityscapes": "cityscapes19", "camvid": "camvid11"}
+    return known.get(table.space) or table_classes(table)
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
     """
-    What open_dataset returns.
+    What open_dataset returns for one SPEC.
 
     spec, split, classes: as given. kind: the spec's first word. names: one per image. size: (W,H)
     or None. labeled: whether it has labels. notes: list of str, what the user should know. files:
-    [(image, label or None)], None for streets. table: label_table of the data set. cached: whether
-    items go through the cache.
+    [(image, label or None)], None for streets. ids: the Table of its masks. table: label_table of
+    it. mapping: mapping_lines of it. cached: whether items go through the cache.
     """
 
-    def __init__(self, spec, split, classes, size, cache, partial=False):
+    def __init__(self, spec, split, classes, size, cache, partial=False, ids="classes"):
         self.spec = spec
         self.split = split
         self.classes = classes
         self.partial = partial
         self.notes = []
         if spec in STREETS:
-            published, ids = self._open_streets()
+            published = self._open_streets()
         else:
-            published, ids = self._open_files()
+            published = self._open_files(ids)
         size = size or published
         self.size = tuple(size) if size else None
-        self.table = label_table(ids, classes)
+        self.table = label_table(self.ids, classes)
         self.train_table = label_table(TRAIN_IDS, classes)
+        self.mapping = []
+        if self.labeled:
+            self.mapping = mapping_lines(self._shown_ids(), classes)
+        self._note_names()
         self.cache = cache_folder(cache)
         self.cached = self._is_cached(cache)
 
     def _open_streets(self):
-        """Sets kind, files, indices, names and labeled -> (size, ids)."""
+        """Sets kind, files, indices, names, labeled and ids -> size."""
         self.kind = self.spec
         self.files = None
         if self.split not in STREETS[self.spec]:
@@ -677,28 +1253,84 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.indices = STREETS[self.spec][self.split]
         self.names = [f"streets_{index:06d}" for index in self.indices]
         self.labeled = True
-        return STREETS_SIZE, TRAIN_IDS
+        self.ids = TRAIN_IDS
+        self.ids_from = "the renderer"
+        return STREETS_SIZE
 
-    def _open_files(self):
-        """Sets kind, files, names and labeled -> (published size or None, ids)."""
-        self.kind, _, rest = self.spec.partition(":")
-        if not rest or self.kind not in ("folder", "list", *SETS):
-            published = ", ".join(f"{kind}:DIR" for kind in SETS)
-            raise DataError(f"{self.spec!r} names no data set; use {', '.join(STREETS)}, "
-                            f"folder:IMAGES[:LABELS], list:FILE or {published}")
-        size = None
-        ids = dict(enumerate(self.classes))
-        if self.kind == "folder":
-            self.files = _find_in_folders(self, rest)
-        elif self.kind == "list":
-            self.files = _find_in_list(self, rest)
+    def _open_files(self, ids):
+        """Sets kind, files, names, labeled and ids -> published size or None."""
+        spec = parse_spec(self.spec, self.split)
+        self.kind = spec.kind
+        find = {"folder": _find_in_folders, "glob": _find_by_glob, "list": _find_in_list}
+        if self.kind in OWN:
+            self.files = find[self.kind](self, spec)
         else:
-            self.files = _find_published(self, rest)
-            size = SETS[self.kind].size
-            ids = SETS[self.kind].ids
+            self.files = _find_published(self, spec.images)
         self.names = _image_names([image for image, _ in self.files])
         self.labeled = any(label for _, label in self.files)
-        return size, ids
+        self.train_ids = True  # in masks that are named *labelTrainIds*
+        if self.kind in SETS:
+            self.ids = SETS[self.kind].ids
+            self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
+            return SETS[self.kind].size
+        self._set_own_ids(spec.ids or ids)
+        self.train_ids = spec.ids is None and self.ids.kind == "position"
+        return None
+
+    def _set_own_ids(self, ids):
+        """Sets what the values of own masks mean. ids: as of open_dataset, or a file."""
+        self.ids = Table(dict(enumerate(self.classes)) or {0: None}, "position")
+        self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
+        if ids is None and self.labeled:
+            raise DataError(f"{self.spec}: nothing says what the values of its masks mean; give "
+                            "--classes FILE (a name per line, the first is value 0), or IDS behind "
+                            "the masks, a file with lines such as '7 road' or '128 64 128 road'")
+        if ids in (None, "classes") or ids in CLASS_SPACES:
+            return
+        self.ids = read_table(home(ids))
+        self.ids_from = ids
+        if self.ids.nearest:
+            self.notes.append(f"{ids}: a value that is not listed means the nearest one (~)")
+
+    def _shown_ids(self):
+        """The table that says most about the masks: published ids without those of no name."""
+        if self.kind in OWN:
+            return self.ids
+        table = self.ids
+        labels = [label for _, label in self.files or [] if label]
+        if labels and all(map(self._holds_train_ids, labels)):
+            table = TRAIN_IDS
+        named = {value: name for value, name in table.names.items() if name is not None}
+        return table._replace(names=named)
+
+    def _note_names(self):
+        """Notes what the classes lack, and whose ids masks of the name labelTrainIds hold."""
+        if not self.labeled or self.classes in CLASS_SPACES.values():
+            return
+        named = table_classes(self._shown_ids())
+        lacking = sorted(name for name in named if class_index(name, self.classes, False) == IGNORE)
+        if lacking:
+            self.notes.append(f"ignored, because the classes lack these names: {_some(lacking)}")
+        found = sum(self._holds_train_ids(label) for _, label in self.files or [] if label)
+        if found:
+            self.notes.append(
+                f"{found} masks are named labelTrainIds and taken for train ids of Cityscapes, "
+                "0 road to 18 bicycle; for ids of your own use glob:IMAGES:MASKS:IDS")
+
+    def has_label(self, i):
+        """Whether item i has a label of its own."""
+        return self.files is None or self.files[i][1] is not None
+
+    def image_path(self, i):
+        """Path of item i's image with slashes, "" where it is rendered."""
+        if self.files is None:
+            return ""
+        return os.path.abspath(self.files[i][0]).replace(os.sep, "/")
+
+    @property
+    def drawn_names(self):
+        """The names that random draws depend on."""
+        return self.names
 
     def _is_cached(self, cache):
         """Whether the cache is used; cache: the directory that the user gives, or None."""
@@ -790,15 +1422,38 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def _read_label(self, i):
         """Label of item i at its own size, mapped to class indices."""
         path = self.files[i][1]
-        raw = read_png16(path) if self.kind == "synthia" else read_label(path)
-        table = self.train_table if "labelTrainIds" in path.name else self.table
-        label = table[raw]
-        unknown = np.unique(raw[label == UNKNOWN])
-        if unknown.size:
-            raise DataError(f"{path}: ids {_some(unknown.tolist())} are not in the table of "
-                            f"{self.kind} ({len(self.classes)} classes); correct the mask or the "
-                            "classes (255 is 'ignore')")
+        if self._holds_train_ids(path):
+            raw = read_label(path)
+            label = _look_up(self.train_table, raw)
+        elif self.ids.kind == "colour":
+            raw = read_mask_colours(path)
+            label = _labels_of_colours(tuple(sorted(self.ids.names)), self.table.tobytes())[raw]
+        else:
+            if self.kind == "synthia":
+                raw = read_png16(path)
+            else:
+                raw = read_label(path, lossy=self.ids.nearest)
+            label = _look_up(self.table, raw)
+        if (label == UNKNOWN).any():
+            raise DataError(f"{path}: {self._unknown_values(raw[label == UNKNOWN])} are not in "
+                            f"{self.ids_from}; correct the mask or the table (255 is 'ignore', and "
+                            "so is a value with the name -)")
         return label
+
+    def _holds_train_ids(self, path):
+        """Whether a mask holds train ids of Cityscapes, as its name says. IDS says more."""
+        return self.train_ids and "labelTrainIds" in path.name
+
+    def _unknown_values(self, raw):
+        """Values (n,) that the table does not list, in words with their counts."""
+        values, counts = np.unique(raw, return_counts=True)
+        said = []
+        for value, count in zip(values.tolist(), counts.tolist()):
+            if self.ids.kind == "colour":
+                value = _words((value & 255, value >> 8 & 255, value >> 16))
+            said.append(f"{value} ({count} pixels)")
+        kind = "colours" if self.ids.kind == "colour" else "ids"
+        return f"{kind} {_some(said)}"
 
     def _served_label(self, label):
         """The label at the size at which it is served."""
@@ -882,18 +1537,144 @@ class SegmentationDataset(torch.utils.data.Dataset):
     @functools.cached_property
     def _origin(self):
         """Hash of where the items come from: their files, or the renderer."""
+        ids = None
         if self.files is None:  # another renderer draws another world
             source = Path(__file__).read_text(encoding="utf-8")
             renderer = source.rpartition("\n# ---- the rendered streets")[2]
             parts = (STREETS_SEED, self.indices, renderer)
         else:
             parts = []
+            ids = sorted(self.ids.names.items()), self.ids.nearest
             for path in itertools.chain.from_iterable(self.files):
                 if path is not None:
                     status = path.stat()
                     path = (str(path.resolve()), status.st_size, status.st_mtime_ns)
                 parts.append(path)
-        return hashlib.sha256(repr((self.kind, self.split, self.size, parts)).encode()).hexdigest()
+        content = (self.kind, self.split, self.size, parts, ids)
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+class Pool(torch.utils.data.Dataset):
+    """
+    Several data sets of one split as one, with the interface of SegmentationDataset: what
+    open_dataset returns for several SPECs.
+
+    parts: the data sets, each with its own table and cache; images are numbered through, in the
+    order of the parts. names: INDEX/NAME, the part and the name in it. spec: the SPECs with blanks
+    between. size: that of all parts, or None. mapping, notes: with the part's SPEC before them.
+    Crops are drawn as from one folder with all the files, if the order of their names there is this
+    one: so kind is folder, see also drawn_names.
+    """
+
+    kind = "folder"
+
+    def __init__(self, parts, partial):
+        self.parts = parts
+        self.spec = " ".join(part.spec for part in parts)
+        self.split = parts[0].split
+        self.classes = parts[0].classes
+        self.labeled = any(part.labeled for part in parts)
+        if self.labeled and not partial:
+            for part in parts:
+                if not part.labeled:
+                    raise DataError(f"{part.spec}: has no labels, and {self.spec} needs them in "
+                                    "all its parts; give masks for this one, or leave it out")
+        sizes = {part.size for part in parts}
+        self.size = sizes.pop() if len(sizes) == 1 else None
+        self.cached = all(part.cached for part in parts)
+        self.table = np.concatenate([part.table for part in parts])
+        self.notes = []
+        self.mapping = []
+        for part in parts:
+            self.notes += [f"{part.spec}: {note}" for note in part.notes]
+            self.mapping += [f"{part.spec}: {line}" for line in part.mapping]
+        self._join()
+
+    def _join(self):
+        """Sets what the parts' items give together: starts, names, files."""
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.names = []
+        self.files = []
+        for index, part in enumerate(self.parts):
+            self.names += [f"{index}/{name}" for name in part.names]
+            self.files += part.files or [(None, None)] * len(part)
+
+    def __len__(self):
+        return len(self.names)
+
+    def _locate(self, i):
+        """(part, index in it) of item i."""
+        part = int(np.searchsorted(self.starts, i, "right")) - 1
+        return self.parts[part], i - int(self.starts[part])
+
+    def __getitem__(self, i):
+        part, at = self._locate(i)
+        item = part[at]
+        if self.labeled and item["label"] is None:
+            item["label"] = torch.full(item["image"].shape[1:], IGNORE, dtype=torch.uint8)
+        return item | {"name": self.names[i]}
+
+    def arrays(self, i):
+        """Item i as of SegmentationDataset.arrays; labels of 255 for a part without labels."""
+        part, at = self._locate(i)
+        image, label = part.arrays(at)
+        if self.labeled and label is None:
+            label = np.full(image.shape[:2], IGNORE, np.uint8)
+        return image, label
+
+    @property
+    def drawn_names(self):
+        """The names without INDEX/, or with INDEX__ where two are the same: as in one folder."""
+        names = []
+        for part in self.parts:
+            names += part.names
+        if len(set(names)) == len(names):
+            return names
+        return [name.replace("/", "__", 1) for name in self.names]
+
+    def has_label(self, i):
+        """As of SegmentationDataset."""
+        part, at = self._locate(i)
+        return part.has_label(at)
+
+    def image_path(self, i):
+        """As of SegmentationDataset."""
+        part, at = self._locate(i)
+        return part.image_path(at)
+
+    def prepare(self):
+        """Fills the caches of all parts."""
+        for part in self.parts:
+            part.prepare()
+
+    def class_counts(self):
+        """Pixels per image and class, int64 (N,K); none in a part without labels."""
+        counts = []
+        for part in self.parts:
+            none = np.zeros((len(part), len(self.classes)), np.int64)
+            counts.append(part.class_counts() if part.labeled else none)
+        return np.concatenate(counts)
+
+    def check(self, i):
+        """As of SegmentationDataset."""
+        part, at = self._locate(i)
+        return part.check(at)
+
+
+def _look_up(table, raw):
+    """Labels uint8 (H,W) of raw ids, uint8 or uint16 (H,W), in a label_table of ids."""
+    if raw.dtype != np.uint8 and len(table) < 65536:
+        table = np.pad(table, (0, 65536 - len(table)), constant_values=UNKNOWN)
+    return table[raw]
+
+
+@functools.lru_cache(4)
+def _labels_of_colours(colours, labels):
+    """Labels uint8 (2**24,) of colours packed as in read_mask_colours. labels: a label_table."""
+    table = np.full(1 << 24, UNKNOWN, np.uint8)
+    for (red, green, blue), label in zip(colours, labels):
+        table[red | green << 8 | blue << 16] = label
+    return table
 
 
 # ---------------------------------------------------------------- sampling
@@ -958,10 +1739,10 @@ class Crops(torch.utils.data.Dataset):
         # The labelled and the other images of one data set are drawn independently.
         if subset is None:
             self.subset = range(len(dataset))
-            names = dataset.names
+            names = dataset.drawn_names
         else:
             self.subset = subset
-            names = [f"labelled {labels}"] + [dataset.names[i] for i in subset]
+            names = [f"labelled {labels}"] + [dataset.drawn_names[i] for i in subset]
         self.seed = (seed, zlib.crc32("\n".join([dataset.kind, *names]).encode()))
 
     def __getitem__(self, k):
@@ -1046,9 +1827,7 @@ def labeled_indices(dataset, spec):
     if not dataset.labeled:
         raise DataError(f"--labeled {spec}: {dataset.spec} has no labels; give a target with masks "
                         "for these images")
-    known = list(range(len(dataset)))
-    if dataset.files is not None:
-        known = [i for i in known if dataset.files[i][1]]
+    known = [i for i in range(len(dataset)) if dataset.has_label(i)]
     if spec == "all":
         return known
     if spec.isdecimal():
@@ -1065,12 +1844,7 @@ def labeled_indices(dataset, spec):
 
 def _listed_indices(dataset, known, spec):
     """The indices, of `known`, that a file lists."""
-    images = []  # (index, name, whole path)
-    for i in known:
-        path = ""
-        if dataset.files is not None:
-            path = os.path.abspath(dataset.files[i][0]).replace(os.sep, "/")
-        images.append((i, dataset.names[i], path))
+    images = [(i, dataset.names[i], dataset.image_path(i)) for i in known]
     found = set()
     for line in read_lines(spec):
         matches = _images_in_line(images, line)
@@ -1391,6 +2165,8 @@ def _report(dataset, checked):
         print(f"{'class':20} {'% of pixels':>11} {'images':>7}")
         for name, column in zip(dataset.classes, counts.T):
             print(f"{name:20} {100 * column.sum() / pixels:11.3f} {(column > 0).sum():7d}")
+        for line in dataset.mapping:
+            print(line)
         never = [name for i, name in enumerate(dataset.classes) if i not in dataset.table]
         if never:
             notes.append(f"no label of {dataset.kind} can become {_some(never)}")
@@ -1416,8 +2192,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", help="data set, see above")
-    parser.add_argument("--classes", help="class space or names file (default: camvid11 for "
-                                          "camvid:, else cityscapes19)")
+    parser.add_argument("--classes", help="class space or names file (default: for own data the "
+                                          "names of IDS, camvid11 for camvid:, else cityscapes19)")
     parser.add_argument("--split", default="train", help="train, val or test")
     parser.add_argument("--size", type=parse_size,
                         help="WxH of the images on the sheet (default: the published size)")
@@ -1426,10 +2202,9 @@ def main(argv=None):
                         help="contact sheet: image, label colours, overlay")
     args = parser.parse_args(argv)
 
-    usual = "camvid11" if args.spec.startswith("camvid:") else "cityscapes19"
-    classes = args.classes or usual
     try:
-        dataset = open_dataset(args.spec, args.split, classes, args.size, args.cache, partial=True)
+        dataset = open_dataset(
+            args.spec, args.split, args.classes, args.size, args.cache, partial=True)
         items = range(len(dataset))
         checked = _in_processes(dataset.check, items, f"{args.spec}: reading every item")
     except DataError as error:

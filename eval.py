@@ -312,7 +312,8 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None):
                 picture = as_picture(item["image"])
                 label = item["label"].numpy()
                 sheet = panel(picture, label, pred.cpu().numpy(), palette(names))
-                sheet.save(Path(save) / f"{item['name']}.png")
+                name = item["name"].replace("/", "__")  # of a pool
+                sheet.save(Path(save) / f"{name}.png")
     if dist.is_initialized():
         dist.all_reduce(total)
     result = scores(total, names)  # waits for the device
@@ -633,7 +634,7 @@ def before_after(before, after, dataset, titles=("before", "after"), **how):
 # Own images and benchmark servers
 
 # Label ids in the order of the train ids: both count the 19 classes in one order.
-TRAIN_TO_LABEL_IDS = sorted(raw for raw, name in LABEL_IDS.items() if name)
+TRAIN_TO_LABEL_IDS = sorted(raw for raw, name in LABEL_IDS.names.items() if name)
 # Kind of data set: size (h,w) that the server wants, id written for each train id, file names.
 SERVERS = {
     "cityscapes": ((1024, 2048), TRAIN_TO_LABEL_IDS, r"[^_]+_\d{6}_\d{6}.*"),
@@ -1200,6 +1201,11 @@ def run(args):
     slide = flags.get("slide") if args.slide is None else args.slide
     how = {"window": flags["crop"] if slide else None, "flip": args.flip, "head": args.head}
     spec = args.data or flags["val"]
+    # what the ids of own masks mean that have no IDS: the file of --classes may have said more
+    # than their positions
+    ids = flags.get("classes") or "classes"
+    if not Path(ids).is_file():
+        ids = "classes"
 
     if args.adabn:
         target = open_dataset(args.adabn, "train", classes, size, flags["cache"])
@@ -1209,10 +1215,10 @@ def run(args):
         if spec == "none":
             raise DataError(f"{args.checkpoint}: the run had no validation data; "
                             "give --data SPEC or --images PATH")
-        dataset = open_dataset(spec, args.split, classes, size, flags["cache"])
+        dataset = open_dataset(spec, args.split, classes, size, flags["cache"], ids=ids)
     aligned = {}
     if args.alignment:
-        source = open_dataset(args.alignment, "val", classes, size, flags["cache"])
+        source = open_dataset(args.alignment, "val", classes, size, flags["cache"], ids=ids)
         aligned["alignment"] = alignment(model, source, dataset, args.head)
 
     begin = time.perf_counter()
@@ -1224,12 +1230,12 @@ def run(args):
         print(f"panels and ids at native size in {folder}")
     elif args.submit:
         count = submit(model, dataset, args.submit, **how)
-        print(f"ids of {spec}, split {args.split}, for the server in {args.submit}")
+        print(f"ids of {dataset.spec}, split {args.split}, for the server in {args.submit}")
     elif args.before:
         count = draw_gain(args, checkpoint, model, dataset, how)
     else:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights,
-                 "data": spec, "split": args.split, "adabn": args.adabn, "head": args.head,
+                 "data": dataset.spec, "split": args.split, "adabn": args.adabn, "head": args.head,
                  "slide": slide, "flip": args.flip}
         count = score(args, about, model, dataset, aligned, how)
 

@@ -117,15 +117,18 @@ def build_parser():
     a = p.add_argument_group("data (SPEC: see python data.py -h)").add_argument
     a("--recipe", default="mic", choices=RECIPES, metavar="NAME",
       help=f"a named set of values for the flags below, see README: {', '.join(RECIPES)}")
-    a("--source", default="streets", metavar="SPEC",
-      help="labelled data; 'target': the target's own labels, 'none': only those of --labeled")
-    a("--target", default="streets:shifted", metavar="SPEC", help="data to adapt to, or none")
+    a("--source", default="streets", nargs="+", metavar="SPEC",
+      help="labelled data, several are pooled; 'target': the target's own labels, 'none': only "
+           "those of --labeled")
+    a("--target", default="streets:shifted", nargs="+", metavar="SPEC",
+      help="data to adapt to, several are pooled, or none")
     a("--labeled", default="0", metavar="N",
       help="target images whose labels are used: N, all, or a file with one image name a line")
-    a("--val", metavar="SPEC",
+    a("--val", nargs="+", metavar="SPEC",
       help="labelled validation data, or none (default: the target's val split)")
-    a("--classes", default="cityscapes19", metavar="C",
-      help="cityscapes19, cityscapes16, camvid11, or a file with one name a line")
+    a("--classes", metavar="C",
+      help="cityscapes19, cityscapes16, camvid11, or a file with one name a line (default: the "
+           "names of the first source's IDS where it has one, else cityscapes19)")
     a("--size", type=data.parse_size, metavar="WxH",
       help="every image is resized to it (default: the data set's published size)")
     a("--crop", type=between(1, 10**5, int), default=128, metavar="S",
@@ -254,15 +257,22 @@ def parse_flags(argv=None):
         f.stop_at = f.steps
     if f.labeled.isdecimal():
         f.labeled = str(int(f.labeled))  # 00 is 0
+    for name in ("source", "target", "val"):
+        setattr(f, name, one_or_several(getattr(f, name), name, parser))
     all_labels = f.source == "target"
     if all_labels:
         f.source = f.target
     if f.val is None:
         f.val = f.target
+    own_ids = f.classes  # say what own masks without IDS mean
+    if f.classes is None:
+        f.classes = usual_classes(f)
     f.saved = {}
     for name, value in vars(f).items():
         if name != "saved":
             f.saved[name] = list(value) if isinstance(value, tuple) else value  # as JSON has it
+    f.own_ids = own_ids
+    f.class_names = data.class_names(f.classes or data.default_classes(specs(known(f))[0]))
 
     # what follows from them. A step adapts when it needs target images and what the teacher says of
     # them; T2S-DA weighs its classes by that
@@ -275,6 +285,43 @@ def parse_flags(argv=None):
         if wrong:
             parser.error(message)
     return f
+
+
+def one_or_several(value, name, parser):
+    """A SPEC, str, or a list of several. Exits where "none" or "target" is one of several."""
+    if not isinstance(value, list):
+        return value
+    if len(value) == 1:
+        return value[0]
+    for word in ("none", "target"):
+        if word in value:
+            parser.error(f"--{name} {' '.join(value)}: {word} stands alone")
+    return value
+
+
+def specs(value):
+    """The SPECs of --source, --target or --val, list of str."""
+    return [value] if isinstance(value, str) else value
+
+
+def words(value):
+    """The SPECs of --source, --target or --val as they were typed."""
+    return " ".join(specs(value))
+
+
+def known(f):
+    """The SPECs whose labels are learned first: those of --source, else of --target."""
+    return f.target if f.source == "none" else f.source
+
+
+def usual_classes(f):
+    """cityscapes19, or None where the first labelled SPEC has names of its own."""
+    first = specs(known(f))[0]
+    if first != "none":
+        usual = data.default_classes(first)
+        if usual and not isinstance(usual, str):
+            return None
+    return "cityscapes19"
 
 
 def contradictions(f, default, all_labels):
@@ -655,10 +702,10 @@ Sets = namedtuple("Sets", "classes source target labeled val")
 
 def open_training_set(f, spec, classes, count=False, partial=False):
     """A training split. The first process fills its cache and, with count, counts its classes."""
-    dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial)
+    dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial, f.own_ids)
     if f.cache and not dataset.cached:
-        print0(f"note: --cache: {spec} has no common size and is read from its files each time; "
-               "give --size WxH")
+        print0(f"note: --cache: {dataset.spec} has no common size and is read from its files each "
+               "time; give --size WxH")
     if RANK == 0:
         dataset.prepare()
         if count and dataset.labeled:
@@ -673,21 +720,23 @@ def check_labels(dataset, f, indices=None):
     if not data.shows_classes(dataset, indices):
         raise data.DataError(
             f"{dataset.spec}: no pixel of its labels is one of the {len(dataset.classes)} classes; "
-            f"see python data.py {dataset.spec} --classes {f.classes}")
+            f"see python data.py {dataset.spec}"
+            + (f" --classes {f.classes}" if f.classes else ""))
 
 
 def open_sets(f):
     """The data of a run, as Sets. Raises DataError."""
-    classes = data.class_names(f.classes)
+    classes = f.class_names
     source = target = val = None
     labeled = []
     if f.source != "none":
         source = open_training_set(f, f.source, classes, count=f.rcs > 0)
         if not source.labeled:
-            raise data.DataError(f"--source {f.source}: has no labels, and a source needs them")
+            raise data.DataError(f"--source {words(f.source)}: has no labels, and a source needs "
+                                 "them")
         never = [name for i, name in enumerate(classes) if i not in source.table]
         if never:
-            print0(f"note: {f.source} has no label for {', '.join(never)}")
+            print0(f"note: {words(f.source)} has no label for {', '.join(never)}")
     if f.target != "none":
         count = f.rcs > 0 and source is None
         target = open_training_set(f, f.target, classes, count, partial=True)
@@ -699,9 +748,10 @@ def open_sets(f):
     if labeled:
         check_labels(target, f, labeled)
     if f.val != "none":
-        val = data.open_dataset(f.val, "val", classes, f.size, f.cache)
+        val = data.open_dataset(f.val, "val", classes, f.size, f.cache, ids=f.own_ids)
         if not val.labeled:
-            raise data.DataError(f"--val {f.val}: has no labels; give a labelled set, or none")
+            raise data.DataError(f"--val {words(f.val)}: has no labels; give a labelled set, or "
+                                 "none")
     return Sets(classes, source, target, labeled, val)
 
 
@@ -794,7 +844,7 @@ def open_bank(f, checkpoint):
         return None
     banks = [None]
     if RANK == 0:
-        banks = [model.text_bank(f.text, data.class_names(f.classes))]
+        banks = [model.text_bank(f.text, f.class_names)]
     if dist.is_initialized():
         dist.broadcast_object_list(banks)
     return banks[0]
@@ -1086,7 +1136,7 @@ class Run:
         self.checkpoint = None
         if self.last.exists():
             self.checkpoint = model.load_checkpoint(self.last)
-            check_resume(self.flags, data.class_names(f.classes), self.checkpoint, self.last)
+            check_resume(self.flags, f.class_names, self.checkpoint, self.last)
             self.start = self.checkpoint["step"]
             self.best = self.checkpoint["best"]
 
@@ -1166,7 +1216,7 @@ class Run:
             labels = f" ({len(self.labeled_names)} images with labels, sha256 {hashed})"
             begins |= {"labeled": self.labeled_names, "labeled_sha256": hashed}
         images = f" ({len(sets.source)} images)" if sets.source else ""
-        print0(f"{f.recipe}: {f.source}{images} -> {f.target}{labels}, "
+        print0(f"{f.recipe}: {words(f.source)}{images} -> {words(f.target)}{labels}, "
                f"{len(sets.classes)} classes; {f.backbone} + {f.decoder}-{f.channels}; "
                f"{WORLD} x {f.batch} crops of {f.crop}, {self.dtype_name} ({self.dtype_reason}); "
                f"{self.about['device']}, torch {self.about['torch']}")
