@@ -69,7 +69,8 @@ THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "b
           "motorcycle", "bicycle", "SignSymbol", "Pedestrian", "Car", "Bicyclist"}
 
 # Flags that a resumed run may change: none of them changes what is learned.
-FREE_ON_RESUME = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache"}
+FREE_ON_RESUME = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
+                  "skip_bad"}
 
 
 def between(least, most, kind=float):
@@ -120,11 +121,14 @@ def build_parser():
       help=f"a named set of values for the flags below, see README: {', '.join(RECIPES)}")
     a("--source", default="streets", metavar="SPEC",
       help="labelled data; 'target': the target's own labels, 'none': only those of --labeled")
-    a("--target", default="streets:shifted", metavar="SPEC", help="data to adapt to, or none")
+    a("--target", metavar="SPEC",
+      help="data to adapt to, or none (default: streets:shifted where --source is streets)")
     a("--labeled", default="0", metavar="N",
       help="target images whose labels are used: N, all, or a file with one image name a line")
     a("--val", metavar="SPEC",
       help="labelled validation data, or none (default: the target's val split)")
+    a("--skip-bad", type=between(0, 10**9, int), default=0, metavar="N",
+      help="leave out up to N images that are unreadable or have a label of another size")
     a("--classes", default="cityscapes19", metavar="C",
       help="cityscapes19, cityscapes16, camvid11, or a file with one name a line")
     a("--size", type=data.parse_size, metavar="WxH",
@@ -256,14 +260,21 @@ def parse_flags(argv=None):
     if f.labeled.isdecimal():
         f.labeled = str(int(f.labeled))  # 00 is 0
     all_labels = f.source == "target"
+    if f.target is None:
+        if f.source not in ("target", "none", *data.STREETS):
+            parser.error(f"--source {f.source} has no --target: give images to adapt to, or "
+                         "--target none with --recipe source (the default is rendered streets)")
+        f.target = "streets:shifted"
     if all_labels:
         f.source = f.target
+    asked_val = f.val
     if f.val is None:
         f.val = f.target
     f.saved = {}
     for name, value in vars(f).items():
         if name != "saved":
             f.saved[name] = list(value) if isinstance(value, tuple) else value  # as JSON has it
+    f.asked_val = asked_val
 
     # what follows from them. A step adapts when it needs target images and what the teacher says of
     # them; T2S-DA weighs its classes by that
@@ -655,18 +666,56 @@ Sets = namedtuple("Sets", "classes source target labeled val")
 
 
 def open_training_set(f, spec, classes, count=False, partial=False):
-    """A training split. The first process fills its cache and, with count, counts its classes."""
+    """A training split. The first process renders streets and, with count, counts their classes."""
     dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial)
     if f.cache and not dataset.cached:
         print0(f"note: --cache: {spec} has no common size and is read from its files each time; "
                "give --size WxH")
-    if RANK == 0:
+    if RANK == 0 and dataset.files is None:  # files are read by check_sets
         dataset.prepare()
-        if count and dataset.labeled:
+        if count:
             dataset.class_counts()
-    if dist.is_initialized():
-        dist.barrier()
     return dataset
+
+
+def check_sets(f, datasets):
+    """Read all files once, on the first process, before the first step; say what they show.
+
+    datasets: [(data set, whether its labels are used)]. Raises DataError where files cannot be
+    used, but up to --skip-bad of them are left out of the data sets.
+    """
+    bad = None
+    if RANK == 0:
+        bad = data.check_sets(datasets, f.skip_bad)
+    if dist.is_initialized():
+        box = [bad]
+        dist.broadcast_object_list(box)
+        bad = box[0]
+    for (dataset, labels), items in zip(datasets, bad):
+        if items:
+            dataset.leave_out(items)
+            print0(f"note: --skip-bad: {dataset.spec} {dataset.split} goes without {len(items)} "
+                   f"images: {', '.join(dataset.left_out)}")
+        if RANK == 0:
+            for remark in dataset.remarks(labels, f.crop):
+                print0(f"note: {dataset.spec} {dataset.split}: {remark}")
+
+
+def check_validation(f, source, target, val):
+    """Raise DataError where validation images are trained on, unless --val asks for just that."""
+    trained = [(f.source, source)]
+    if f.adapts or f.labeled != "0":
+        trained.append((f.target, target))
+    for spec, dataset in trained:
+        both = data.images_in_both(dataset, val) if dataset else []
+        if not both:
+            continue
+        text = (f"--val {f.val}: {len(both)} of its {len(val)} images are images of the training "
+                f"set {spec}, such as {both[0]}")
+        if f.asked_val != spec:
+            raise data.DataError(f"{text}; give other images, --val none, or --val {spec} if you "
+                                 "want a score on training images")
+        print0(f"note: VALIDATION ON TRAINING IMAGES: {text}; the scores say nothing about others")
 
 
 def check_labels(dataset, f, indices=None):
@@ -682,27 +731,35 @@ def open_sets(f):
     classes = data.class_names(f.classes)
     source = target = val = None
     labeled = []
+    used = []  # with whether the labels are
     if f.source != "none":
         source = open_training_set(f, f.source, classes, count=f.rcs > 0)
         if not source.labeled:
-            raise data.DataError(f"--source {f.source}: has no labels, and a source needs them")
+            raise data.DataError(f"--source {f.source}: has no labels, and a source needs them"
+                                 f"{source.no_labels}")
+        used.append((source, True))
         never = [name for i, name in enumerate(classes) if i not in source.table]
         if never:
             print0(f"note: {f.source} has no label for {', '.join(never)}")
     if f.target != "none":
         count = f.rcs > 0 and source is None
         target = open_training_set(f, f.target, classes, count, partial=True)
+        used.append((target, f.labeled != "0"))
+    if f.val != "none":
+        val = data.open_dataset(f.val, "val", classes, f.size, f.cache)
+        if not val.labeled:
+            raise data.DataError(f"--val {f.val}: has no labels; give a labelled set, or none"
+                                 f"{val.no_labels}")
+        used.append((val, True))
+        check_validation(f, source, target, val)
+    check_sets(f, used)
+
     if f.labeled != "0":
         labeled = data.labeled_indices(target, f.labeled)
-
     if source:
         check_labels(source, f)
     if labeled:
         check_labels(target, f, labeled)
-    if f.val != "none":
-        val = data.open_dataset(f.val, "val", classes, f.size, f.cache)
-        if not val.labeled:
-            raise data.DataError(f"--val {f.val}: has no labels; give a labelled set, or none")
     return Sets(classes, source, target, labeled, val)
 
 
@@ -1162,6 +1219,10 @@ class Run:
             hashed = hashlib.sha256(names).hexdigest()[:16]
             labels = f" ({len(self.labeled_names)} images with labels, sha256 {hashed})"
             begins |= {"labeled": self.labeled_names, "labeled_sha256": hashed}
+        for dataset in (sets.source, sets.target, sets.val):
+            if dataset and dataset.left_out:
+                left_out = begins.setdefault("left_out", {})
+                left_out[f"{dataset.spec} {dataset.split}"] = dataset.left_out
         images = f" ({len(sets.source)} images)" if sets.source else ""
         print0(f"{f.recipe}: {f.source}{images} -> {f.target}{labels}, "
                f"{len(sets.classes)} classes; {f.backbone} + {f.decoder}-{f.channels}; "
