@@ -341,12 +341,11 @@ TWINS = ("_mask", "_label", "_gt")  # what tools add to an image's name to name 
 
 def _without_twins(dataset, images):
     """The images but those that are the mask of another one, X_mask.png beside X.jpg: noted."""
-    known = {image.with_suffix("") for image in images}
+    known = {str(image.with_suffix("")) for image in images}
     kept, twins = [], []
     for image in images:
-        name = image.with_suffix("")
-        others = [name.with_name(name.name.removesuffix(end)) for end in TWINS]
-        if any(other != name and other in known for other in others):
+        name = str(image.with_suffix(""))
+        if any(name.endswith(end) and name.removesuffix(end) in known for end in TWINS):
             twins.append(str(image))
         else:
             kept.append(image)
@@ -760,7 +759,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             pending |= self._items.records["done"] == 0
         items = [i for i, record in enumerate(self._record) if pending[record]]
         faults = self._fill_all(items, self._check)
-        return [fault for fault in faults if fault]
+        return sorted(fault for fault in faults if fault)
 
     def _check_all(self):
         """check(), but a fault raises DataError."""
@@ -1037,7 +1036,7 @@ def describe_faults(dataset, faults):
     with its first file, how many there are, and for ids what may be behind them.
     """
     kinds = {}
-    for fault in sorted(faults):
+    for fault in faults:
         kind = "ids"
         if not fault.values:
             kind = fault.text
@@ -1752,6 +1751,8 @@ def main(argv=None):
     classes = args.classes or usual
     try:
         dataset = open_dataset(args.spec, args.split, classes, args.size, args.cache, partial=True)
+        if dataset.files is not None:
+            dataset.cached = False  # a look at a data set needs its facts, not a copy of its images
         problems = _report(dataset, dataset.check())
     except DataError as error:
         _fail(error, 2)
