@@ -546,7 +546,7 @@ class Cache:
         """All but the mapping, whose whole content would travel to other processes."""
         return {"path": self.path, "count": self.count, "record": self.record}
 
-    def make(self):
+    def _make(self):
         """Makes the file, full of zeros, unless it is there."""
         size = self.count * self.record.itemsize
         if not self.path.is_file() or self.path.stat().st_size != size:
@@ -558,7 +558,7 @@ class Cache:
     @functools.cached_property
     def records(self):
         """Read-only mapping of the file, a structured array (count,)."""
-        self.make()
+        self._make()
         return np.memmap(self.path, self.record, "r")
 
     def done(self, i):
@@ -576,7 +576,7 @@ class Cache:
             record[name] = value
         record["done"] = 1
         rest = memoryview(record.tobytes())
-        self.make()
+        self._make()
         # Not through the mapping, where a full disk kills the process instead of raising. A file
         # takes the part that there is room for; the next write raises.
         with _writing(self.path, len(rest)), open(self.path, "r+b", buffering=0) as file:
@@ -773,9 +773,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
         Raises DataError if none remains.
         """
         # Both caches are named after all files, so they are opened before.
-        self._facts.make()
+        self._facts._make()
         if self.cached:
-            self._items.make()
+            self._items._make()
         self._record = [record for i, record in enumerate(self._record) if i not in items]
         self.left_out += [str(self.files[i][0]) for i in items]
         self.names = [name for i, name in enumerate(self.names) if i not in items]

@@ -845,7 +845,7 @@ def test_data_command(tmp_path):
         return subprocess.run([*command, tmp_path / "sheet.png"], capture_output=True, text=True)
     good = run(spec)
     assert good.returncode == 0 and all(w in good.stdout for w in ("6 images", "24x18 (6)", "0 problems"))
-    assert Image.open(tmp_path / "sheet.png").width == 3 * 320
+    assert Image.open(tmp_path / "sheet.png").width == 3 * 320 + 2 * 4
     put(tmp_path / "d" / "labels" / "p01.png", np.full((18, 24), 9))
     (tmp_path / "d" / "images" / "p02.png").write_bytes(b"")
     bad = run(spec)
@@ -935,11 +935,11 @@ def test_problems_of_all_sets_are_grouped_by_kind(tmp_path):
     assert "error: " in lines[2] and "labels/001.png: ids 3" in lines[2] and "(3 of 6 items)" in lines[2]
 
     classes = str(tmp_path / "names.txt")
-    done = run_data(argv[argv.index("--source") + 1], "--classes", classes, "--out", tmp_path / "sheet.png")
+    done = data_command(argv[argv.index("--source") + 1], "--classes", classes, "--out", tmp_path / "sheet.png")
     assert done.returncode == 2 and done.stdout.count("problem: ") == 2 and "5 problems" in done.stdout
 
 
-def run_data(*argv):
+def data_command(*argv):
     """Run data.py in a process of its own."""
     return subprocess.run([sys.executable, data.__file__, *map(str, argv)], capture_output=True, text=True)
 
@@ -1050,10 +1050,10 @@ def test_what_is_said_about_images_and_labels(tmp_path):
     streets = data.open_dataset("streets", "train", names, None, tmp_path / "cache")
     assert streets.remarks(crop=128) == [] and "crops of 256" in streets.remarks(crop=256)[0] and streets.check() == []
 
-    done = run_data(spec, "--classes", tmp_path / "names.txt", "--cache", tmp_path / "cache")
+    done = data_command(spec, "--classes", tmp_path / "names.txt", "--cache", tmp_path / "cache")
     assert done.returncode == 2 and "names.txt" in done.stderr
     (tmp_path / "names.txt").write_text("sky\nwall\n")
-    done = run_data(spec, "--classes", tmp_path / "names.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "o.png")
+    done = data_command(spec, "--classes", tmp_path / "names.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "o.png")
     words = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0 and ["sky", "0.000"] in words and ["wall", "100.000"] in words
     assert "4 images" in done.stdout and "ignored 50 %" in done.stdout
@@ -1075,7 +1075,7 @@ def test_where_labels_were_looked_for_is_said(tmp_path):
     done = run_train(["--recipe", "source", "--source", f"cityscapes:{tmp_path}", "--target", "none", "--val", "none",
                       "--out", str(tmp_path / "out")], check=False)
     assert done.returncode == 2 and str(wanted) in done.stderr.splitlines()[-1]
-    done = run_data(f"cityscapes:{tmp_path}", "--cache", tmp_path / "cache", "--out", tmp_path / "sheet.png")
+    done = data_command(f"cityscapes:{tmp_path}", "--cache", tmp_path / "cache", "--out", tmp_path / "sheet.png")
     assert done.returncode == 0 and str(wanted) in done.stdout
 
 
@@ -1968,12 +1968,12 @@ def test_pictures():
     sheet = data.grid([[picture, drawn], [mixed, mixed]], ["image", "label"])
     assert sheet.size == (2 + 4 + 2, 14 + 2 + 4 + 2) and sheet.getpixel((6, 14)) == (10, 20, 30)
     dark = np.zeros((20, 30, 3), np.uint8)
-    wide = evaluation.panel(dark, label, label, colors)
-    assert wide.size == (4 * 30 + 3 * 4, 14 + 20) and wide.getpixel((34, 14)) == (10, 20, 30)
-    assert evaluation.panel(dark, None, label, colors).width == 3 * 30 + 2 * 4
+    wide = evaluation.panel(dark, label, label, "ab", colors)
+    assert wide.width == 4 * 30 + 3 * 4 and wide.getpixel((34, 14)) == (10, 20, 30)
+    assert evaluation.panel(dark, None, label, "ab", colors).width == 3 * 30 + 2 * 4
     entries = [("a", colors[0]), ("a long name", colors[1])]
-    one, two = (evaluation.with_legend(wide.crop((0, 0, w, 34)), entries) for w in (132, 60))
-    assert one.size == (132, 34 + 18) and two.size == (60, 34 + 34)  # the second on its own line
+    one, two = (data.with_legend(wide.crop((0, 0, w, 34)), entries) for w in (132, 80))
+    assert one.size == (132, 34 + 18) and two.size == (80, 34 + 34)  # the second on its own line
     assert one.getpixel((6, 40)) == two.getpixel((6, 40)) == (10, 20, 30)
     assert two.getpixel((6, 56)) == (200, 100, 0) and one.getpixel((34, 14)) == (10, 20, 30)
 
@@ -1984,7 +1984,9 @@ def test_panel_of_a_training_step_leaves_the_network_alone():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     views = {"source": torch.rand(5, 3, 8, 8), "label": torch.full((5, 8, 8), 255).byte()}
     sheet = evaluation.training_panel(model, views, "abcd")
-    assert sheet.size == (3 * 12 - 4, 14 + 4 * 12 - 4)  # three columns, at most four rows
+    plain = data.grid([[np.zeros((8, 8, 3), np.uint8)] * 3] * 4, views)  # three columns, at most four rows
+    shown = {colour for _, colour in sheet.crop((0, plain.height, *sheet.size)).getcolors(999)}
+    assert sheet.height > plain.height and shown & {tuple(colour) for colour in data.palette("abcd").tolist()}
     assert model.conv[1].training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
