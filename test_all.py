@@ -879,7 +879,7 @@ def relabel(ids, size=(56, 40), **how):
     def change(path):
         label = np.repeat(np.array(ids, how.get("dtype", np.uint8)), -(-size[1] // len(ids)))[:size[1]]
         image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(label[:, None], size[::-1])))
-        image.convert(how.get("mode", image.mode)).save(path, how.get("format", "PNG"))
+        image.save(path, how.get("format", "PNG"))
     return change
 
 
@@ -898,8 +898,8 @@ FAULTS = {  # what happens to files of the made run, which ones, and the words o
     "binary": (relabel((0, 255)), "source/labels/*.png", "write `0 sky` and `255 wall` in an IDS file"),
     "binary validation": (relabel((0, 255)), "val/labels/*.png", "255 is ignored"),
     "ignored only": (relabel((255,)), "source/labels/*.png", "no pixel of its labels"),
-    "colours": (relabel((0, 1), mode="RGB"), "source/labels/002.png", "a colour picture"),
-    "16 bits": (relabel((0, 1), dtype=np.uint16), "source/labels/002.png", "16-bit"),
+    "colours": (lambda path: Image.new("RGB", (56, 40), (9, 8, 7)).save(path), "source/labels/002.png", "colour"),
+    "16 bits": (relabel((0, 1000), dtype=np.uint16), "source/labels/002.png", "labels/002.png"),
     "JPEG": (relabel((0, 1), format="JPEG"), "source/labels/002.png", "JPEG"),
 }
 
