@@ -1805,12 +1805,70 @@ def test_what_is_said_about_images_and_labels(tmp_path):
     assert "4 images" in done.stdout and "ignored 50 %" in done.stdout
 
 
+def test_each_part_of_a_pool_is_checked_with_its_own_table(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("1 road\n2 car\n")
+    (tmp_path / "b.txt").write_text("128 64 128 car\n0 0 142 Road\n")
+    a = f"{make_masks(tmp_path / 'a', (1, 2), 3)}:{tmp_path}/a.txt"
+    b = f"{make_masks(tmp_path / 'b', COLOURS[:2], 4)}:{tmp_path}/b.txt"
+
+    def opened():
+        return data.open_dataset([a, b], "train", None, (24, 18), tmp_path / "cache")
+
+    assert data.check_sets([(opened(), True)]) == [[]]
+    put(tmp_path / "a/masks/p01.png", np.full((18, 24), 5))
+    put(tmp_path / "b/masks/p02.png", np.full((18, 24, 3), 5))
+    refused(lambda: data.check_sets([(opened(), True)]), a, "p01.png", "ids 5", "(1 of 3 items)")
+    assert f"problem: {b}: " in capsys.readouterr().err
+    for path in ("a/masks/p01.png", "b/masks/p02.png"):
+        put(tmp_path / path, np.zeros((8, 8)))
+    put(tmp_path / "a/masks/p01.png", np.ones((8, 8)))
+    put(tmp_path / "b/masks/p02.png", np.full((8, 8, 3), COLOURS[0]))
+    pool = opened()
+    refused(lambda: data.check_sets([(pool, True)], skip=1), "--skip-bad 1", "24x18")
+    assert data.check_sets([(pool, True)], skip=2) == [[1, 5]]
+    pool.leave_out([1, 5])
+    assert pool.names == ["0/p00", "0/p02", "1/p00", "1/p01", "1/p03"] and len(pool.files) == 5
+    assert pool.left_out == [str(tmp_path / path) for path in ("a/images/p01.png", "b/images/p02.png")]
+    assert data.check_sets([(pool, True)]) == [[]] and pool.class_counts().shape == (5, 2)
+    assert [int(pool[i]["label"].max()) for i in range(5)] == [1] * 5
+    streets = data.open_dataset(["streets", a], "train", pool.classes, None, tmp_path / "cache")
+    assert data.images_in_both(streets, pool) == [str(tmp_path / f"a/images/p0{i}.png") for i in (0, 2)]
+
+
+def test_masks_whose_indices_mean_other_colours_are_a_problem(tmp_path):
+    classes = ("a", "b", "c")
+    alike = make_masks(tmp_path / "alike", (0, 1, 2), write=save_palette)
+    assert data.check_sets([(data.open_dataset(alike, "val", classes, cache=tmp_path), True)]) == [[]]
+    spec = make_masks(tmp_path / "d", (0, 1, 2), write=save_palette)
+    odd = Image.open(tmp_path / "d/masks/p01.png")
+    odd.putpalette([9, 9, 9, 1, 1, 1, 5, 5, 5])
+    odd.save(tmp_path / "d/masks/p01.png")
+    found = data.open_dataset(spec, "val", classes, cache=tmp_path)
+    refused(lambda: data.check_sets([(found, True)]), spec, "1 of its masks", "p01.png", "IDS")
+    (tmp_path / "ids.txt").write_text("#090909 a\n#010101 b\n#050505 c\n" + "\n".join(
+        f"{r} {g} {b} {name}" for name, (r, g, b) in zip(classes, data.COLOURS)))
+    by_colour = data.open_dataset(f"{spec}:{tmp_path}/ids.txt", "val", classes, cache=tmp_path)
+    assert data.check_sets([(by_colour, True)]) == [[]]
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("a\nb\n", True), ("0 a\n1 b\n", True), ("0 a\n255 b\n", False), ("0 a\n1 b\n255 -\n", False)])
+def test_binary_masks_are_a_problem_unless_a_table_says_what_255_is(text, problem, tmp_path):
+    (tmp_path / "ids.txt").write_text(text)
+    spec = f"{make_masks(tmp_path / 'd', (0, 255))}:{tmp_path}/ids.txt"
+    found = data.open_dataset(spec, "train", ("a", "b"), cache=tmp_path)
+    assert found.check() == []
+    assert ("write `0 a` and `255 b`" in found.label_problem()) == problem
+
+
 def test_masks_beside_images_are_no_images(tmp_path):
     for name in ("a.jpg", "a_mask.png", "b.png", "b_label.png", "c.png", "c_gt.png", "d_mask.png", "_mask.png"):
         put(tmp_path / "x" / name, np.zeros((4, 4, 3)))
     dataset = data.open_dataset(f"folder:{tmp_path / 'x'}", "train", "camvid11")
     assert dataset.names == ["_mask", "a", "b", "c", "d_mask"]
     note = dataset.notes[0]
+    by_glob = data.open_dataset(f"glob:{tmp_path / 'x'}/*.*", "train", "camvid11")
+    assert by_glob.names == dataset.names
     assert "MASKS" in note and " 3 files" in note and all(name in note for name in ("a_mask.png", "b_label.png", "c_gt.png"))
 
 
@@ -4569,7 +4627,8 @@ def write_pairs(root, count=5, size=(56, 40), classes=3, name="train"):
 def small_run(tmp_path):
     """A command line of a tiny run on made data; further flags are added by the tests."""
     labelled, _ = write_pairs(tmp_path, name="source")
-    val, unlabelled = write_pairs(tmp_path, name="target")
+    _, unlabelled = write_pairs(tmp_path, name="target")
+    val, _ = write_pairs(tmp_path, name="val")
     (tmp_path / "names.txt").write_text("sky\nwall\ncar\n")
     return ["--source", labelled, "--target", unlabelled, "--val", val,
             "--classes", str(tmp_path / "names.txt"),
@@ -4733,7 +4792,8 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
     names = ["sky", "wall", "car"]
     flags = train.parse_flags(argv).saved | {"world": 1}
     state = {"flags": flags, "classes": names}
-    free = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache"}
+    free = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
+            "skip_bad"}
     assert free == train.FREE_ON_RESUME
     for name in flags:
         other = flags | {name: "other"}
@@ -4989,18 +5049,20 @@ def test_a_dying_rank_ends_the_job(small_run, tmp_path):
     assert (tmp_path / "out/last.pt").read_bytes() == before
 
 
-def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path):
-    for domain in ("source", "target"):
+def test_an_image_that_breaks_later_ends_the_run_and_loses_no_checkpoint(
+        small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "check_sets", Mock())  # all was well before the first step
+    for domain in ("source", "val"):
         broken = tmp_path / domain / "images/003.png"
         broken.write_bytes(broken.read_bytes()[:200])
     begin = time.time()
     argv = [*small_run, "--rcs", "0", "--workers"]
-    fails([*argv, "1"], "source/images/003.png", launcher=(sys.executable,))  # a loader process
+    fails([*argv, "1"], "source/images/003.png")  # a loader process
     fails([*argv, "0"], "source/images/003.png")
     assert time.time() - begin < 120
     good, _ = write_pairs(tmp_path, name="good")
     argv = [*small_run, "--source", good, "--out", str(tmp_path / "last")]
-    fails([*argv, *"--recipe source --target none --steps 2".split()], "target/images/003.png")
+    fails([*argv, *"--recipe source --target none --steps 2".split()], "val/images/003.png")
     assert load_checkpoint(tmp_path / "last/last.pt")["step"] == 2  # the final evaluation failed
 
 
