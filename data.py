@@ -1549,7 +1549,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         Index of the class of value 0 in own masks in which 255, and it alone, is ignored and no
         other value has that class, so that pixels per class tell it apart. None: not such masks.
         """
-        if self.kind in SETS or self.ids.kind == "colour" or IGNORE in self.ids.names:
+        if self.kind in SETS or self.ids.kind == "colour":
             return None
         found = _classes_of_values(self.ids, self.classes)
         zero = found.pop(0, IGNORE)
