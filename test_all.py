@@ -328,12 +328,12 @@ def test_folder_faults(tmp_path):
 def test_content_faults(tmp_path):
     spec = make_folder(tmp_path)
     dataset = data.open_dataset(spec, "val", ABC)
-    assert [dataset.check(i)[2] for i in range(6)] == [None] * 6
+    assert [dataset._check(i) for i in range(6)] == [None] * 6
     two = data.open_dataset(spec, "val", ("a", "b"))
     refused(lambda: two[0], tmp_path / "labels" / "000.png", "ids 2", "2 classes")
     put(tmp_path / "labels" / "003.png", np.zeros((8, 8)))
     refused(lambda: dataset[3], "003.png", "24x18", "8x8", tmp_path / "images", tmp_path / "labels")
-    assert "24x18" in dataset.check(3)[2]
+    assert "24x18" in dataset._check(3).text
 
 
 @pytest.fixture
@@ -1654,6 +1654,47 @@ def test_a_pooled_source_trains_as_one_folder(tmp_path):
     assert done.returncode == 0 and len(list((tmp_path / "panels").iterdir())) == 5, done.stderr
 
 
+def test_what_own_tables_leave_out_is_said_with_its_share(tmp_path):
+    (tmp_path / "ids.txt").write_text("0 road\n1 -\n2 kerb stone\n3 sky\n")
+    spec = f"{make_masks(tmp_path / 'd', (0, 1, 2, 3))}:{tmp_path}/ids.txt"
+    dataset = data.open_dataset(spec, "val", ("road", "sky"), cache=tmp_path / "cache")
+    raw = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "d" / "masks").iterdir())])
+    remarks = "; ".join(dataset.remarks())
+    assert f"{100 * (raw == 2).mean():.3g} % of the pixels are ignored because the classes lack their names: kerb" in remarks
+    assert f"ignored {100 * np.isin(raw, (1, 2)).mean():.3g} % of the pixels" in remarks
+    assert "lack" not in "; ".join(data.open_dataset(spec, "val", cache=tmp_path / "cache").remarks())
+
+
+def test_palettes_that_differ_are_a_problem_where_ids_are_read_by_index(tmp_path):
+    """Colour masks that a tool reduced to palettes, file by file; with a table of colours they are right."""
+    (tmp_path / "colours.txt").write_text("128 64 128 road\n0 0 142 car\n70 130 180 sky")
+    spec = make_masks(tmp_path / "d", COLOURS, write=save_colour_palette)
+    Image.fromarray(np.full((18, 24, 3), COLOURS[2], np.uint8)).quantize().save(tmp_path / "d" / "masks" / "p01.png")
+    argv = ["--source", spec, "--target", "none", "--val", "none", "--recipe", "source", "--steps", "1", "--crop", "16",
+            "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    (tmp_path / "names.txt").write_text("road\ncar\nsky")
+    done = run_train([*argv, "--classes", str(tmp_path / "names.txt")], check=False)
+    assert done.returncode == 2 and "palettes in 3 masks" in done.stderr and not (tmp_path / "out").exists()
+    run_train([argv[0], f"{spec}:{tmp_path}/colours.txt", *argv[2:]])
+    alike = data.open_dataset(make_masks(tmp_path / "alike", (0, 1, 2), write=save_palette), "val", ("a", "b", "c"),
+                              cache=tmp_path / "cache")
+    assert not alike.check() and not alike.label_problem()
+
+
+def test_bad_pairs_of_a_pooled_source_are_left_out(tmp_path):
+    (tmp_path / "names.txt").write_text("road\ncar\nsky")
+    specs = [make_masks(tmp_path / name, (0, 1, 2), count, (32, 32)) for name, count in (("a", 3), ("b", 4))]
+    (tmp_path / "a" / "images" / "p01.png").write_bytes(b"")
+    argv = ["--source", *specs, "--target", specs[1], "--val", "none", "--recipe", "source", "--steps", "2", "--crop", "16",
+            "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--classes",
+            str(tmp_path / "names.txt"), "--rcs", "0.01"]
+    done = run_train(argv, check=False)
+    assert done.returncode == 2 and "a/images/p01.png" in done.stderr and "--skip-bad 1" in done.stderr
+    done = run_train([*argv, "--skip-bad", "1"])
+    assert "(6 images)" in done.stdout
+    assert list(events(tmp_path / "out", "start")[0]["left_out"].values()) == [[str(tmp_path / "a/images/p01.png")]]
+
+
 def test_pools_of_tables_labels_and_names(tmp_path):
     (tmp_path / "a.txt").write_text("1 road\n2 car")
     (tmp_path / "b.txt").write_text("128 64 128 car\n0 0 142 Road")
@@ -1685,6 +1726,327 @@ def test_pools_of_tables_labels_and_names(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- data.py: checks, and what is said
+
+
+def checked_run(root):
+    """A command line of a tiny run on made pairs below `root`: source, target with labels, val."""
+    source, _ = write_pairs(root, 6, name="source")
+    target, _ = write_pairs(root, 4, name="the target")
+    val, _ = write_pairs(root, 3, name="val")
+    (root / "names.txt").write_text("sky\nwall\ncar\n")
+    return ["--recipe", "source", "--source", source, "--target", target, "--val", val,
+            "--classes", str(root / "names.txt"), "--cache", str(root / "cache"),
+            "--out", str(root / "out"), *"--crop 32 --batch 2 --channels 8 --steps 2 --dtype fp32".split()]
+
+
+def cut(path):
+    """The file loses its second half."""
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def relabel(ids, size=(56, 40), **how):
+    """A change that writes stripes of these ids into a mask."""
+    def change(path):
+        label = np.repeat(np.array(ids, how.get("dtype", np.uint8)), -(-size[1] // len(ids)))[:size[1]]
+        image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(label[:, None], size[::-1])))
+        image.save(path, how.get("format", "PNG"))
+    return change
+
+
+FAULTS = {  # what happens to files of the made run, which ones, and the words of the one line
+    "truncated image": (cut, "source/images/003.png", "no readable image"),
+    "empty image": (lambda path: path.write_bytes(b""), "source/images/003.png", "restore or remove it"),
+    "truncated mask": (cut, "source/labels/003.png", "no readable image"),
+    "image of the target": (cut, "the target/images/002.png", "no readable image"),
+    "image of the validation set": (cut, "val/images/002.png", "no readable image"),
+    "mask of the validation set": (relabel((0, 7)), "val/labels/002.png", "ids 7"),
+    "unequal sizes": (relabel((0, 1), (56, 39)), "source/labels/005.png", "56x40 but"),
+    "unequal sizes in validation": (relabel((0, 1), (40, 56)), "val/labels/000.png", "56x40 but"),
+    "ids from 1": (relabel((1, 2, 3)), "source/labels/*.png", "do the ids start at 1? write `1 NAME`"),
+    "void is 0": (relabel((0, 1, 2, 3)), "source/labels/*.png", "is 0 no class? write `0 -`"),
+    "stray id": (relabel((0, 9)), "source/labels/004.png", "values of these masks: 0, 9"),
+    "binary": (relabel((0, 255)), "source/labels/*.png", "write `0 sky` and `255 wall` in an IDS file"),
+    "binary validation": (relabel((0, 255)), "val/labels/*.png", "255 is ignored"),
+    "ignored only": (relabel((255,)), "source/labels/*.png", "no pixel of its labels"),
+    "colours": (lambda path: Image.new("RGB", (56, 40), (9, 8, 7)).save(path), "source/labels/002.png", "colour"),
+    "16 bits": (relabel((0, 1000), dtype=np.uint16), "source/labels/002.png", "labels/002.png"),
+    "JPEG": (relabel((0, 1), format="JPEG"), "source/labels/002.png", "JPEG"),
+}
+
+
+@pytest.mark.parametrize("change, files, words", FAULTS.values(), ids=FAULTS)
+def test_faults_are_one_line_before_the_first_step(change, files, words, tmp_path):
+    argv = checked_run(tmp_path)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    for path in sorted(tmp_path.glob(files)):
+        change(path)
+    done = run_train(argv, check=False)
+    assert done.returncode == 2
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("train.py: error: ") and words in error
+    assert str(tmp_path / files.partition("/")[0]) in error  # the file, or the SPEC it is of
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert {path.parent for path in written} == {tmp_path / "cache"}
+    assert not (tmp_path / "out").exists() and "step" not in done.stdout
+
+
+def test_problems_of_all_sets_are_grouped_by_kind(tmp_path):
+    argv = checked_run(tmp_path)
+    for i in (1, 2, 4):
+        relabel((1, 2, 3))(tmp_path / f"source/labels/00{i}.png")
+    cut(tmp_path / "source/images/000.png")
+    cut(tmp_path / "source/images/005.png")
+    relabel((0, 1), (56, 39))(tmp_path / "val/labels/001.png")
+    done = run_train(argv, check=False)
+    lines = [line for line in done.stderr.splitlines() if "problem: " in line or "error: " in line]
+    assert done.returncode == 2 and len(lines) == 3
+    assert "val/labels/001.png" in lines[1] and "(1 of 3 items)" in lines[1]
+    assert "images/000.png" in lines[0] and "(2 of 6 items)" in lines[0]
+    assert "error: " in lines[2] and "labels/001.png: ids 3" in lines[2] and "(3 of 6 items)" in lines[2]
+
+    classes = str(tmp_path / "names.txt")
+    done = data_command(argv[argv.index("--source") + 1], "--classes", classes, "--out", tmp_path / "sheet.png")
+    assert done.returncode == 2 and done.stdout.count("problem: ") == 2 and "5 problems" in done.stdout
+
+
+def data_command(*argv):
+    """Run data.py in a process of its own."""
+    return subprocess.run([sys.executable, data.__file__, *map(str, argv)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("size", [None, (30, 20)])
+def test_what_is_whole_is_read_once(size, tmp_path, monkeypatch):
+    """Also where nothing is cached; a faulty file is read again, a changed one is seen."""
+    spec, _ = write_pairs(tmp_path, 5)
+    cut(tmp_path / "train/images/002.png")
+
+    def opened():
+        return data.open_dataset(spec, "train", ("sky", "wall", "car"), size, tmp_path / "cache")
+
+    first = opened()
+    assert first.cached == (size is not None)
+    assert [fault.index for fault in first.check()] == [2]
+    read = Mock(wraps=data._in_processes)
+    monkeypatch.setattr(data, "_in_processes", read)
+    assert [fault.index for fault in opened().check()] == [2]
+    assert [call.args[1] for call in read.call_args_list] == [[2]]
+    shutil.copy(tmp_path / "train/images/001.png", tmp_path / "train/images/002.png")
+    whole = opened()
+    assert whole.check() == [] and len(read.call_args.args[1]) == 5  # another cache: of other files
+    read.reset_mock()
+    again = opened()
+    again.remarks()
+    assert again.check() == [] and (again.class_counts() == whole.class_counts()).all()
+    assert all(call.args[1] == [] for call in read.call_args_list)
+
+
+@pytest.mark.parametrize("size", [None, (48, 36)])
+def test_left_out_pairs_are_as_if_they_were_not_there(size, tmp_path):
+    faulty, _ = write_pairs(tmp_path, 7, name="a")
+    whole, _ = write_pairs(tmp_path, 7, name="b")
+    cut(tmp_path / "a/images/001.png")
+    relabel((0, 1), (56, 39))(tmp_path / "a/labels/004.png")
+    for i in (1, 4):
+        (tmp_path / f"b/images/00{i}.png").unlink()
+        (tmp_path / f"b/labels/00{i}.png").unlink()
+    a, b = [data.open_dataset(spec, "train", ("sky", "wall", "car"), size, tmp_path / "cache")
+            for spec in (faulty, whole)]
+    assert data.check_sets([(a, True), (b, True)], skip=2) == [[1, 4], []]
+    a.leave_out([1, 4])
+    assert a.left_out == [str(tmp_path / f"a/images/00{i}.png") for i in (1, 4)]
+    assert len(a) == 5 and a.names == b.names and (a.class_counts() == b.class_counts()).all()
+    assert a.check() == [] and all(same(a[i], b[i]) for i in range(5))
+    a = pickle.loads(pickle.dumps(a))  # as a loader's process has it
+    crops = [data.Crops(dataset, 32, 1, data.RareClassSampler(dataset.class_counts())) for dataset in (a, b)]
+    assert all(same(crops[0][k], crops[1][k]) for k in range(12))
+
+
+def test_skip_bad(tmp_path):
+    argv = checked_run(tmp_path)
+    whole = run_train([*argv, "--skip-bad", "3"])
+    assert "skip-bad" not in whole.stdout and "left_out" not in events(tmp_path / "out", "start")[0]
+    terms = [event["source"] for event in events(tmp_path / "out", "step")]
+    shutil.rmtree(tmp_path / "out")
+    run_train(argv)
+    assert terms == [event["source"] for event in events(tmp_path / "out", "step")]
+
+    shutil.rmtree(tmp_path / "out")
+    cut(tmp_path / "source/images/003.png")
+    cut(tmp_path / "val/labels/001.png")
+    done = run_train([*argv, "--skip-bad", "1"], check=False)
+    assert done.returncode == 2 and "--skip-bad" in done.stderr and not (tmp_path / "out").exists()
+    done = run_train([*argv, "--skip-bad", "2"], launcher=TORCHRUN, OMP_NUM_THREADS="1")
+    assert "goes without 1 images" in done.stdout and "source (5 images)" not in done.stdout
+    left_out = events(tmp_path / "out", "start")[0]["left_out"]
+    assert list(left_out.values()) == [[str(tmp_path / "source/images/003.png")], [str(tmp_path / "val/images/001.png")]]
+    assert events(tmp_path / "out", "result")[0]["student"]["images"] == 2
+    relabel((0, 9))(tmp_path / "source/labels/000.png")
+    shutil.rmtree(tmp_path / "out")
+    done = run_train([*argv, "--skip-bad", "9"], check=False)  # wrong ids are never left out
+    assert done.returncode == 2 and "ids 9" in done.stderr
+
+
+def test_published_labels_of_another_size_are_resized_and_counted(tmp_path):
+    for i, height in enumerate((20, 18, 20)):
+        put(tmp_path / f"images/{i}.png", np.zeros((20, 30, 3)))
+        put(tmp_path / f"labels/{i}.png", np.repeat([7, 23], height // 2)[:, None].repeat(30, 1))
+    dataset = data.open_dataset(f"gta:{tmp_path}", "train", "cityscapes19", None, tmp_path / "cache")
+    dataset.size, dataset.cached = None, False
+    assert dataset.check() == []
+    assert any(remark.startswith("1 labels have another size") for remark in dataset.remarks())
+    assert all((dataset[i]["label"] == dataset[0]["label"]).all() for i in range(3))
+
+
+def test_what_is_said_about_images_and_labels(tmp_path):
+    spec, _ = write_pairs(tmp_path, 4)
+    names = ("sky", "wall", "car", "never")
+    relabel((0, 1, 255, 255))(tmp_path / "train/labels/000.png")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(tmp_path / "train/images/001.png").save(tmp_path / "train/images/001.png", exif=exif)
+    dataset = data.open_dataset(spec, "train", names, None, tmp_path / "cache")
+    said = dataset.remarks(crop=80)
+    assert said == [
+        "1 images are turned by their EXIF tag",
+        "crops of 80 are larger than 100% of the images (56x40): 65% of the crops is padding; use a smaller --crop or "
+        "a larger --size",
+        "ignored 12.5 % of the pixels of its labels", "no pixel of 1 of 4 classes: never"]
+    assert dataset.remarks(labels=False) == said[:1] and len(dataset.remarks(crop=40)) == 3
+    assert dataset.label_problem() == ""
+    for i in range(4):
+        relabel((1, 255))(tmp_path / f"train/labels/00{i}.png")
+    one = data.open_dataset(spec, "train", names, None, tmp_path / "cache")
+    assert any("ONE CLASS ONLY: all masks hold wall" in remark for remark in one.remarks()) and not one.label_problem()
+    streets = data.open_dataset("streets", "train", names, None, tmp_path / "cache")
+    assert streets.remarks(crop=128) == [] and "crops of 256" in streets.remarks(crop=256)[0] and streets.check() == []
+
+    done = data_command(spec, "--classes", tmp_path / "names.txt", "--cache", tmp_path / "cache")
+    assert done.returncode == 2 and "names.txt" in done.stderr
+    (tmp_path / "names.txt").write_text("sky\nwall\n")
+    done = data_command(spec, "--classes", tmp_path / "names.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "o.png")
+    words = [line.split() for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and ["sky", "0.000"] in words and ["wall", "100.000"] in words
+    assert "4 images" in done.stdout and "ignored 50 %" in done.stdout
+
+
+def test_masks_beside_images_are_no_images(tmp_path):
+    for name in ("a.jpg", "a_mask.png", "b.png", "b_label.png", "c.png", "c_gt.png", "d_mask.png", "_mask.png"):
+        put(tmp_path / "x" / name, np.zeros((4, 4, 3)))
+    dataset = data.open_dataset(f"folder:{tmp_path / 'x'}", "train", "camvid11")
+    assert dataset.names == ["_mask", "a", "b", "c", "d_mask"]
+    note = dataset.notes[0]
+    assert "MASKS" in note and " 3 files" in note and all(name in note for name in ("a_mask.png", "b_label.png", "c_gt.png"))
+
+
+def test_where_labels_were_looked_for_is_said(tmp_path):
+    put(tmp_path / "leftImg8bit/train/x/x_0_leftImg8bit.png", np.zeros((8, 8, 3)))
+    put(tmp_path / "gtFine/train/x/x_0_gtFine_color.png", np.zeros((8, 8, 3)))
+    wanted = tmp_path / "gtFine/train/x/x_0_gtFine_labelIds.png"
+    done = run_train(["--recipe", "source", "--source", f"cityscapes:{tmp_path}", "--target", "none", "--val", "none",
+                      "--out", str(tmp_path / "out")], check=False)
+    assert done.returncode == 2 and str(wanted) in done.stderr.splitlines()[-1]
+    done = data_command(f"cityscapes:{tmp_path}", "--cache", tmp_path / "cache", "--out", tmp_path / "sheet.png")
+    assert done.returncode == 0 and str(wanted) in done.stdout
+
+
+def test_validation_on_training_images_and_own_source_without_target(tmp_path):
+    argv = checked_run(tmp_path)
+    source, target, val = [argv[argv.index(flag) + 1] for flag in ("--source", "--target", "--val")]
+    rest = argv[argv.index("--classes"):]
+    (tmp_path / "linked").symlink_to(tmp_path / "source/images")
+    link = f"folder:{tmp_path / 'linked'}:{tmp_path / 'source/labels'}"
+    for flags in (["--recipe", "oracle", "--source", "target", "--target", target],
+                  ["--recipe", "source", "--source", "none", "--labeled", "2", "--target", target],
+                  ["--recipe", "dacs", "--source", source, "--target", target],
+                  ["--recipe", "source", "--source", source, "--target", "none", "--val", link]):
+        done = run_train([*flags, *rest], check=False)
+        assert done.returncode == 2 and "are images of the training set" in done.stderr and "if you want" in done.stderr
+    for flags in (["--recipe", "source", "--source", source, "--target", target],  # the target is not trained on
+                  ["--recipe", "source", "--source", source, "--target", "none", "--val", source]):
+        said = run_train([*flags, *rest]).stdout
+        assert ("VALIDATION ON TRAINING IMAGES" in said) == ("none" in flags)
+        shutil.rmtree(tmp_path / "out")
+    for flags in (["--source", source], ["--source", "camvid:DIR", "--recipe", "source"]):
+        done = run_train([*flags, *rest], check=False)
+        assert done.returncode == 2 and "--target none" in done.stderr.splitlines()[-1]
+    for flags in ([], ["--source", "streets"], ["--recipe", "oracle"]):
+        assert train.parse_flags(flags).target == "streets:shifted"
+    assert train.parse_flags(["--recipe", "t2sda_dg", "--source", source]).target == "none"
+
+
+def test_legends_show_the_classes_that_occur(tmp_path):
+    spec, _ = write_pairs(tmp_path, 2)
+    names = ("sky", "wall", "car", "never")
+    colours = [tuple(colour) for colour in data.palette(names).tolist()]
+    sheet = data.contact_sheet(data.open_dataset(spec, "train", names, None, tmp_path / "cache"))
+    plain = data.grid([[np.zeros((320 * 40 // 56, 320, 3), np.uint8)] * 3] * 2, ["image", "label", "overlay"])
+    below = {colour for _, colour in sheet.crop((0, plain.height, *sheet.size)).getcolors(9999)}
+    assert below >= set(colours[:3]) and colours[3] not in below
+    label = np.array([[0, 2], [255, 2]], np.uint8)
+    assert data.legend([label, torch.from_numpy(label)], names, colours) == [
+        ("sky", colours[0]), ("car", colours[2]), ("not labelled", (0, 0, 0))]
+    narrow = data.with_legend(Image.new("RGB", (8, 8)), [("a name that is longer than the sheet", (1, 2, 3))])
+    assert narrow.width > 150 and narrow.getpixel((6, 14)) == (1, 2, 3)
+
+    put(tmp_path / "in.png", np.array([[[0, 0, 0], [85, 0, 0], [255, 0, 0]]]).repeat(2, 0))
+    own = tmp_path / "colours.txt"
+    own.write_text("#010203 never\nwall,9,8,7\n")
+    for flags, wall in (({}, colours[1]), ({"colors": data.read_colours(own, names)}, (9, 8, 7))):
+        evaluation.predict_images(Pointwise(), tmp_path / "in.png", names, tmp_path / "out", **flags)
+        ids = Image.open(tmp_path / "out/in_ids.png")
+        assert ids.mode == "P" and np.asarray(ids).tolist() == [[0, 1, 3]] * 2
+        rgb = ids.convert("RGB")
+        assert rgb.getpixel((0, 0)) == colours[0] and rgb.getpixel((1, 0)) == wall
+        assert tuple(ids.getpalette()[3 * 255:]) == (0, 0, 0)
+        panel = Image.open(tmp_path / "out/in_panel.png")
+        assert wall in {colour for _, colour in panel.crop((0, 16, *panel.size)).getcolors(9999)}
+
+
+def test_palette_files(tmp_path):
+    path = tmp_path / "p.txt"
+    for text in ("1 2 3 traffic light", "traffic light,1,2,3", "# label:color_rgb:parts:actions\ntraffic light:1,2,3::",
+                 "#010203 traffic light", "name,r,g,b\nroad,128,64,128\ntraffic light, 1, 2, 3\nelse,4,4,4"):
+        path.write_text(text)
+        assert data.read_colours(path, ("road", "traffic light")).tolist() == [[128, 64, 128], [1, 2, 3]]
+    for text, words in (("road\nwall", "128 64 128 road"), ("1 2 256 road", "from 0 to 255")):
+        path.write_text(text)
+        refused(lambda: data.read_colours(path, ("road", "wall")), path, words)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_of_every_start_method(method, tmp_path):
+    argv = checked_run(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import multiprocessing\nmultiprocessing.set_start_method({method!r}, force=True)\n")
+    where = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    run_train([*argv, "--workers", "1", "--steps", "1", "--size", "48x40"], **where)
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import data; data._in_processes(exec, [{code!r}], 'waiting')"
+    pool = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | where)
+    worker = int(pool.stdout.readline())  # it did not end itself, and does when its parent is killed
+    time.sleep(1)
+    assert Path(f"/proc/{worker}").exists() or sys.platform != "linux"
+    pool.kill()
+    pool.wait()
+    for _ in range(50):
+        if not Path(f"/proc/{worker}").exists() or Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.2)
+    pytest.fail("a worker outlived its parent")
+
+
+def test_windows_gets_no_more_than_61_workers(monkeypatch):
+    pool = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", pool)
+    for cores, items, workers in ((64, 100, 61), (61, 100, 61), (4, 100, 4), (64, 3, 3)):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        with pytest.raises(KeyboardInterrupt):
+            data._in_processes(abs, range(items), "counting")
+        assert pool.call_args.args == (workers,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # kernels.py
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -2420,12 +2782,12 @@ def test_pictures():
     sheet = data.grid([[picture, drawn], [mixed, mixed]], ["image", "label"])
     assert sheet.size == (2 + 4 + 2, 14 + 2 + 4 + 2) and sheet.getpixel((6, 14)) == (10, 20, 30)
     dark = np.zeros((20, 30, 3), np.uint8)
-    wide = evaluation.panel(dark, label, label, colors)
-    assert wide.size == (4 * 30 + 3 * 4, 14 + 20) and wide.getpixel((34, 14)) == (10, 20, 30)
-    assert evaluation.panel(dark, None, label, colors).width == 3 * 30 + 2 * 4
+    wide = evaluation.panel(dark, label, label, "ab", colors)
+    assert wide.width == 4 * 30 + 3 * 4 and wide.getpixel((34, 14)) == (10, 20, 30)
+    assert evaluation.panel(dark, None, label, "ab", colors).width == 3 * 30 + 2 * 4
     entries = [("a", colors[0]), ("a long name", colors[1])]
-    one, two = (evaluation.with_legend(wide.crop((0, 0, w, 34)), entries) for w in (132, 60))
-    assert one.size == (132, 34 + 18) and two.size == (60, 34 + 34)  # the second on its own line
+    one, two = (data.with_legend(wide.crop((0, 0, w, 34)), entries) for w in (132, 80))
+    assert one.size == (132, 34 + 18) and two.size == (80, 34 + 34)  # the second on its own line
     assert one.getpixel((6, 40)) == two.getpixel((6, 40)) == (10, 20, 30)
     assert two.getpixel((6, 56)) == (200, 100, 0) and one.getpixel((34, 14)) == (10, 20, 30)
 
@@ -2436,7 +2798,9 @@ def test_panel_of_a_training_step_leaves_the_network_alone():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     views = {"source": torch.rand(5, 3, 8, 8), "label": torch.full((5, 8, 8), 255).byte()}
     sheet = evaluation.training_panel(model, views, "abcd")
-    assert sheet.size == (3 * 12 - 4, 14 + 4 * 12 - 4)  # three columns, at most four rows
+    plain = data.grid([[np.zeros((8, 8, 3), np.uint8)] * 3] * 4, views)  # three columns, at most four rows
+    shown = {colour for _, colour in sheet.crop((0, plain.height, *sheet.size)).getcolors(999)}
+    assert sheet.height > plain.height and shown & {tuple(colour) for colour in data.palette("abcd").tolist()}
     assert model.conv[1].training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
