@@ -459,10 +459,10 @@ def test_facts_of_images(tmp_path):
         assert cached.class_counts().dtype == np.int64 and cached.class_counts().tolist() == served
         facts = cached._facts.records
         assert facts["size"].tolist() == [[24, 18]] * 4 and facts["native"].tolist() == owned
-        assert facts["turned"].tolist() == [False, False, True, False] and facts["checked"].all()
+        assert facts["turned"].tolist() == [False, False, True, False] and facts["done"].all()
         assert not cached._items.pending().size
-    plain = open_train(spec, cache=tmp_path / "native")  # not cached: labels alone are read
-    assert plain.class_counts().tolist() == owned and not plain._facts.records["checked"].any()
+    plain = open_train(spec, cache=tmp_path / "native")  # not cached
+    assert plain.class_counts().tolist() == owned
     names = data.CLASS_SPACES["cityscapes19"]
     one, more = (open_train("streets", x, cache=tmp_path) for x in (names, (*names, "no label")))
     assert one._items.path == more._items.path and one._facts.path != more._facts.path
@@ -4419,7 +4419,7 @@ def test_help_names_every_flag_with_its_default():
     shown = run_train(["-h"]).stdout
     assert shown.count("\n") <= 120
     flags = re.split(r"\n  (?=--)", shown)[1:]
-    assert len(flags) == 50
+    assert len(flags) == 51
     for text in flags:
         assert "(default: " in " ".join(text.split()), text
     assert len({text.split()[0].rstrip(",") for text in flags} | {"-h"}) == 51
@@ -4858,7 +4858,8 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
     names = ["sky", "wall", "car"]
     flags = train.parse_flags(argv).saved | {"world": 1}
     state = {"flags": flags, "classes": names}
-    free = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache"}
+    free = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
+            "skip_bad"}
     assert free == train.FREE_ON_RESUME
     for name in flags:
         other = flags | {name: "other"}
