@@ -35,8 +35,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
-                  colorize, fail, grid, majority_label, open_dataset, overlay, palette, parse_size,
-                  read_image)
+                  colorize, fail, grid, legend, majority_label, open_dataset, overlay, palette,
+                  parse_size, read_colours, read_image, save_ids, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags, load_checkpoint,
                    upsample_pseudo_label)
 
@@ -290,18 +290,20 @@ def ignored_only(dataset):
                      "do labels and classes match?")
 
 
-def evaluate(model, dataset, window=None, flip=False, head="plain", save=None):
+def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, colors=None):
     """scores() of a model on a labelled data set plus "images" and "images_per_s".
 
     All ranks must call it and get the same: each predicts its share, in float32, and the confusion
     matrix is summed once. Labels keep their native size. save: an existing folder for one panel per
-    image. The train/eval mode of every module is restored. Raises DataError where there are no
-    labels or only ignored pixels.
+    image; colors: uint8 (K,3), those of its classes, by default palette's. The train/eval mode of
+    every module is restored. Raises DataError where there are no labels or only ignored pixels.
     """
     if not dataset.labeled:
         raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
                         "for pictures alone use --images")
     names = dataset.classes
+    if colors is None:
+        colors = palette(names)
     K = len(names)
     begin = time.perf_counter()
     total = torch.zeros(K, K, dtype=torch.int64, device=model.pixel_mean.device)
@@ -311,7 +313,7 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None):
             if save:
                 picture = as_picture(item["image"])
                 label = item["label"].numpy()
-                sheet = panel(picture, label, pred.cpu().numpy(), palette(names))
+                sheet = panel(picture, label, pred.cpu().numpy(), names, colors)
                 name = item["name"].replace("/", "__")  # of a pool
                 sheet.save(Path(save) / f"{name}.png")
     if dist.is_initialized():
@@ -512,19 +514,26 @@ def fitted(ids, picture):
     return np.asarray(Image.fromarray(ids).resize((w, h), Image.Resampling.NEAREST))
 
 
-def panel(picture, label, prediction, colors):
-    """PIL image, one row: image, label (None: left out), prediction, overlay, all of one size."""
+def panel(picture, label, prediction, names, colors):
+    """
+    PIL image, one row: image, label (None: left out), prediction, overlay, all of one size; below
+    it a legend.
+    """
     prediction = fitted(prediction, picture)
     row = {"image": picture}
+    shown = [prediction]
     if label is not None:
-        row["label"] = colorize(fitted(label, picture), colors)
+        label = fitted(label, picture)
+        row["label"] = colorize(label, colors)
+        shown.append(label)
     row["prediction"] = colorize(prediction, colors)
     row["overlay"] = overlay(picture, prediction, colors)
-    return grid([list(row.values())], list(row))
+    sheet = grid([list(row.values())], list(row))
+    return with_legend(sheet, legend(shown, names, colors))
 
 
 def training_panel(model, views, names, rows=4):
-    """PIL image of what a training step saw, one sample a row.
+    """PIL image of what a training step saw, one sample a row, and a legend.
 
     views: title -> float images (B,3,S,S) in [0,1] or uint8 labels (B,S,S). The last column is the
     model's prediction of the view called target, of source where there is none.
@@ -533,35 +542,18 @@ def training_panel(model, views, names, rows=4):
     with eval_mode(model):
         views = views | {"prediction": predict_labels(model, seen)}
     colors = palette(names)
-    sheet = []
+    sheet, shown = [], []
     for i in range(min(rows, len(seen))):
         row = []
         for view in views.values():
             if view.ndim == 4:
                 row.append(as_picture(view[i]))
             else:
-                row.append(colorize(view[i].cpu().numpy(), colors))
+                ids = view[i].cpu().numpy()
+                row.append(colorize(ids, colors))
+                shown.append(ids)
         sheet.append(row)
-    return grid(sheet, list(views))
-
-
-def with_legend(sheet, entries):
-    """PIL image: the sheet, below it a square of each colour and its name. entries: (name, RGB)."""
-    line, square = 16, 10  # heights
-    larger = Image.new("RGB", (sheet.width, sheet.height + line * (len(entries) + 1)), "white")
-    larger.paste(sheet, (0, 0))
-    draw = ImageDraw.Draw(larger)
-    x = 2
-    y = sheet.height + 2
-    for name, colour in entries:
-        wide = square + 4 + math.ceil(draw.textlength(name))
-        if x > 2 and x + wide > sheet.width:
-            x = 2
-            y += line
-        draw.rectangle((x, y, x + square, y + square), fill=tuple(int(c) for c in colour))
-        draw.text((x + square + 4, y), name, fill="black")
-        x += wide + 14
-    return larger.crop((0, 0, sheet.width, y + line))
+    return with_legend(grid(sheet, list(views)), legend(shown, names, colors))
 
 
 @torch.no_grad()
@@ -594,19 +586,19 @@ def gain_per_frame(before, after, dataset, **how):
     return accuracies | {"pixels": pixels, "ignored": ignored}, gains
 
 
-def before_after(before, after, dataset, titles=("before", "after"), **how):
+def before_after(before, after, dataset, titles=("before", "after"), colors=None, **how):
     """What one model gains over another on a labelled data set -> PIL image, report.
 
     The image shows the three frames around the median gain in pixel accuracy, not the best ones:
     image, label, prediction before, prediction after, one frame a row, then a legend of the classes
     that occur. report: see gain_per_frame, and "frames": [(name, gain)]. One process does all the
-    work. Raises DataError where there are no labels or only ignored pixels.
+    work. colors: as in evaluate. Raises DataError where there are no labels or only ignored pixels.
     """
     if not dataset.labeled:
         raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; a gain needs them")
-    colors = palette(dataset.classes)
-    rows, frames = [], []
-    occurring = set()
+    if colors is None:
+        colors = palette(dataset.classes)
+    rows, frames, shown = [], [], []
     with eval_mode(before), eval_mode(after):
         report, gains = gain_per_frame(before, after, dataset, **how)
         gains.sort()
@@ -619,15 +611,13 @@ def before_after(before, after, dataset, titles=("before", "after"), **how):
             pred_after = predict_item(after, item, **how)
             for ids in (item["label"], pred_before, pred_after):
                 row.append(colorize(fitted(ids.cpu().numpy(), picture), colors))
-                occurring.update(ids.unique().tolist())
+                shown.append(ids.cpu())
             rows.append(row)
             frames.append((item["name"], gain))
 
-    entries = [(name, colors[k]) for k, name in enumerate(dataset.classes) if k in occurring]
-    if IGNORE in occurring:
-        entries.append(("not labelled", (0, 0, 0)))
     sheet = grid(rows, ["image", "label", *titles])
-    return with_legend(sheet, entries), report | {"frames": frames}
+    sheet = with_legend(sheet, legend(shown, dataset.classes, colors))
+    return sheet, report | {"frames": frames}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -643,12 +633,14 @@ SERVERS = {
 }
 
 
-def predict_images(model, path, names, folder, size=None, window=None, flip=False, head="plain"):
+def predict_images(model, path, names, folder, size=None, window=None, flip=False, head="plain",
+                   colors=None):
     """Predict a file or every image of a folder; returns the number of images.
 
-    Writes NAME_ids.png and NAME_panel.png (image, prediction, overlay) to `folder`, at the image's
-    own size; NAME is the file's own, without its folder. The network sees images at the training
-    scale: their longer side is that of `size` (W,H). Raises DataError.
+    Writes NAME_ids.png (values are ids, the palette inside has their colours) and NAME_panel.png
+    (image, prediction, overlay, legend) to `folder`, at the image's own size; NAME is the file's
+    own, without its folder. The network sees images at the training scale: their longer side is
+    that of `size` (W,H). colors: as in evaluate. Raises DataError.
     """
     path = Path(path)
     folder = Path(folder)
@@ -658,7 +650,8 @@ def predict_images(model, path, names, folder, size=None, window=None, flip=Fals
     if not files:
         raise DataError(f"{path}: no images here ({', '.join(sorted(SUFFIXES))})")
 
-    colors = palette(names)
+    if colors is None:
+        colors = palette(names)
     stems = Counter(file.stem for file in files)
     folder.mkdir(parents=True, exist_ok=True)
     for file in tqdm(files, "images", disable=None, leave=False):
@@ -677,8 +670,8 @@ def predict_images(model, path, names, folder, size=None, window=None, flip=Fals
         name = file.stem
         if stems[name] > 1:  # a.jpg beside a.png
             name = file.name
-        Image.fromarray(label).save(folder / f"{name}_ids.png")
-        panel(picture, None, label, colors).save(folder / f"{name}_panel.png")
+        save_ids(folder / f"{name}_ids.png", label, colors)
+        panel(picture, None, label, names, colors).save(folder / f"{name}_panel.png")
     return len(files)
 
 
@@ -1118,6 +1111,8 @@ def build_parser():
       help="first re-estimate BatchNorm on unlabelled train images of this data set")
     a("--size", type=parse_size, metavar="WxH",
       help="size at the network (default: as trained; --images: longer side)")
+    a("--palette", metavar="FILE",
+      help="colours of the pictures: a name and its colour in a line, such as 128 64 128 road")
     a("--json", metavar="FILE", help="write the scores there too")
     a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
       help="cuda, cuda:1, mps, cpu")
@@ -1160,14 +1155,14 @@ def open_network(path, weights, args):
     return checkpoint, model
 
 
-def draw_gain(args, checkpoint, model, dataset, how):
+def draw_gain(args, checkpoint, model, dataset, colors, how):
     """Save the picture of before_after, print its report; returns the number of images."""
     old, before = open_network(args.before, "student", args)
     if old["classes"] != checkpoint["classes"]:
         raise CheckpointError(f"{args.before}: has other classes than {args.checkpoint}")
     titles = (f"{old['flags']['recipe']}, student",
               f"{checkpoint['flags']['recipe']}, {args.weights}")
-    picture, report = before_after(before, model, dataset, titles, **how)
+    picture, report = before_after(before, model, dataset, titles, colors, **how)
     picture.save(args.picture)
     print(f"pixel accuracy {report['before']:.1f} % before, {report['after']:.1f} % after, over "
           f"{len(dataset)} images of {dataset.spec}, split {dataset.split}: {report['pixels']} "
@@ -1177,11 +1172,11 @@ def draw_gain(args, checkpoint, model, dataset, how):
     return len(dataset)
 
 
-def score(args, about, model, dataset, aligned, how):
+def score(args, about, model, dataset, aligned, colors, how):
     """Print the scores, write them to --json; returns the number of images."""
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
-    result = evaluate(model, dataset, save=args.save, **how)
+    result = evaluate(model, dataset, save=args.save, colors=colors, **how)
     print(", ".join(f"{key} {value}" for key, value in about.items() if value))
     print(format_scores(result))
     if aligned:
@@ -1206,6 +1201,9 @@ def run(args):
     ids = flags.get("classes") or "classes"
     if not Path(ids).is_file():
         ids = "classes"
+    colors = palette(classes)
+    if args.palette:
+        colors = read_colours(args.palette, classes)
 
     if args.adabn:
         target = open_dataset(args.adabn, "train", classes, size, flags["cache"])
@@ -1224,7 +1222,7 @@ def run(args):
     begin = time.perf_counter()
     if args.images:
         folder = args.save or "predictions"
-        count = predict_images(model, args.images, classes, folder, size, **how)
+        count = predict_images(model, args.images, classes, folder, size, colors=colors, **how)
         if size:
             print(f"scaled to a longer side of {max(size)} for the network, ", end="")
         print(f"panels and ids at native size in {folder}")
@@ -1232,12 +1230,12 @@ def run(args):
         count = submit(model, dataset, args.submit, **how)
         print(f"ids of {dataset.spec}, split {args.split}, for the server in {args.submit}")
     elif args.before:
-        count = draw_gain(args, checkpoint, model, dataset, how)
+        count = draw_gain(args, checkpoint, model, dataset, colors, how)
     else:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights,
                  "data": dataset.spec, "split": args.split, "adabn": args.adabn, "head": args.head,
                  "slide": slide, "flip": args.flip}
-        count = score(args, about, model, dataset, aligned, how)
+        count = score(args, about, model, dataset, aligned, colors, how)
 
     print(f"{count} images, {count / (time.perf_counter() - begin):.1f} images/s", end="")
     if args.device.type == "cuda":

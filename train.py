@@ -69,7 +69,8 @@ THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "b
           "motorcycle", "bicycle", "SignSymbol", "Pedestrian", "Car", "Bicyclist"}
 
 # Flags that a resumed run may change: none of them changes what is learned.
-FREE_ON_RESUME = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache"}
+FREE_ON_RESUME = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
+                  "skip_bad"}
 
 
 def between(least, most, kind=float):
@@ -120,12 +121,15 @@ def build_parser():
     a("--source", default="streets", nargs="+", metavar="SPEC",
       help="labelled data, several are pooled; 'target': the target's own labels, 'none': only "
            "those of --labeled")
-    a("--target", default="streets:shifted", nargs="+", metavar="SPEC",
-      help="data to adapt to, several are pooled, or none")
+    a("--target", nargs="+", metavar="SPEC",
+      help="data to adapt to, several are pooled, or none (default: streets:shifted where --source "
+           "is streets)")
     a("--labeled", default="0", metavar="N",
       help="target images whose labels are used: N, all, or a file with one image name a line")
     a("--val", nargs="+", metavar="SPEC",
       help="labelled validation data, or none (default: the target's val split)")
+    a("--skip-bad", type=between(0, 10**9, int), default=0, metavar="N",
+      help="leave out up to N images that are unreadable or have a label of another size")
     a("--classes", metavar="C",
       help="cityscapes19, cityscapes16, camvid11, or a file with one name a line (default: the "
            "names of the first source's IDS where it has one, else cityscapes19)")
@@ -260,8 +264,14 @@ def parse_flags(argv=None):
     for name in ("source", "target", "val"):
         setattr(f, name, one_or_several(getattr(f, name), name, parser))
     all_labels = f.source == "target"
+    if f.target is None:
+        if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
+            parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
+                         "--target none with --recipe source (the default is rendered streets)")
+        f.target = "streets:shifted"
     if all_labels:
         f.source = f.target
+    asked_val = f.val
     if f.val is None:
         f.val = f.target
     own_ids = f.classes  # say what own masks without IDS mean
@@ -273,6 +283,7 @@ def parse_flags(argv=None):
             f.saved[name] = list(value) if isinstance(value, tuple) else value  # as JSON has it
     f.own_ids = own_ids
     f.class_names = data.class_names(f.classes or data.default_classes(specs(known(f))[0]))
+    f.asked_val = asked_val
 
     # what follows from them. A step adapts when it needs target images and what the teacher says of
     # them; T2S-DA weighs its classes by that
@@ -701,18 +712,63 @@ Sets = namedtuple("Sets", "classes source target labeled val")
 
 
 def open_training_set(f, spec, classes, count=False, partial=False):
-    """A training split. The first process fills its cache and, with count, counts its classes."""
+    """A training split. The first process renders streets and, with count, counts their classes."""
     dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial, f.own_ids)
     if f.cache and not dataset.cached:
         print0(f"note: --cache: {dataset.spec} has no common size and is read from its files each "
                "time; give --size WxH")
-    if RANK == 0:
-        dataset.prepare()
-        if count and dataset.labeled:
-            dataset.class_counts()
-    if dist.is_initialized():
-        dist.barrier()
+    for part in dataset.parts:
+        if RANK == 0 and part.files is None:  # files are read by check_sets
+            part.prepare()
+            if count:
+                part.class_counts()
     return dataset
+
+
+def check_sets(f, datasets):
+    """Read all files once, on the first process, before the first step; say what they show.
+
+    datasets: [(data set, whether its labels are used)]. Raises DataError where files cannot be
+    used, but up to --skip-bad of them are left out of the data sets.
+    """
+    parts = []
+    for dataset, labels in datasets:
+        for part in dataset.parts:
+            parts.append((part, labels))
+    bad = None
+    if RANK == 0:
+        bad = data.check_sets(parts, f.skip_bad)
+    if dist.is_initialized():
+        box = [bad]
+        dist.broadcast_object_list(box)
+        bad = box[0]
+    for (dataset, labels), items in zip(parts, bad):
+        if items:
+            dataset.leave_out(items)
+            print0(f"note: --skip-bad: {dataset.spec} {dataset.split} goes without {len(items)} "
+                   f"images: {', '.join(dataset.left_out)}")
+        if RANK == 0:
+            for remark in dataset.remarks(labels, f.crop):
+                print0(f"note: {dataset.spec} {dataset.split}: {remark}")
+    for dataset, _ in datasets:
+        dataset.join()
+
+
+def check_validation(f, source, target, val):
+    """Raise DataError where validation images are trained on, unless --val asks for just that."""
+    trained = [(f.source, source)]
+    if f.adapts or f.labeled != "0":
+        trained.append((f.target, target))
+    for spec, dataset in trained:
+        both = data.images_in_both(dataset, val) if dataset else []
+        if not both:
+            continue
+        text = (f"--val {words(f.val)}: {len(both)} of its {len(val)} images are images of the "
+                f"training set {words(spec)}, such as {both[0]}")
+        if f.asked_val != spec:
+            raise data.DataError(f"{text}; give other images, --val none, or --val {words(spec)} "
+                                 "if you want a score on training images")
+        print0(f"note: VALIDATION ON TRAINING IMAGES: {text}; the scores say nothing about others")
 
 
 def check_labels(dataset, f, indices=None):
@@ -729,29 +785,35 @@ def open_sets(f):
     classes = f.class_names
     source = target = val = None
     labeled = []
+    used = []  # with whether the labels are
     if f.source != "none":
         source = open_training_set(f, f.source, classes, count=f.rcs > 0)
         if not source.labeled:
-            raise data.DataError(f"--source {words(f.source)}: has no labels, and a source needs "
-                                 "them")
+            raise data.DataError(f"--source {words(f.source)}: has no labels, and a source "
+                                 f"needs them{source.no_labels}")
+        used.append((source, True))
         never = [name for i, name in enumerate(classes) if i not in source.table]
         if never:
             print0(f"note: {words(f.source)} has no label for {', '.join(never)}")
     if f.target != "none":
         count = f.rcs > 0 and source is None
         target = open_training_set(f, f.target, classes, count, partial=True)
-    if f.labeled != "0":
-        labeled = data.labeled_indices(target, f.labeled)
-
-    if source:
-        check_labels(source, f)
-    if labeled:
-        check_labels(target, f, labeled)
+        used.append((target, f.labeled != "0"))
     if f.val != "none":
         val = data.open_dataset(f.val, "val", classes, f.size, f.cache, ids=f.own_ids)
         if not val.labeled:
             raise data.DataError(f"--val {words(f.val)}: has no labels; give a labelled set, or "
-                                 "none")
+                                 f"none{val.no_labels}")
+        used.append((val, True))
+        check_validation(f, source, target, val)
+    check_sets(f, used)
+
+    if f.labeled != "0":
+        labeled = data.labeled_indices(target, f.labeled)
+    if source:
+        check_labels(source, f)
+    if labeled:
+        check_labels(target, f, labeled)
     return Sets(classes, source, target, labeled, val)
 
 
@@ -1215,6 +1277,10 @@ class Run:
             hashed = hashlib.sha256(names).hexdigest()[:16]
             labels = f" ({len(self.labeled_names)} images with labels, sha256 {hashed})"
             begins |= {"labeled": self.labeled_names, "labeled_sha256": hashed}
+        for dataset in (sets.source, sets.target, sets.val):
+            if dataset and dataset.left_out:
+                left_out = begins.setdefault("left_out", {})
+                left_out[f"{dataset.spec} {dataset.split}"] = dataset.left_out
         images = f" ({len(sets.source)} images)" if sets.source else ""
         print0(f"{f.recipe}: {words(f.source)}{images} -> {words(f.target)}{labels}, "
                f"{len(sets.classes)} classes; {f.backbone} + {f.decoder}-{f.channels}; "
