@@ -1852,15 +1852,6 @@ def _diagnosis(values, dataset):
     return text + ": do the ids start at 1? write `1 NAME` in an IDS file"
 
 
-def _image_names(images):
-    """A name per image: its file's, or its path's where two files have the same one."""
-    names = [re.sub("_(leftImg8bit|rgb_anon)$", "", image.stem) for image in images]
-    if len(set(names)) == len(images):
-        return names
-    top = os.path.commonpath([image.parent for image in images])
-    return ["__".join(image.relative_to(top).with_suffix("").parts) for image in images]
-
-
 class Pool(torch.utils.data.Dataset):
     """
     Several data sets of one split as one, with the interface of SegmentationDataset: what
