@@ -708,7 +708,7 @@ def check_validation(f, source, target, val):
     adapted to without labels by any --val that is typed.
     """
     trained = [(f.source, source, f.source)]
-    if f.labeled != "0":
+    if f.labeled != "0" and target.labeled:
         trained.append((f.target, target, f.target))
     elif f.adapts:
         trained.append((f.target, target, f.asked_val or f.val))
