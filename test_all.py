@@ -1963,9 +1963,11 @@ def test_validation_on_training_images_and_own_source_without_target(tmp_path):
         done = run_train([*flags, *rest], check=False)
         assert done.returncode == 2 and "are images of the training set" in done.stderr and "if you want" in done.stderr
     for flags in (["--recipe", "source", "--source", source, "--target", target],  # the target is not trained on
-                  ["--recipe", "source", "--source", source, "--target", "none", "--val", source]):
+                  ["--recipe", "source", "--source", source, "--target", "none", "--val", source],
+                  ["--recipe", "dacs", "--source", "none", "--labeled", "2", "--target", target, "--val", target],
+                  ["--recipe", "dacs", "--source", source, "--target", target.rpartition(":")[0], "--val", target]):
         said = run_train([*flags, *rest]).stdout
-        assert ("VALIDATION ON TRAINING IMAGES" in said) == ("none" in flags)
+        assert ("VALIDATION ON TRAINING IMAGES" in said) == ("--val" in flags)
         shutil.rmtree(tmp_path / "out")
     for flags in (["--source", source], ["--source", "camvid:DIR", "--recipe", "source"]):
         done = run_train([*flags, *rest], check=False)

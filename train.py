@@ -755,18 +755,24 @@ def check_sets(f, datasets):
 
 
 def check_validation(f, source, target, val):
-    """Raise DataError where validation images are trained on, unless --val asks for just that."""
-    trained = [(f.source, source)]
-    if f.adapts or f.labeled != "0":
-        trained.append((f.target, target))
-    for spec, dataset in trained:
+    """Raise DataError where validation images are trained on, unless --val asks for just that.
+
+    Images whose labels are learned are asked for by the SPEC of their training set, images that are
+    adapted to without labels by any --val that is typed.
+    """
+    trained = [(f.source, source, f.source)]
+    if f.labeled != "0" and target.labeled:
+        trained.append((f.target, target, f.target))
+    elif f.adapts:
+        trained.append((f.target, target, f.asked_val or f.val))
+    for spec, dataset, wanted in trained:
         both = data.images_in_both(dataset, val) if dataset else []
         if not both:
             continue
         text = (f"--val {words(f.val)}: {len(both)} of its {len(val)} images are images of the "
                 f"training set {words(spec)}, such as {both[0]}")
-        if f.asked_val != spec:
-            raise data.DataError(f"{text}; give other images, --val none, or --val {words(spec)} "
+        if f.asked_val != wanted:
+            raise data.DataError(f"{text}; give other images, --val none, or --val {words(wanted)} "
                                  "if you want a score on training images")
         print0(f"note: VALIDATION ON TRAINING IMAGES: {text}; the scores say nothing about others")
 
