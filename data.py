@@ -1891,11 +1891,12 @@ class Pool(torch.utils.data.Dataset):
 
     def join(self):
         """Sets what the parts' items give together; again after a part's leave_out."""
-        self.left_out = [path for part in self.parts for path in part.left_out]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.left_out = []
         self.names = []
         self.files = []
         for index, part in enumerate(self.parts):
+            self.left_out += part.left_out
             self.names += [f"{index}/{name}" for name in part.names]
             self.files += part.files or [(None, None)] * len(part)
 

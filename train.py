@@ -261,29 +261,8 @@ def parse_flags(argv=None):
         f.stop_at = f.steps
     if f.labeled.isdecimal():
         f.labeled = str(int(f.labeled))  # 00 is 0
-    for name in ("source", "target", "val"):
-        setattr(f, name, one_or_several(getattr(f, name), name, parser))
-    all_labels = f.source == "target"
-    if f.target is None:
-        if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
-            parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
-                         "--target none with --recipe source (the default is rendered streets)")
-        f.target = "streets:shifted"
-    if all_labels:
-        f.source = f.target
-    asked_val = f.val
-    if f.val is None:
-        f.val = f.target
-    own_ids = f.classes  # say what own masks without IDS mean
-    if f.classes is None:
-        f.classes = usual_classes(f)
-    f.saved = {}
-    for name, value in vars(f).items():
-        if name != "saved":
-            f.saved[name] = list(value) if isinstance(value, tuple) else value  # as JSON has it
-    f.own_ids = own_ids
-    f.class_names = data.class_names(f.classes or data.default_classes(specs(known(f))[0]))
-    f.asked_val = asked_val
+    all_labels = words(f.source) == "target"
+    settle_data(f, parser)
 
     # what follows from them. A step adapts when it needs target images and what the teacher says of
     # them; T2S-DA weighs its classes by that
@@ -296,6 +275,34 @@ def parse_flags(argv=None):
         if wrong:
             parser.error(message)
     return f
+
+
+def settle_data(f, parser):
+    """Fill in --target, --val and --classes, and `saved`, the flags that log and checkpoint keep."""
+    for name in ("source", "target", "val"):
+        setattr(f, name, one_or_several(getattr(f, name), name, parser))
+    if f.target is None:
+        if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
+            parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
+                         "--target none with --recipe source (the default is rendered streets)")
+        f.target = "streets:shifted"
+    if f.source == "target":
+        f.source = f.target
+    asked_val = f.val
+    if f.val is None:
+        f.val = f.target
+    own_ids = f.classes  # say what own masks without IDS mean
+    if f.classes is None:
+        f.classes = usual_classes(f)
+
+    saved = dict(vars(f))
+    for name, value in saved.items():
+        if isinstance(value, tuple):
+            saved[name] = list(value)  # as JSON has it
+    f.saved = saved
+    f.asked_val = asked_val
+    f.own_ids = own_ids
+    f.class_names = data.class_names(f.classes or data.default_classes(specs(known(f))[0]))
 
 
 def one_or_several(value, name, parser):
