@@ -1361,8 +1361,10 @@ class Run:
         columns = {}
         for name, view in views.items():
             columns[name] = view.image
-            if name in ("source", "mix", "target"):
+            if name in ("source", "mix"):
                 columns[f"{name} label"] = view.label
+            elif name == "target":
+                columns["pseudo-label"] = view.label
         folder = self.out / "panels"
         folder.mkdir(exist_ok=True)
         sheet = evaluation.training_panel(self.student, columns, self.sets.classes)
