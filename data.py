@@ -54,7 +54,6 @@ from tqdm import tqdm
 
 from kernels import IGNORE
 
-MOST_VALUES = 256  # of a mask that holds unknown ones: more are not told
 UNKNOWN = 254  # marks a raw id that the label table does not list
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
@@ -65,8 +64,7 @@ class DataError(ValueError):
     Bad input data: one line that names the file and the remedy.
 
     spares_others: one pair is unreadable or of unequal sizes, which says nothing about the others;
-    --skip-bad leaves such pairs out. values: ids, or packed colours, of a mask that holds unknown
-    ones, at most MOST_VALUES.
+    --skip-bad leaves such pairs out. values: all ids of a mask that holds unknown ones.
     """
 
     def __init__(self, text, spares_others=False, values=()):
@@ -781,8 +779,7 @@ def _find_by_glob(dataset, spec):
         raise DataError(f"{dataset.spec}: no image matches {spec.images}; check the pattern, and "
                         "put it in quotes")
     if spec.masks is None:
-        kept = _without_twins(dataset, [image for image, _ in images])
-        return [(image, None) for image in kept]
+        return [(image, None) for image, _ in images]
 
     masks = Path(spec.masks).as_posix()
     if len(re.findall(r"\*\*/|\*", masks)) > len(images[0][1]):
@@ -1259,8 +1256,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
     spec, split, classes: as given. kind: the spec's first word. names: one per image. size: (W,H)
     or None. labeled: whether it has labels. notes: list of str, what the user should know. files:
     [(image, label or None)], None for streets. ids: the Table of its masks. table: label_table of
-    it. mapping: mapping_lines of it. cached: whether items go through the cache. left_out: images
-    that leave_out has taken away, list of str. no_labels: where labels were looked for in vain.
+    it. mapping: mapping_lines of it. cached: whether items go through the cache.
+    left_out: images that leave_out has taken away, list of str.
     """
 
     def __init__(self, spec, split, classes, size, cache, partial=False, ids="classes"):
@@ -1282,6 +1279,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.mapping = []
         if self.labeled:
             self.mapping = mapping_lines(self._shown_ids(), classes)
+        self.lacking = None  # a label_table of the names that the classes lack
         self._note_names()
         self.cache = cache_folder(cache)
         self.cached = self._is_cached(cache)
@@ -1348,13 +1346,18 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return table._replace(names=named)
 
     def _note_names(self):
-        """Notes what the classes lack, and whose ids masks of the name labelTrainIds hold."""
+        """Sets which names the classes lack; notes whose ids masks named labelTrainIds hold."""
         if not self.labeled or self.classes in CLASS_SPACES.values():
             return
-        named = table_classes(self._shown_ids())
+        shown = self._shown_ids()
+        named = table_classes(shown)
         lacking = sorted(name for name in named if class_index(name, self.classes, False) == IGNORE)
         if lacking:
-            self.notes.append(f"ignored, because the classes lack these names: {_some(lacking)}")
+            self.lacking_names = lacking
+            marked = {}
+            for value, name in shown.names.items():
+                marked[value] = "lacking" if name in lacking else None
+            self.lacking = label_table(shown._replace(names=marked), ("lacking",))
         found = sum(self._holds_train_ids(label) for _, label in self.files or [] if label)
         if found:
             self.notes.append(
@@ -1372,14 +1375,17 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return os.path.abspath(self.files[i][0]).replace(os.sep, "/")
 
     @property
-    def parts(self):
-        """The data sets that this one consists of, as of Pool: itself."""
-        return [self]
-
-    @property
     def drawn_names(self):
         """The names that random draws depend on."""
         return self.names
+
+    @property
+    def parts(self):
+        """The data sets of single SPECs, here this one: see Pool."""
+        return [self]
+
+    def join(self):
+        """See Pool."""
 
     def _is_cached(self, cache):
         """Whether the cache is used; cache: the directory that the user gives, or None."""
@@ -1475,10 +1481,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
         What the user should know about the items, list of str. labels: whether they are used. crop:
         side of the training crops. Raises DataError.
         """
-        remarks = list(self.notes)
         if self.files is None:  # what the renderer draws is known
-            return remarks + self._crop_remarks(crop, np.array([self.size]))
+            return self._crop_remarks(crop, np.array([self.size]))
         facts = self.facts()
+        remarks = list(self.notes)
         turned = facts["turned"].sum()
         if turned:
             remarks.append(f"{turned} images are turned by their EXIF tag")
@@ -1508,9 +1514,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
         remarks = []
         shown = counts > 0
         absent = [name for name, there in zip(self.classes, shown) if not there]
+        pixels = max(1, ignored + counts.sum())
         if ignored:
-            share = 100 * ignored / (ignored + counts.sum())
-            remarks.append(f"ignored {share:.3g} % of the pixels of its labels")
+            remarks.append(f"ignored {100 * ignored / pixels:.3g} % of the pixels of its labels")
+        if self.lacking is not None:
+            share = 100 * self.facts()["lacking"].sum() / pixels
+            remarks.append(f"{share:.3g} % of the pixels are ignored because the classes lack "
+                           f"their names: {_some(self.lacking_names)}")
         if shown.sum() == 1 and ignored:
             remarks.append(f"ONE CLASS ONLY: all masks hold {self.classes[shown.argmax()]} and "
                            "ignored pixels, so there is nothing to tell apart; do ids and classes "
@@ -1530,54 +1540,25 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return counts, int((width * height).sum() - counts.sum())
 
     def label_problem(self):
-        """A line that says why labels of files that fit the table teach nothing, or ''."""
+        """A line that says why labels of files that fit the table teach nothing or wrong, or ''."""
         if self.files is None or not self.labeled:
             return ""
+        facts = self._facts.records[self._record]
+        palettes = Counter(facts["palette"][facts["palette"] != b""])
+        if len(palettes) > 1:
+            return (f"{self.spec}: {len(palettes)} palettes in {palettes.total()} masks that are "
+                    "read by index, so one id has many colours, as after reducing colours file by "
+                    "file; give the colours in IDS (128 64 128 road), or save all ids with one "
+                    "palette")
         counts, ignored = self._native_counts()
         if ignored and not counts.any():
             return (f"{self.spec}: no pixel of its labels is one of the {len(self.classes)} "
                     "classes; check --classes")
-        zero = self._class_of_zero()
-        if ignored and zero is not None and counts[zero] == counts.sum():
-            other = [name for name in self.classes if name != self.classes[zero]][0]
+        own = self.ids.kind == "position" and self.table[0] == 0
+        if own and ignored and len(self.classes) > 1 and counts[0] == counts.sum():
             return (f"{self.spec}: its masks hold the values 0 and 255 only: 255 is ignored; "
-                    f"write `0 {self.classes[zero]}` and `255 {other}` in an IDS file")
-        return self._palette_problem()
-
-    def _class_of_zero(self):
-        """
-        Index of the class of value 0 in own masks in which 255, and it alone, is ignored and no
-        other value has that class, so that pixels per class tell it apart. None: not such masks.
-        """
-        if self.kind in SETS or self.ids.kind == "colour":
-            return None
-        found = _classes_of_values(self.ids, self.classes)
-        zero = found.pop(0, IGNORE)
-        if len(self.classes) < 2 or zero in found.values() or IGNORE in (zero, *found.values()):
-            return None
-        if any(self._holds_train_ids(label) for _, label in self.files if label):
-            return None
-        return zero
-
-    def _palette_problem(self):
-        """A line that says that an index means another colour in some masks, or ''."""
-        digests = self._facts.records["palette"][self._record]
-        counts = Counter(digest for digest in digests.tolist() if digest)
-        if len(counts) < 2:
-            return ""
-        usual = counts.most_common(1)[0][0]
-        odd = [str(self.files[i][1]) for i, digest in enumerate(digests.tolist())
-               if digest not in (b"", usual)]
-        return (f"{self.spec}: {len(odd)} of its masks have another palette than the others, where "
-                "an index means another colour; say in IDS what the colours are, or save all with "
-                f"one palette: {_some(odd)}")
-
-    def _palette(self, i):
-        """palette_digest of item i's mask where its values are indices of the user's, or ''."""
-        path = None if self.files is None else self.files[i][1]
-        if path is None or self.kind in SETS or self.ids.kind == "colour":
-            return ""
-        return palette_digest(path)
+                    f"write `0 {self.classes[0]}` and `255 {self.classes[1]}` in an IDS file")
+        return ""
 
     def class_counts(self):
         """Pixels per image and class, int64 (N,K), of the labels as served. Raises DataError."""
@@ -1590,23 +1571,24 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def _read(self, i):
         """
-        (image, label or None, whether EXIF turned the image, whether the label was resized to it),
-        from the files, at the image's own size. Raises DataError.
+        (image, label or None, whether EXIF turned the image, whether the label was resized to it,
+        pixels of names that the classes lack), from the files, at the image's own size. Raises
+        DataError.
         """
         path, label_path = self.files[i]
         image, turned = _read_upright(path)
-        label = None
+        label, lacking = None, 0
         if label_path:
-            label = self._read_label(i)
+            label, lacking = self._read_label(i)
         elif self.labeled:
             label = np.full(image.shape[:2], IGNORE, np.uint8)
         if label is None or image.shape[:2] == label.shape:
-            return image, label, turned, False
+            return image, label, turned, False, lacking
         # Some published labels have another size than their image: a few hundred of GTA5. DAFormer
         # and its family train on them, resized.
         if self.kind in SETS:
             fitted = _resized(label, image.shape[1::-1], Image.Resampling.NEAREST)
-            return image, fitted, turned, True
+            return image, fitted, turned, True, lacking
         height, width = image.shape[:2]
         label_height, label_width = label.shape
         remedy = "make them equal"
@@ -1616,26 +1598,38 @@ class SegmentationDataset(torch.utils.data.Dataset):
                         f"{label_width}x{label_height}; {remedy}", spares_others=True)
 
     def _read_label(self, i):
-        """Label of item i at its own size, mapped to class indices."""
+        """
+        (Label of item i at its own size, mapped to class indices; how many of its pixels have names
+        that the classes lack).
+        """
         path = self.files[i][1]
         if self._holds_train_ids(path):
             raw = read_label(path)
-            label = _look_up(self.train_table, raw)
+            label = _labels_of_ids(self.train_table, raw)
         elif self.ids.kind == "colour":
             raw = read_mask_colours(path)
-            label = _labels_of_colours(tuple(sorted(self.ids.names)), self.table.tobytes())[raw]
+            label = self._look_up(self.table, raw)
         else:
             if self.kind == "synthia":
                 raw = read_png16(path)
             else:
                 raw = read_label(path, lossy=self.ids.nearest)
-            label = _look_up(self.table, raw)
-        unknown = raw[label == UNKNOWN]
-        if unknown.size:
-            raise DataError(f"{path}: {self._unknown_values(unknown)} are not in {self.ids_from}; "
-                            "correct the mask or the table (255 is 'ignore', and so is a value "
-                            "with the name -)", values=np.unique(raw)[:MOST_VALUES].tolist())
-        return label
+            label = self._look_up(self.table, raw)
+        if (label == UNKNOWN).any():
+            raise DataError(f"{path}: {self._unknown_values(raw[label == UNKNOWN])} are not in "
+                            f"{self.ids_from}; correct the mask or the table (255 is 'ignore', and "
+                            "so is a value with the name -)",
+                            values=[] if self.ids.kind == "colour" else np.unique(raw).tolist())
+        lacking = 0
+        if self.lacking is not None:
+            lacking = int((self._look_up(self.lacking, raw) == 0).sum())
+        return label, lacking
+
+    def _look_up(self, table, raw):
+        """Labels uint8 (H,W) of raw ids or packed colours (H,W) in a label_table."""
+        if self.ids.kind == "colour":
+            return _labels_of_colours(tuple(sorted(self.ids.names)), table.tobytes())[raw]
+        return _labels_of_ids(table, raw)
 
     def _holds_train_ids(self, path):
         """Whether a mask holds train ids of Cityscapes, as its name says. IDS says more."""
@@ -1660,7 +1654,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def _load(self, i):
         """Item i as served, from its files."""
-        image, label, _, _ = self._read(i)
+        image, label, *_ = self._read(i)
         return _resized(image, self.size, Image.Resampling.BILINEAR), self._served_label(label)
 
     def _check(self, i):
@@ -1701,9 +1695,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
                   f"({size} MB), once", file=sys.stderr)
         return _in_processes(task, items.tolist(), text)
 
-    def _store(self, i, image, label, turned, fitted):
+    def _store(self, i, image, label, turned, fitted, lacking):
         """Writes item i, as _read gives it, into the facts and, where there is one, the cache."""
-        self._note(i, image.shape[1::-1], label, turned, fitted)
+        facts = {"turned": turned, "fitted": fitted, "lacking": lacking}
+        mask = self.files[i][1]
+        if mask and self.kind in OWN and self.ids.kind != "colour":
+            facts["palette"] = palette_digest(mask)
+        self._note(i, image.shape[1::-1], label, **facts)
         if not self.cached:
             return
         item = {"image": _resized(image, self.size, Image.Resampling.BILINEAR)}
@@ -1711,9 +1709,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
             item["label"] = self._served_label(label)
         self._items.write(self._record[i], **item)
 
-    def _note(self, i, size, label, turned=False, fitted=False):
+    def _note(self, i, size, label, **facts):
         """Writes the facts of item i; label: at the image's size, None where there is none."""
-        facts = {"size": size, "turned": turned, "fitted": fitted, "palette": self._palette(i)}
+        facts["size"] = size
         if label is not None:
             served = self._served_label(label)
             facts["native"] = _pixels_per_class(label, len(self.classes))
@@ -1736,13 +1734,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def _facts(self):
         """
         Cache of what is known about each item, whose files were read and fit: size (W,H) of the
-        image; whether EXIF turned it; whether the label was resized to it; pixels per class in the
-        label at the image's size (native) and as served; palette_digest of the mask where its
-        indices are read.
+        image; whether EXIF turned it; whether the label was resized to it; palette_digest of own
+        masks that are read by index; pixels of names that the classes lack; pixels per class in the
+        label at the image's size (native) and as served.
         """
         num_classes = len(self.classes)
         fields = [
             ("size", "u4", (2,)), ("turned", "?"), ("fitted", "?"), ("palette", "S16"),
+            ("lacking", "i8"),
             ("native", "i8", (num_classes,)), ("served", "i8", (num_classes,))]
         tables = [self.table.tobytes(), self.train_table.tobytes()]
         return Cache(self._cache_path(".facts", *tables, fields), len(self), fields)
@@ -1772,15 +1771,95 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+# Why an item cannot be used. text: one line, with file and remedy; the rest: see DataError.
+Fault = namedtuple("Fault", "index text spares_others values")
+
+
+def describe_faults(dataset, faults):
+    """
+    The faults of a data set in words, list of str: a line for each kind, the most frequent first,
+    with its first file, how many there are, and for ids what may be behind them.
+    """
+    kinds = {}
+    for fault in faults:
+        kind = "ids"
+        if not fault.values:
+            kind = fault.text
+            for path in filter(None, dataset.files[fault.index]):
+                kind = kind.replace(str(path), "")
+            kind = re.sub(r"\(.*\)|\d+", "", kind)  # details, sizes
+        kinds.setdefault(kind, []).append(fault)
+
+    lines = []
+    for group in sorted(kinds.values(), key=len, reverse=True):
+        text = group[0].text
+        values = set().union(*[fault.values for fault in group])
+        if values:
+            text += _diagnosis(values, dataset)
+        if group[0].spares_others:
+            text += f"; or --skip-bad {len(group)} leaves out as many"
+        lines.append(f"{text} ({len(group)} of {len(dataset)} items)")
+    return lines
+
+
+def check_sets(datasets, skip=0):
+    """
+    Checks data sets before they are used -> a list for each: the items to leave out.
+
+    datasets: [(data set, whether its labels are used)]. Up to `skip` images in all may be left out
+    whose pair is unreadable or of unequal sizes. Raises DataError with the first kind of problem;
+    the others are printed before, a line each.
+    """
+    bad, problems = [], []
+    faulty = {}  # an image that two of the sets have counts once
+    for dataset, _ in datasets:
+        faults = dataset.check()
+        bad.append([fault.index for fault in faults])
+        faulty.update((fault.text, fault.spares_others) for fault in faults)
+        problems += describe_faults(dataset, faults)
+    if len(faulty) <= skip and all(faulty.values()):
+        problems = []
+    for dataset, labels in datasets:
+        if labels:
+            problems.append(dataset.label_problem())
+    problems = list(dict.fromkeys(filter(None, problems)))
+    for problem in problems[1:]:
+        print(f"problem: {problem}", file=sys.stderr)
+    if problems:
+        raise DataError(problems[0])
+    return bad
+
+
+def images_in_both(a, b):
+    """Paths of images that two data sets share, links resolved, list of str in b's order."""
+    if a.files is None or b.files is None:
+        return []
+    known = {image.resolve() for image, _ in a.files if image}
+    return [str(image) for image, _ in b.files if image and image.resolve() in known]
+
+
+def _diagnosis(values, dataset):
+    """What ids that are not all known may mean, in words that follow the fault's own."""
+    values = sorted(values - {IGNORE})
+    count = len(dataset.classes)
+    if dataset.ids.kind != "position" or values != list(range(values[0], values[-1] + 1)):
+        return f"; all values of these masks: {', '.join(map(str, values))}"
+    text = f"; values {values[0]}..{values[-1]}, {count} classes 0..{count - 1}"
+    if values[-1] != count:
+        return text
+    if values[0] == 0:
+        return text + ": is 0 no class? write `0 -` and `1 NAME` in an IDS file"
+    return text + ": do the ids start at 1? write `1 NAME` in an IDS file"
+
+
 class Pool(torch.utils.data.Dataset):
     """
     Several data sets of one split as one, with the interface of SegmentationDataset: what
     open_dataset returns for several SPECs.
 
     parts: the data sets, each with its own table and cache; images are numbered through, in the
-    order of the parts. starts: the number of the first image of each part. names: INDEX/NAME, the
-    part and the name in it. spec: the SPECs with blanks between. size: that of all parts, or None.
-    mapping, notes: with the part's SPEC before them.
+    order of the parts. names: INDEX/NAME, the part and the name in it. spec: the SPECs with blanks
+    between. size: that of all parts, or None. mapping, notes: with the part's SPEC before them.
     Crops are drawn as from one folder with all the files, if the order of their names there is this
     one: so kind is folder, see also drawn_names.
     """
@@ -1797,8 +1876,7 @@ class Pool(torch.utils.data.Dataset):
             for part in parts:
                 if not part.labeled:
                     raise DataError(f"{part.spec}: has no labels, and {self.spec} needs them in "
-                                    "all its parts; give masks for this one, or leave it out"
-                                    f"{part.no_labels}")
+                                    "all its parts; give masks for this one, or leave it out")
         sizes = {part.size for part in parts}
         self.size = sizes.pop() if len(sizes) == 1 else None
         self.cached = all(part.cached for part in parts)
@@ -1808,14 +1886,17 @@ class Pool(torch.utils.data.Dataset):
         for part in parts:
             self.notes += [f"{part.spec}: {note}" for note in part.notes]
             self.mapping += [f"{part.spec}: {line}" for line in part.mapping]
-        self._join()
+        self.no_labels = "".join(part.no_labels for part in parts)
+        self.join()
 
-    def _join(self):
-        """Sets what the parts' items give together: starts, names, files."""
+    def join(self):
+        """Sets what the parts' items give together; again after a part's leave_out."""
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.left_out = []
         self.names = []
         self.files = []
         for index, part in enumerate(self.parts):
+            self.left_out += part.left_out
             self.names += [f"{index}/{name}" for name in part.names]
             self.files += part.files or [(None, None)] * len(part)
 
@@ -1867,24 +1948,6 @@ class Pool(torch.utils.data.Dataset):
         for part in self.parts:
             part.prepare()
 
-    @property
-    def left_out(self):
-        """Images that leave_out has taken away, list of str."""
-        return list(itertools.chain.from_iterable(part.left_out for part in self.parts))
-
-    @property
-    def no_labels(self):
-        """Says where labels were looked for in vain."""
-        return "".join(part.no_labels for part in self.parts)
-
-    def leave_out(self, items):
-        """As of SegmentationDataset."""
-        for start, part in zip(self.starts.tolist(), self.parts):
-            own = [i - start for i in items if start <= i < start + len(part)]
-            if own:
-                part.leave_out(own)
-        self._join()
-
     def class_counts(self):
         """Pixels per image and class, int64 (N,K); none in a part without labels."""
         counts = []
@@ -1894,98 +1957,7 @@ class Pool(torch.utils.data.Dataset):
         return np.concatenate(counts)
 
 
-# Why an item cannot be used. text: one line, with file and remedy; the rest: see DataError.
-Fault = namedtuple("Fault", "index text spares_others values")
-
-
-def describe_faults(dataset, faults):
-    """
-    The faults of a data set in words, list of str: a line for each kind, the most frequent first,
-    with its first file, how many there are, and for ids what may be behind them.
-    """
-    kinds = {}
-    for fault in faults:
-        kind = "ids"
-        if not fault.values:
-            kind = fault.text
-            for path in filter(None, dataset.files[fault.index]):
-                kind = kind.replace(str(path), "")
-            kind = re.sub(r"\(.*\)|\d+", "", kind)  # details, sizes
-        kinds.setdefault(kind, []).append(fault)
-
-    lines = []
-    for group in sorted(kinds.values(), key=len, reverse=True):
-        text = group[0].text
-        values = set().union(*[fault.values for fault in group])
-        if values:
-            text += _diagnosis(values, dataset)
-        if group[0].spares_others:
-            text += f"; or --skip-bad {len(group)} leaves out as many"
-        lines.append(f"{text} ({len(group)} of {len(dataset)} items)")
-    return lines
-
-
-def check_sets(datasets, skip=0):
-    """
-    Checks data sets before they are used -> a list for each: the items to leave out.
-
-    datasets: [(data set, whether its labels are used)]. Up to `skip` images in all may be left out
-    whose pair is unreadable or of unequal sizes. Raises DataError with the first kind of problem;
-    the others are printed before, a line each.
-    """
-    bad, problems = [], []
-    faulty = {}  # an image that two of the sets have counts once
-    for dataset, _ in datasets:
-        items = []
-        start = 0  # the number of a part's first item
-        for part in dataset.parts:
-            faults = part.check()
-            items += [start + fault.index for fault in faults]
-            start += len(part)
-            faulty.update((fault.text, fault.spares_others) for fault in faults)
-            for problem in describe_faults(part, faults):
-                pooled = len(dataset.parts) > 1
-                problems.append(f"{part.spec}: {problem}" if pooled else problem)
-        bad.append(items)
-    if len(faulty) <= skip and all(faulty.values()):
-        problems = []
-    for dataset, labels in datasets:
-        if labels:
-            problems += [part.label_problem() for part in dataset.parts]
-    problems = list(dict.fromkeys(filter(None, problems)))
-    for problem in problems[1:]:
-        print(f"problem: {problem}", file=sys.stderr)
-    if problems:
-        raise DataError(problems[0])
-    return bad
-
-
-def images_in_both(a, b):
-    """Paths of images that two data sets share, links resolved, list of str in b's order."""
-    known = {image.resolve() for image, _ in a.files or [] if image}  # None: rendered
-    return [str(image) for image, _ in b.files or [] if image and image.resolve() in known]
-
-
-def _diagnosis(values, dataset):
-    """What ids that are not all known may mean, in words that follow the fault's own."""
-    if dataset.ids.kind == "colour":
-        return ""
-    values = sorted(values - {IGNORE})
-    count = len(dataset.ids.names)
-    successive = values == list(range(values[0], values[-1] + 1))
-    if dataset.ids.kind != "position" or not successive:
-        shown = ", ".join(map(str, values[:40]))
-        more = f" and {len(values) - 40} more" if len(values) > 40 else ""
-        return f"; all values of these masks: {shown}{more}"
-    text = f"; values {values[0]}..{values[-1]}, {count} classes 0..{count - 1}"
-    if values[-1] != count:
-        return text
-    if values[0] == 0:
-        return text + ": is 0 no class? write `0 -` and `1 NAME` in an IDS file"
-    return text + ": do the ids start at 1? write `1 NAME` in an IDS file"
-
-
-def _look_up(table, raw):
+def _labels_of_ids(table, raw):
     """Labels uint8 (H,W) of raw ids, uint8 or uint16 (H,W), in a label_table of ids."""
     if raw.dtype != np.uint8 and len(table) < 65536:
         table = np.pad(table, (0, 65536 - len(table)), constant_values=UNKNOWN)
@@ -2492,9 +2464,11 @@ def read_colours(path, names):
         raise DataError(f"{path}: no line has a name and a colour; write `128 64 128 road`")
     colours = palette(names)
     for colour, name in table.names.items():
-        known = IGNORE if name is None else class_index(name, names, renamed=False)
-        if known != IGNORE:
-            colours[known] = colour
+        index = IGNORE
+        if name is not None:
+            index = class_index(name, names, renamed=False)
+        if index != IGNORE:
+            colours[index] = colour
     return colours
 
 
@@ -2546,8 +2520,9 @@ def _report(dataset, faults):
         _print_sizes(facts)
         if dataset.labeled:
             _print_shares(dataset, facts)
-        for remark in dataset.remarks():
-            print(f"note: {remark}")
+        if dataset.files is not None:
+            for remark in dataset.remarks():
+                print(f"note: {remark}")
         unfit = dataset.label_problem()
         if unfit:
             problems.append(unfit)
@@ -2580,10 +2555,16 @@ def _print_shares(dataset, facts):
         print(f"note: no label of {dataset.kind} can become {_some(never)}")
 
 
+def _fail(text, code):
+    """Leaves with one line on stderr; code 2: bad input, 1: the run broke."""
+    print(f"data.py: error: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
 def main(argv=None):
     """Checks a data set, prints what is in it, draws a contact sheet. Exit status 2: problems."""
-    parser = Parser("data.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", help="data set, see above")
     parser.add_argument("--classes", help="class space or names file (default: for own data the "
                                           "names of IDS, camvid11 for camvid:, else cityscapes19)")
@@ -2602,13 +2583,13 @@ def main(argv=None):
             dataset.cached = False  # a look at a data set needs its facts, not a copy of its images
         problems = _report(dataset, dataset.check())
     except DataError as error:
-        fail("data.py", error, 2)
+        _fail(error, 2)
     if problems:
-        fail("data.py", f"{args.spec}: {problems} problems, see the list above", 2)
+        _fail(f"{args.spec}: {problems} problems, see the list above", 2)
     try:
         contact_sheet(dataset).save(args.out)
     except (OSError, ValueError) as error:
-        fail("data.py", f"{args.out}: cannot write the contact sheet ({error}); set --out", 1)
+        _fail(f"{args.out}: cannot write the contact sheet ({error}); set --out", 1)
     print(f"contact sheet: {args.out}")
 
 

@@ -261,29 +261,8 @@ def parse_flags(argv=None):
         f.stop_at = f.steps
     if f.labeled.isdecimal():
         f.labeled = str(int(f.labeled))  # 00 is 0
-    for name in ("source", "target", "val"):
-        setattr(f, name, one_or_several(getattr(f, name), name, parser))
-    all_labels = f.source == "target"
-    if f.target is None:
-        if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
-            parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
-                         "--target none with --recipe source (the default is rendered streets)")
-        f.target = "streets:shifted"
-    if all_labels:
-        f.source = f.target
-    asked_val = f.val
-    if f.val is None:
-        f.val = f.target
-    own_ids = f.classes  # say what own masks without IDS mean
-    if f.classes is None:
-        f.classes = usual_classes(f)
-    f.saved = {}
-    for name, value in vars(f).items():
-        if name != "saved":
-            f.saved[name] = list(value) if isinstance(value, tuple) else value  # as JSON has it
-    f.own_ids = own_ids
-    f.class_names = data.class_names(f.classes or data.default_classes(specs(known(f))[0]))
-    f.asked_val = asked_val
+    all_labels = words(f.source) == "target"
+    settle_data(f, parser)
 
     # what follows from them. A step adapts when it needs target images and what the teacher says of
     # them; T2S-DA weighs its classes by that
@@ -296,6 +275,34 @@ def parse_flags(argv=None):
         if wrong:
             parser.error(message)
     return f
+
+
+def settle_data(f, parser):
+    """Fill in --target, --val and --classes, and `saved`, the flags that log and checkpoint keep."""
+    for name in ("source", "target", "val"):
+        setattr(f, name, one_or_several(getattr(f, name), name, parser))
+    if f.target is None:
+        if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
+            parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
+                         "--target none with --recipe source (the default is rendered streets)")
+        f.target = "streets:shifted"
+    if f.source == "target":
+        f.source = f.target
+    asked_val = f.val
+    if f.val is None:
+        f.val = f.target
+    own_ids = f.classes  # say what own masks without IDS mean
+    if f.classes is None:
+        f.classes = usual_classes(f)
+
+    saved = dict(vars(f))
+    for name, value in saved.items():
+        if isinstance(value, tuple):
+            saved[name] = list(value)  # as JSON has it
+    f.saved = saved
+    f.asked_val = asked_val
+    f.own_ids = own_ids
+    f.class_names = data.class_names(f.classes or data.default_classes(specs(known(f))[0]))
 
 
 def one_or_several(value, name, parser):
@@ -731,37 +738,48 @@ def check_sets(f, datasets):
     datasets: [(data set, whether its labels are used)]. Raises DataError where files cannot be
     used, but up to --skip-bad of them are left out of the data sets.
     """
+    parts = []
+    for dataset, labels in datasets:
+        for part in dataset.parts:
+            parts.append((part, labels))
     bad = None
     if RANK == 0:
-        bad = data.check_sets(datasets, f.skip_bad)
+        bad = data.check_sets(parts, f.skip_bad)
     if dist.is_initialized():
         box = [bad]
         dist.broadcast_object_list(box)
         bad = box[0]
-    for (dataset, labels), items in zip(datasets, bad):
+    for (dataset, labels), items in zip(parts, bad):
         if items:
             dataset.leave_out(items)
             print0(f"note: --skip-bad: {dataset.spec} {dataset.split} goes without {len(items)} "
                    f"images: {', '.join(dataset.left_out)}")
         if RANK == 0:
-            for part in dataset.parts:
-                for remark in part.remarks(labels, f.crop):
-                    print0(f"note: {part.spec} {part.split}: {remark}")
+            for remark in dataset.remarks(labels, f.crop):
+                print0(f"note: {dataset.spec} {dataset.split}: {remark}")
+    for dataset, _ in datasets:
+        dataset.join()
 
 
 def check_validation(f, source, target, val):
-    """Raise DataError where validation images are trained on, unless --val asks for just that."""
-    trained = [(f.source, source)]
-    if f.adapts or f.labeled != "0":
-        trained.append((f.target, target))
-    for spec, dataset in trained:
+    """Raise DataError where validation images are trained on, unless --val asks for just that.
+
+    Images whose labels are learned are asked for by the SPEC of their training set, images that are
+    adapted to without labels by any --val that is typed.
+    """
+    trained = [(f.source, source, f.source)]
+    if f.labeled != "0" and target.labeled:
+        trained.append((f.target, target, f.target))
+    elif f.adapts:
+        trained.append((f.target, target, f.asked_val or f.val))
+    for spec, dataset, wanted in trained:
         both = data.images_in_both(dataset, val) if dataset else []
         if not both:
             continue
         text = (f"--val {words(f.val)}: {len(both)} of its {len(val)} images are images of the "
                 f"training set {words(spec)}, such as {both[0]}")
-        if f.asked_val is None or not set(specs(f.asked_val)) <= set(specs(spec)):
-            raise data.DataError(f"{text}; give other images, --val none, or --val {words(spec)} "
+        if f.asked_val != wanted:
+            raise data.DataError(f"{text}; give other images, --val none, or --val {words(wanted)} "
                                  "if you want a score on training images")
         print0(f"note: VALIDATION ON TRAINING IMAGES: {text}; the scores say nothing about others")
 
@@ -784,8 +802,8 @@ def open_sets(f):
     if f.source != "none":
         source = open_training_set(f, f.source, classes, count=f.rcs > 0)
         if not source.labeled:
-            raise data.DataError(f"--source {words(f.source)}: has no labels, and a source needs "
-                                 f"them{source.no_labels}")
+            raise data.DataError(f"--source {words(f.source)}: has no labels, and a source "
+                                 f"needs them{source.no_labels}")
         used.append((source, True))
         never = [name for i, name in enumerate(classes) if i not in source.table]
         if never:
@@ -1343,8 +1361,10 @@ class Run:
         columns = {}
         for name, view in views.items():
             columns[name] = view.image
-            if name in ("source", "mix", "target"):
+            if name in ("source", "mix"):
                 columns[f"{name} label"] = view.label
+            elif name == "target":
+                columns["pseudo-label"] = view.label
         folder = self.out / "panels"
         folder.mkdir(exist_ok=True)
         sheet = evaluation.training_panel(self.student, columns, self.sets.classes)
