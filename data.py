@@ -779,7 +779,8 @@ def _find_by_glob(dataset, spec):
         raise DataError(f"{dataset.spec}: no image matches {spec.images}; check the pattern, and "
                         "put it in quotes")
     if spec.masks is None:
-        return [(image, None) for image, _ in images]
+        kept = _without_twins(dataset, [image for image, _ in images])
+        return [(image, None) for image in kept]
 
     masks = Path(spec.masks).as_posix()
     if len(re.findall(r"\*\*/|\*", masks)) > len(images[0][1]):
@@ -1554,11 +1555,27 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if ignored and not counts.any():
             return (f"{self.spec}: no pixel of its labels is one of the {len(self.classes)} "
                     "classes; check --classes")
-        own = self.ids.kind == "position" and self.table[0] == 0
-        if own and ignored and len(self.classes) > 1 and counts[0] == counts.sum():
+        zero = self._class_of_zero()
+        if ignored and zero is not None and counts[zero] == counts.sum():
+            other = [name for name in self.classes if name != self.classes[zero]][0]
             return (f"{self.spec}: its masks hold the values 0 and 255 only: 255 is ignored; "
-                    f"write `0 {self.classes[0]}` and `255 {self.classes[1]}` in an IDS file")
+                    f"write `0 {self.classes[zero]}` and `255 {other}` in an IDS file")
         return ""
+
+    def _class_of_zero(self):
+        """
+        Index of the class of value 0 in own masks in which 255, and it alone, is ignored and no
+        other value has that class, so that pixels per class tell it apart. None: not such masks.
+        """
+        if self.kind in SETS or self.ids.kind == "colour":
+            return None
+        found = _classes_of_values(self.ids, self.classes)
+        zero = found.pop(0, IGNORE)
+        if len(self.classes) < 2 or zero in found.values() or IGNORE in (zero, *found.values()):
+            return None
+        if any(self._holds_train_ids(label) for _, label in self.files if label):
+            return None
+        return zero
 
     def class_counts(self):
         """Pixels per image and class, int64 (N,K), of the labels as served. Raises DataError."""
@@ -1841,7 +1858,7 @@ def images_in_both(a, b):
 def _diagnosis(values, dataset):
     """What ids that are not all known may mean, in words that follow the fault's own."""
     values = sorted(values - {IGNORE})
-    count = len(dataset.classes)
+    count = len(dataset.ids.names)
     if dataset.ids.kind != "position" or values != list(range(values[0], values[-1] + 1)):
         return f"; all values of these masks: {', '.join(map(str, values))}"
     text = f"; values {values[0]}..{values[-1]}, {count} classes 0..{count - 1}"
@@ -2555,16 +2572,10 @@ def _print_shares(dataset, facts):
         print(f"note: no label of {dataset.kind} can become {_some(never)}")
 
 
-def _fail(text, code):
-    """Leaves with one line on stderr; code 2: bad input, 1: the run broke."""
-    print(f"data.py: error: {text}", file=sys.stderr)
-    sys.exit(code)
-
-
 def main(argv=None):
     """Checks a data set, prints what is in it, draws a contact sheet. Exit status 2: problems."""
-    parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("data.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", help="data set, see above")
     parser.add_argument("--classes", help="class space or names file (default: for own data the "
                                           "names of IDS, camvid11 for camvid:, else cityscapes19)")
@@ -2583,13 +2594,13 @@ def main(argv=None):
             dataset.cached = False  # a look at a data set needs its facts, not a copy of its images
         problems = _report(dataset, dataset.check())
     except DataError as error:
-        _fail(error, 2)
+        fail("data.py", error, 2)
     if problems:
-        _fail(f"{args.spec}: {problems} problems, see the list above", 2)
+        fail("data.py", f"{args.spec}: {problems} problems, see the list above", 2)
     try:
         contact_sheet(dataset).save(args.out)
     except (OSError, ValueError) as error:
-        _fail(f"{args.out}: cannot write the contact sheet ({error}); set --out", 1)
+        fail("data.py", f"{args.out}: cannot write the contact sheet ({error}); set --out", 1)
     print(f"contact sheet: {args.out}")
 
 

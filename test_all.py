@@ -1930,11 +1930,24 @@ def test_what_is_said_about_images_and_labels(tmp_path):
     assert "4 images" in done.stdout and "ignored 50 %" in done.stdout
 
 
+@pytest.mark.parametrize("text, problem", [
+    ("a\nb\n", True), ("0 a\n1 b\n", True), ("0 a\n255 b\n", False),
+    ("0 a\n1 b\n255 -\n", False), ("a\n-\nb\n", False)])
+def test_binary_masks_are_a_problem_unless_a_table_ignores_values(text, problem, tmp_path):
+    (tmp_path / "ids.txt").write_text(text)
+    spec = f"{make_masks(tmp_path / 'd', (0, 255))}:{tmp_path}/ids.txt"
+    found = data.open_dataset(spec, "train", ("a", "b"), cache=tmp_path)
+    assert found.check() == []
+    assert ("write `0 a` and `255 b`" in found.label_problem()) == problem
+
+
 def test_masks_beside_images_are_no_images(tmp_path):
     for name in ("a.jpg", "a_mask.png", "b.png", "b_label.png", "c.png", "c_gt.png", "d_mask.png", "_mask.png"):
         put(tmp_path / "x" / name, np.zeros((4, 4, 3)))
     dataset = data.open_dataset(f"folder:{tmp_path / 'x'}", "train", "camvid11")
     assert dataset.names == ["_mask", "a", "b", "c", "d_mask"]
+    by_glob = data.open_dataset(f"glob:{tmp_path / 'x'}/*.*", "train", "camvid11")
+    assert by_glob.names == dataset.names
     note = dataset.notes[0]
     assert "MASKS" in note and " 3 files" in note and all(name in note for name in ("a_mask.png", "b_label.png", "c_gt.png"))
 
