@@ -3,10 +3,21 @@
 Under torchrun every loss is scaled so that the mean of its gradients over the processes, which DDP
 forms, equals the gradient of one process that sees the joint batch.
 """
+import functools
+
 import torch
 import torch.distributed as dist
 
 from kernels import IGNORE, pixel_nce, upsample_cross_entropy
+
+
+def without_autocast(function):
+    """The function, computed in float32 also under autocast, which takes matrix products to bf16."""
+    @functools.wraps(function)
+    def in_float32(*args, **options):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **options)
+    return in_float32
 
 
 def mean_over_ranks(value):
@@ -131,6 +142,7 @@ def cluda(rows, label, weight=None, tau=0.1):
     return value.sum() / mean_over_ranks(counted).clamp(min=1e-6)
 
 
+@without_autocast
 def t2s(queries, label, keys, key_label, class_weight, tau=0.1):
     """The InfoNCE of restyled source pixels against all of the clean source's.
 
@@ -151,6 +163,7 @@ def t2s(queries, label, keys, key_label, class_weight, tau=0.1):
     return (weight * total / count.clamp(min=1e-6)).sum() / weight.sum().clamp(min=1e-6)
 
 
+@without_autocast
 def sepico(rows, label, weight, gaussians, tau=0.1):
     """The mean contrast against infinitely many samples of each class's Gaussian, in closed form.
 
@@ -186,6 +199,7 @@ class ClassConfidence(torch.nn.Module):
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
     @torch.no_grad()
+    @without_autocast
     def update(self, label, confidence):
         """label: int of any shape, 255 left out; confidence: float of that shape, in [0,1]."""
         hot = _one_hot(label.flatten(), len(self.seen))
@@ -221,6 +235,7 @@ class ClassGaussians(torch.nn.Module):
         self.register_buffer("sums", torch.zeros(2, num_classes, channels))  # of x and of x^2
 
     @torch.no_grad()
+    @without_autocast
     def update(self, rows, label):
         """rows: unit float (N,C); label: int (N,), 255 left out."""
         hot = _one_hot(label, len(self.share))

@@ -902,6 +902,12 @@ def read_bank(path, class_names):
         rows = torch.tensor(bank["emb"].astype(np.float32, casting="same_kind"))
         names = tuple(str(name) for name in bank["names"])
         kind = bank["kind"].item()
+        if not np.issubdtype(bank["emb"].dtype, np.floating):
+            raise ValueError(f"emb is {bank['emb'].dtype}, not float")
+        if not isinstance(kind, str) or kind in ("learned", "none"):
+            raise ValueError(f"kind {kind!r}, which no file can have")
+    except KeyError as error:
+        raise TextError(f"{path}: not a text bank (it has no {error}); {remedy}") from None
     except Exception as error:  # zipfile, numpy and the file system each have their own
         raise TextError(f"{path}: not a text bank ({reason_of(error)}); {remedy}") from None
 
@@ -1429,7 +1435,10 @@ def current_flags(flags):
         flags["dyce"] = hardest
     flags["dyce"] = float(flags.get("dyce", 0))
     if flags.get("consistency") and confident is not None:  # was a threshold of its own
-        flags["threshold"] = confident
+        if not flags.get("mix") and not flags.get("mask"):
+            flags["threshold"] = confident
+        elif confident != flags.get("threshold"):
+            flags["confident"] = confident
 
     t2s = flags.get("t2s")
     lcmsm = flags.get("language") == "lcmsm"

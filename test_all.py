@@ -3985,6 +3985,8 @@ ROWS = made_bank().embeddings.numpy()
     (b"half", "not a text bank"), (np.zeros(3), "not a text bank"),
     ({"emb": "text"}, "not a text bank"),
     ({"names": "sky"}, "not a text bank"), ({"kind": ["a", "b"]}, "not a text bank"),
+    ({"kind": "none"}, "no file can have"), ({"kind": "learned"}, "no file can have"),
+    ({"kind": 3}, "no file can have"), ({"emb": np.eye(3, dtype=int)}, "not float"),
     ({"emb": np.array(["a", "b", "c"])}, "not a text bank"),
     ({"emb": ROWS.astype(complex)}, "not a text bank"),
     ({"names": ["class 1", "class 0", "class 2"]}, "first difference: class 1 for class 0"),
@@ -4827,6 +4829,50 @@ def test_a_run_that_cannot_save_broke(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", Mock(side_effect=OSError(28, "No space left on device")))
     fails(small_run, "out/last.pt: cannot be written", "No space left", status=1)
     assert (tmp_path / "out/last.pt").read_bytes() == before
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(28, "No space left on device")))
+    done = run_train([*small_run, "--steps", "2"])
+    assert "000002.png: cannot be written (No space left on device); the run goes on" in done.stdout
+    assert events(tmp_path / "out", "result")
+
+
+def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small_run, tmp_path):
+    argv = [*small_run, "--steps", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "adapt_batchnorm", Mock(side_effect=KeyboardInterrupt))
+        assert run_train(argv, check=False).returncode == 130
+    assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 2
+    assert not events(tmp_path / "out", "result")
+    run_train(argv)
+    (result,) = events(tmp_path / "out", "result")
+    run_train([*argv, "--out", str(tmp_path / "whole")])
+    (whole,) = events(tmp_path / "whole", "result")
+    for name in ("student", "teacher", "adabn"):
+        assert result[name]["iou"] == whole[name]["iou"]
+    assert "nothing is left to do" in run_train(argv).stdout
+
+
+def test_two_thresholds_of_the_version_before_are_one_only_where_one_counted():
+    old = dict(consistency=1.0, confident=0.5, threshold=0.34, dyce=False, hardest=0.2)
+    assert model.current_flags(old | dict(mix=0.0, mask=0.0))["threshold"] == 0.5
+    both = model.current_flags(old | dict(mix=1.0, mask=0.0))
+    assert (both["threshold"], both["confident"]) == (0.34, 0.5)
+    assert "confident" not in model.current_flags(old | dict(mix=1.0, confident=0.34))
+
+
+def test_statistics_and_contrasts_stay_in_float32_under_autocast():
+    """A confidence of bf16 products can pass 1, and the root of what is left is then not a number."""
+    confidence = losses.ClassConfidence(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        confidence.update(torch.zeros(259, dtype=torch.int64), torch.full((259,), 0.9999))
+    torch.testing.assert_close(confidence.confidence, torch.full((1,), 0.9999))
+    queries, keys = unit(30, 6), unit(50, 6, seed=1)
+    inputs = queries, torch.arange(30) % 3, keys, torch.arange(50) % 3, torch.ones(3)
+    exact = losses.t2s(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses.t2s(*inputs), exact)
 
 
 def test_resumed_run_equals_uninterrupted_bit_for_bit(small_run, tmp_path):
@@ -5683,6 +5729,7 @@ RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
     "semidavil": "--recipe semidavil --text BANK --labeled 2 --threshold 0.34",
     "semidavil, no labels": "--recipe semidavil --text stub --threshold 0.34",
     "labels alone": "--recipe source --source none --labeled 3 --dyce 0.5",
+    "all, warm-up": "--recipe all --threshold 0.34 --text BANK --warmup 2",
     "all": "--recipe all --threshold 0.34 --text BANK",
     "all, labels, two processes":
         "2 x --recipe all --threshold 0.34 --text BANK --labeled 2 --batch 1",

@@ -69,7 +69,7 @@ THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "b
           "motorcycle", "bicycle", "SignSymbol", "Pedestrian", "Car", "Bicyclist"}
 
 # Flags that a resumed run may change: none of them changes what is learned.
-FREE_ON_RESUME = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
+FREE_ON_RESUME = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
                   "skip_bad"}
 
 
@@ -592,7 +592,8 @@ def contrast_terms(f, step, nets, source, known, out, views, outs, said):
     true_labels. said: the teacher's labels of the target and their confidence, or None.
     """
     student, teacher, _, class_confidence, gaussians = nets
-    live = 0.0 if f.control else 1.0
+    started = not f.t2s or step >= f.warmup  # T2S-DA, and what is trained beside it, wait for it
+    live = float(started and not f.control)
     terms = {}
 
     # where features are to go: the teacher's of the clean source
@@ -627,8 +628,7 @@ def contrast_terms(f, step, nets, source, known, out, views, outs, said):
         features = torch.cat([outs[name].features for name in names])
         rows, label, _ = cells(student, features, queries)
         value = losses.t2s(rows, label, keys, key_label, class_weight, f.tau)
-        started = step >= f.warmup
-        terms["t2s"] = live * started * f.t2s * value
+        terms["t2s"] = live * f.t2s * value
     return terms
 
 
@@ -1064,7 +1064,7 @@ class Clock:
         return total
 
 
-def product_rate(device, dtype, side=8192):
+def product_rate(device, dtype, side=4096):
     """FLOP/s of a large matrix product: the most that can be expected of a network here."""
     a = torch.randn(side, side, device=device, dtype=dtype)
     clock = Clock(device)
@@ -1337,6 +1337,15 @@ class Run:
         except model.CheckpointError as error:
             raise OSError(str(error)) from None  # the run broke; nobody's input was bad
 
+    def finished(self):
+        """Whether nothing is left to do: neither a step nor, of the whole schedule, the read-out."""
+        if self.start < self.f.stop_at:
+            return False
+        if self.f.val == "none" or self.f.stop_at < self.f.steps:
+            return True
+        log = self.out / "log.jsonl"
+        return log.exists() and '"event": "result"' in log.read_text(errors="replace")
+
     def measures_peak(self):
         """Whether the log has the share of the GPU's peak; compiled code cannot be counted."""
         return self.device.type == "cuda" and not self.f.compile
@@ -1365,10 +1374,13 @@ class Run:
                 columns[f"{name} label"] = view.label
             elif name == "target":
                 columns["pseudo-label"] = view.label
-        folder = self.out / "panels"
-        folder.mkdir(exist_ok=True)
+        path = self.out / "panels" / f"{step:06d}.png"
         sheet = evaluation.training_panel(self.student, columns, self.sets.classes)
-        sheet.save(folder / f"{step:06d}.png")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            sheet.save(path)
+        except OSError as error:  # a picture is not worth a run
+            print0(f"note: {path}: cannot be written ({error.strerror}); the run goes on")
 
     def validate(self, step):
         """Score the student, and write best.pt if it beats all earlier ones."""
@@ -1535,7 +1547,7 @@ def run(argv=None):
     f = parse_flags(argv)
     this = Run(f)
     if this.checkpoint:
-        if this.start >= f.stop_at:
+        if this.finished():
             images = " --images PATH" if f.val == "none" else ""
             print0(f"{this.last} is at step {this.start} of {f.steps}, nothing is left to do; "
                    f"use it with: python eval.py {this.last}{images}")
