@@ -4919,7 +4919,7 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
     names = ["sky", "wall", "car"]
     flags = train.parse_flags(argv).saved | {"world": 1}
     state = {"flags": flags, "classes": names}
-    free = {"stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
+    free = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
             "skip_bad"}
     assert free == train.FREE_ON_RESUME
     for name in flags:
