@@ -821,7 +821,7 @@ def group_runs(runs):
 
 
 def read_runs(paths):
-    """The rows of group_runs, from run folders or logs. Runs without scores are named, not taken."""
+    """The rows of group_runs, from run folders or logs; names and skips runs without scores."""
     runs = []
     for path in paths:
         run = read_run(path)

@@ -1279,6 +1279,7 @@ def pixel_nce(
 
 
 def plain_cross_entropy(logits, labels, weight=None, ignore_index=IGNORE, reduction="mean"):
+    """upsample_cross_entropy by F.interpolate and F.cross_entropy."""
     up = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
     value = F.cross_entropy(up, labels.long(), ignore_index=ignore_index, reduction="none")
     if weight is not None:
@@ -1288,12 +1289,14 @@ def plain_cross_entropy(logits, labels, weight=None, ignore_index=IGNORE, reduct
 
 @torch.no_grad()
 def plain_pseudo_label(logits, size, threshold):
+    """upsample_pseudo_label by F.interpolate and softmax; label is int64."""
     up = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     confidence, label = up.softmax(1).max(1)
     return label, confidence, (confidence >= threshold).float().mean()
 
 
 def plain_correlation(features, text, scale):
+    """text_correlation by einsum of unit vectors."""
     def unit(x):
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         return x / (norm.square() + EPS**2).sqrt()
@@ -1302,6 +1305,7 @@ def plain_correlation(features, text, scale):
 
 
 def plain_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_self=False):
+    """pixel_nce by the whole matrix (N,M) of logits."""
     yq = yq.long().masked_fill(yq == IGNORE, NOBODY)  # nobody's label, and on the
     yk = yk.long().masked_fill(yk == IGNORE, NOBODY + 1)  # other side not the same
     positive = yq[:, None] == yk  # (N,M)

@@ -12,7 +12,7 @@ from kernels import IGNORE, pixel_nce, upsample_cross_entropy
 
 
 def without_autocast(function):
-    """The function, computed in float32 also under autocast, which takes matrix products to bf16."""
+    """The function in float32 also under autocast, which would take matrix products to bf16."""
     @functools.wraps(function)
     def in_float32(*args, **options):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -101,7 +101,7 @@ def feature_distance(features, reference, label, things):
 
     features, reference: float (B,C,h,w), the last stage of the student and of the frozen ImageNet
     network; label: int (B,h,w), 255 where no class has the majority; things: class indices, a
-    tensor or a list. Without a thing cell it is 0 with a graph. (The reference code gives NaN there,
+    tensor or a list. Without a thing cell it is 0 with a graph. (The reference code has NaN there,
     and one backward for all terms would lose the step.)
     """
     keep = torch.isin(label, torch.as_tensor(things, device=label.device))

@@ -69,8 +69,8 @@ THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "b
           "motorcycle", "bicycle", "SignSymbol", "Pedestrian", "Car", "Bicyclist"}
 
 # Flags that a resumed run may change: none of them changes what is learned.
-FREE_ON_RESUME = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
-                  "skip_bad"}
+FREE_ON_RESUME = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_every", "workers",
+                  "cache", "skip_bad"}
 
 
 def between(least, most, kind=float):
@@ -112,6 +112,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def build_parser():
+    """The parser of train.py's flags; a recipe's values become its defaults in parse_flags."""
     usage = "train.py [--recipe NAME] [flags]   (-h explains them)"
     p = data.Parser("train.py", usage, __doc__, formatter_class=Help, allow_abbrev=False)
 
@@ -278,7 +279,7 @@ def parse_flags(argv=None):
 
 
 def settle_data(f, parser):
-    """Fill in --target, --val and --classes, and `saved`, the flags that log and checkpoint keep."""
+    """Fill in --target, --val, --classes, and `saved`, the flags that log and checkpoint keep."""
     for name in ("source", "target", "val"):
         setattr(f, name, one_or_several(getattr(f, name), name, parser))
     if f.target is None:
@@ -1338,7 +1339,7 @@ class Run:
             raise OSError(str(error)) from None  # the run broke; nobody's input was bad
 
     def finished(self):
-        """Whether nothing is left to do: neither a step nor, of the whole schedule, the read-out."""
+        """Whether neither a step is left to do nor, after the last of all steps, the read-out."""
         if self.start < self.f.stop_at:
             return False
         if self.f.val == "none" or self.f.stop_at < self.f.steps:
