@@ -16,6 +16,8 @@ SPEC    streets | streets:shifted                 rendered
                                                   **/ is any folders, {split} train, val or test
         list:FILE[:IDS]                           an image and its mask a line, by tab, comma or
                                                   blanks, relative to FILE
+        list:FILE:IMAGES[:MASKS[:IDS]]            a name a line, which * stands for, as with VOC's
+                                                  'list:d/{split}.txt:d/i/*.jpg:d/m/*.png'
 IDS     a file that says what the values of masks mean, a line each, all in one notation:
         road | 7 road | 7, road | 0 - | 128 64 128 road | road,128,64,128 | #804080 road
                                                   see read_table; - is ignored
@@ -55,6 +57,7 @@ from tqdm import tqdm
 from kernels import IGNORE
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
+READING = 2  # of files; a higher number where the same files are read to other values or faults
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
@@ -96,8 +99,18 @@ def _numbered_lines(path):
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: no readable UTF-8 text ({error}); save it as UTF-8") from error
-    stripped = [line.strip() for line in lines]
+    if any("\0" in line for line in lines):
+        raise DataError(f"{path}: no readable UTF-8 text (zero bytes); save it as UTF-8")
+    stripped = [line.strip("\ufeff\u200b").strip() for line in lines]  # marks of no width
     return [(number, line) for number, line in enumerate(stripped, 1) if line]
+
+
+_QUOTES = re.compile(r'(?:^|(?<=[,;:=\t]))\s*"|"\s*(?=$|[,;:=\t])')
+
+
+def _unquoted(line):
+    """A line without the double quotes around its cells, as CSV has them."""
+    return _QUOTES.sub("", line)
 
 
 def read_lines(path):
@@ -163,18 +176,35 @@ def class_names(spec):
     if not path.is_file():
         raise DataError(f"classes {spec!r}: neither a file nor one of {', '.join(CLASS_SPACES)}")
     table = read_table(path)
-    names = table_classes(table)
     lines = [name for name in table.names.values() if name is not None]
-    twice = table.kind == "position" and len(names) < len(lines)
-    if not 1 <= len(names) < UNKNOWN or twice:
-        raise DataError(f"{spec}: needs 1 to {UNKNOWN - 1} different class names, one a line, "
-                        f"not {len(lines)} lines")
+    if table.kind == "position" and len(set(lines)) < len(lines):
+        raise DataError(f"{spec}: needs different class names, one a line; {_some(_twice(lines))} "
+                        "stands there twice")
+    return _checked_names(spec, table)
+
+
+def _checked_names(path, table):
+    """The class names of a file's table, tuple of str. Raises DataError if they cannot be told."""
+    names = table_classes(table)
+    if not 1 <= len(names) < UNKNOWN:
+        raise DataError(f"{path}: needs 1 to {UNKNOWN - 1} different class names, not {len(names)}")
+    alike = _twice([_plain(name) for name in names])
+    if alike:
+        pair = [name for name in names if _plain(name) == alike[0]]
+        raise DataError(f"{path}: the classes {' and '.join(map(repr, pair))} differ in case, "
+                        "blanks, _ or - alone, which is not looked at in other files; write one "
+                        "name to merge them")
     return names
 
 
+def _twice(items):
+    """The items that occur more than once, a list without repeats."""
+    return [item for item, count in Counter(items).items() if count > 1]
+
+
 def _plain(name):
-    """A name as it is compared: without case, blanks, _ and -."""
-    return re.sub(r"[\s_-]", "", name).lower()
+    """A name as it is compared: without case, blanks, _, - and the form of its accents."""
+    return re.sub(r"[\s_-]", "", _composed(name)).casefold()
 
 
 def class_index(name, classes, renamed=True):
@@ -220,26 +250,36 @@ class Table(NamedTuple):
     names: {value: class name, or None where it is ignored}. A value is an id from 0 to 65535, or a
     colour (red, green, blue). kind: position, id or colour. space: "cityscapes" or "camvid" where
     the names are those of Cityscapes or CamVid, which are renamed into each other. nearest: whether
-    a value that is not listed means the nearest one that is.
+    a value that is not listed means the nearest one that is. title: a first line that was left out
+    of a list of names, because it looks like a title.
     """
     names: dict
     kind: str = "id"
     space: str = None
     nearest: bool = False
+    title: str = None
 
 
-# A line of a table. Between value and name stand blanks, commas, semicolons, colons or =.
-_GAP = r"[\s,;:=]+"
-_COLOUR = r"(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)"
+# A line of a table. Between value and name stand blanks, commas, semicolons, colons, = or an arrow.
+_GAP = r"(?:\s+(?:-|->|=>)\s+|[\s,;:=]+)"
+_COLOUR = r"[(\[]?(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)[)\]]?"
+_HEX = r"#(?P<hex>[0-9a-fA-F]{6})"
 _NOTATIONS = (
-    ("colour", rf"#(?P<hex>[0-9a-fA-F]{{6}}){_GAP}(?P<name>.+)"),  # #804080 road
+    ("colour", rf"{_HEX}{_GAP}(?P<name>.+)"),  # #804080 road
+    ("colour", rf"(?P<name>.+?){_GAP}{_HEX}"),  # road #804080
     ("colour", rf"{_COLOUR}{_GAP}(?P<name>.+)"),  # 128 64 128 road
     ("colour", rf"(?P<name>.+?){_GAP}{_COLOUR}[\s,;]*(:.*)?"),  # road,128,64,128
     ("id", rf"(?P<id>-?\d+){_GAP}(?P<name>.+)"),  # 7 road
     ("id", r"(?P<name>.+?)\s*[\t,;:=]\s*(?P<id>-?\d+)"),  # road, 7
     ("position", r"(?P<name>.+)"))  # road
-_NUMBERS = rf"[\d.]+({_GAP}.*)?|.*[,;]\s*[\d.]+"  # a name that begins or ends with another value
-_HEADERS = ("name", "names", "class", "classes", "classname", "label", "labels", "category")
+# A name that begins or ends with another value; marks of JSON, YAML and the like.
+_NUMBERS = rf"[-+]?(0[xX][0-9a-fA-F]+|[\d.]+)({_GAP}.*)?|.*[,;]\s*[\d.]+"
+_MARKS = r"[-*~] .*|~.*|<.*|.*[{}\[\]\"].*"
+# The first line of a list of names is a title if it is one of these words, that of values and names
+# if it holds one.
+_TITLES = ("name", "names", "class", "classes", "classname", "label", "labels", "category")
+_TITLE_WORD = re.compile(r"name|class|label|categor|index|value|colou?r|rgb|\b(id|idx|r)\b", re.I)
+_KINDS = {"position": "no value, a name by its position", "id": "an id", "colour": "a colour"}
 
 
 def read_table(path):
@@ -251,15 +291,19 @@ def read_table(path):
         128 64 128 road    road,128,64,128      colour
         road:128,64,128::    #804080 road       colour
 
-    Lines of the same name merge. A header, blank lines and comments (# and no colour) are skipped.
-    ~ before all ids: masks may be JPEG, a value means the nearest one that is listed.
+    Lines of the same name merge. A header, blank lines and comments (# and no colour; behind a
+    line # and a blank) are skipped, and so are the quotes of CSV. ~ before all ids: masks may be
+    JPEG, a value means the nearest one that is listed.
     """
-    lines = []  # (number, kind, value, name)
+    lines = []  # (number, kind, value, name, tilde)
     for number, line in _numbered_lines(path):
-        if line.startswith("#") and not re.match(rf"#[0-9a-fA-F]{{6}}{_GAP}", line):
+        if line.startswith("#") and not re.match(_HEX + _GAP, line):
             continue
+        line = _unquoted(re.sub(r"\s+#(\s.*)?$", "", line))
         lines.append((number, *_parse_line(line, f"{path}: line {number}")))
-    lines = _without_header(lines)
+    title = _title(lines)
+    if title:
+        lines = lines[1:]
     if not lines:
         raise DataError(f"{path}: names no class; write one a line")
 
@@ -268,8 +312,11 @@ def read_table(path):
     where = {}
     for position, (number, own_kind, value, name, own_tilde) in enumerate(lines):
         if own_kind != kind:
-            raise DataError(f"{path}: line {number} gives a {own_kind} where line {first} gives a "
-                            f"{kind}; use one notation in all lines")
+            raise DataError(f"{path}: line {number} gives {_KINDS[own_kind]}, where line {first} "
+                            f"gives {_KINDS[kind]}; use one notation in all lines")
+        if re.fullmatch(_MARKS, name):
+            raise DataError(f"{path}: line {number}: {name!r} is no plain name; write a name a "
+                            "line, or ID NAME, or RED GREEN BLUE NAME, ~ before an id")
         if own_tilde != tilde:
             raise DataError(f"{path}: line {number}: write ~ before all values or before none")
         if kind == "position":
@@ -279,7 +326,7 @@ def read_table(path):
                             "already; remove one")
         names[value] = None if name == "-" else name
         where[value] = number
-    return Table(names, kind, nearest=tilde)
+    return Table(names, kind, nearest=tilde, title=title if kind == "position" else None)
 
 
 def _parse_line(line, where):
@@ -291,12 +338,12 @@ def _parse_line(line, where):
         if match:
             break
     parts = match.groupdict()
-    name = parts["name"].strip(" \t\"'")
-    if kind == "position" and not tilde:
-        return kind, None, name, tilde
-    if kind == "position" or re.fullmatch(_NUMBERS, name) or not name:
+    name = parts["name"].strip(" \t',;")
+    if tilde and kind == "position" or re.fullmatch(_NUMBERS, name) or not name:
         raise DataError(f"{where}: {line!r} has not one value and one name; write ID NAME or "
                         "RED GREEN BLUE NAME, and letters first in a name")
+    if kind == "position":
+        return kind, None, name, tilde
     value, most = _value(parts)
     if kind == "colour" and tilde:
         raise DataError(f"{where}: ~ stands before a colour; it is for ids alone")
@@ -314,17 +361,14 @@ def _value(parts):
     return (int(parts["red"]), int(parts["green"]), int(parts["blue"])), 255
 
 
-def _without_header(lines):
-    """The lines (number, kind, value, name, tilde) without a first one that titles the others."""
-    if len(lines) < 2:
-        return lines
-    kinds = [line[1] for line in lines]
-    _, kind, _, name, _ = lines[0]
-    titles_columns = kind == "position" and "position" not in kinds[1:]
-    titles_names = set(kinds) == {"position"} and _plain(name) in _HEADERS
-    if titles_columns or titles_names:
-        return lines[1:]
-    return lines
+def _title(lines):
+    """The first of the lines (number, kind, value, name, tilde) if it titles the others, or ""."""
+    if len(lines) < 2 or lines[0][1] != "position":
+        return ""
+    name = lines[0][3]
+    if any(kind == "position" for _, kind, *_ in lines[1:]):
+        return name if _plain(name) in _TITLES else ""
+    return name if _TITLE_WORD.search(name.replace("_", " ")) else ""
 
 
 def _words(value):
@@ -540,8 +584,8 @@ OWN = {
     "list": ("file", "file")}
 
 # A SPEC in its parts. images: the folder of published data, or what stands for images in own data;
-# masks, ids: None where they are not given.
-Spec = namedtuple("Spec", "kind images masks ids", defaults=(None, None, None))
+# listed: the file of list:; None for what is not given.
+Spec = namedtuple("Spec", "kind images masks ids listed", defaults=(None, None, None, None))
 
 
 def home(path):
@@ -557,15 +601,21 @@ def parse_spec(text, split="train"):
     if not rest or kind not in (*OWN, *SETS):
         published = ", ".join(f"{name}:DIR" for name in SETS)
         raise DataError(f"{text!r} names no data set; use {', '.join(STREETS)}, "
-                        f"folder:IMAGES[:MASKS[:IDS]], glob:IMAGES[:MASKS[:IDS]], list:FILE[:IDS] "
-                        f"or {published}")
+                        f"folder:IMAGES[:MASKS[:IDS]], glob:IMAGES[:MASKS[:IDS]], list:FILE[:IDS], "
+                        f"list:FILE:IMAGES[:MASKS[:IDS]] or {published}")
     if kind in SETS:
-        return Spec(kind, home(rest))
+        return Spec(kind, _as_stored(rest, "folder"))
     rest = rest.replace("{split}", split)
-    parts = [home(part) for part in _split_paths(rest, OWN[kind])]
-    if kind == "list":
-        parts.insert(1, None)
-    return Spec(kind, *parts)
+    kinds = OWN[kind]
+    if kind == "list" and "*" in rest:
+        kinds = ("file", *OWN["glob"])
+    parts = [_as_stored(*part) for part in zip(_split_paths(rest, kinds), kinds)]
+    if kind != "list":
+        return Spec(kind, *parts)
+    listed, *parts = parts
+    if kinds is OWN["list"]:
+        return Spec(kind, None, None, *parts, listed=listed)
+    return Spec(kind, *parts, listed=listed)
 
 
 def _split_paths(text, kinds):
@@ -587,7 +637,7 @@ def _split_paths(text, kinds):
             existing = sum(map(_exists, paths, kinds))
             torn = 0
             for path, following in zip(paths, paths[1:]):
-                torn += bool(re.fullmatch("[A-Za-z]", path) and re.match(r"[\\/]", following))
+                torn += bool(re.search("(^|:)[A-Za-z]$", path) and re.match(r"[\\/]", following))
             rank = (existing == count, existing, -torn, count)
             if best is None or rank > best[0]:
                 best = (rank, paths)
@@ -596,13 +646,28 @@ def _split_paths(text, kinds):
 
 def _exists(path, kind):
     """Whether a path of a SPEC exists: a folder, a file, or the folder in which a glob begins."""
-    path = home(path)
+    path = _as_stored(path, kind)
     if kind == "folder":
         return os.path.isdir(path)
     if kind == "glob" and "*" in path:
         folder, rest = _glob_root(path)
         return os.path.isdir(folder) and ":" not in rest
     return os.path.isfile(path)
+
+
+def _as_stored(path, kind):
+    """A path of a SPEC, str, with ~ as the user's folder and accents as the file system has them."""
+    path = home(path)
+    if not path:
+        return path
+    rest = ""
+    begin = path
+    if kind == "glob" and "*" in path:
+        begin, rest = _glob_root(path)
+    found = _existing(Path(begin))
+    if found is None or str(found) == begin:
+        return path
+    return os.path.join(found, rest) if rest else str(found)
 
 
 def _glob_root(pattern):
@@ -624,7 +689,8 @@ def _some(items):
 def _walk(folder, above=()):
     """Files below a folder, also in linked ones, but not in a link to a folder that it is in."""
     real = os.path.realpath(folder)
-    if real in above or not os.path.isdir(folder):
+    inside = any(os.path.join(one, "").startswith(os.path.join(real, "")) for one in above)
+    if inside or not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
         if entry.is_dir():
@@ -638,11 +704,11 @@ def _glob(dataset, root, pattern):
     [(image file, what its stars matched)] below a folder, sorted; hidden files do not count. Those
     that Pillow cannot read are named in the data set's notes.
     """
-    stars = _star_groups(pattern)
+    stars = _star_groups(_composed(pattern))
     found = []
     skipped = []
     for file in _walk(root):
-        match = stars.fullmatch(file.relative_to(root).as_posix())
+        match = stars.fullmatch(_composed(file.relative_to(root).as_posix()))
         suffix = file.suffix.lower()
         if not match or file.name[0] == ".":
             continue
@@ -680,13 +746,22 @@ def _composed_names(folder):
 
 
 def _existing(path):
-    """The file of that name, or of one that differs in the form of its accents, or None."""
-    if path.is_file():
+    """The path, or one that exists and differs in the form of its accents, or None."""
+    if path.exists():
         return path
-    if path.name.isascii() or not path.parent.is_dir():
+    if str(path).isascii() or path == path.parent:
         return None
-    name = _composed_names(path.parent).get(_composed(path.name))
-    return path.parent / name if name else None
+    parent = _existing(path.parent)
+    if parent is None or not parent.is_dir():
+        return None
+    name = _composed_names(parent).get(_composed(path.name))
+    return parent / name if name else None
+
+
+def _existing_file(path):
+    """The file of that name, as _existing, or None."""
+    found = _existing(path)
+    return found if found and found.is_file() else None
 
 
 def _accept_missing(dataset, files):
@@ -729,7 +804,7 @@ def _find_published(dataset, root):
     files = []
     for image, matched in images:
         labels = [root / _fill_stars(pattern, matched) for pattern in label_patterns]
-        files.append((image, next(filter(None, map(_existing, labels)), None)))
+        files.append((image, next(filter(None, map(_existing_file, labels)), None)))
     if not any(label for _, label in files):
         tried = " or ".join(map(str, labels))
         dataset.no_labels = f"; tried {tried} for {files[-1][0].name}"
@@ -776,19 +851,22 @@ def _find_by_glob(dataset, spec):
     """[(image, label or None)] of two patterns whose stars of equal rank pair. Raises DataError."""
     images = _glob(dataset, *_glob_root(spec.images))
     if not images:
-        raise DataError(f"{dataset.spec}: no image matches {spec.images}; check the pattern, and "
-                        "put it in quotes")
+        raise DataError(f"{dataset.spec}: no image matches {spec.images}; check the pattern, in "
+                        "which * and **/ alone stand for other names, and put it in quotes")
     if spec.masks is None:
         kept = _without_twins(dataset, [image for image, _ in images])
         return [(image, None) for image in kept]
 
     masks = Path(spec.masks).as_posix()
+    if "*" not in masks and len(images) > 1:
+        raise DataError(f"{dataset.spec}: {masks} is one mask for {len(images)} images; write * "
+                        "where its name is that of the image, and put the SPEC in quotes")
     if len(re.findall(r"\*\*/|\*", masks)) > len(images[0][1]):
         raise DataError(f"{dataset.spec}: {masks} has more stars than {spec.images}; each star of "
                         "a mask is filled with its image's")
     files = []
     for image, matched in images:
-        files.append((image, _existing(Path(_fill_stars(masks, matched)))))
+        files.append((image, _existing_file(Path(_fill_stars(masks, matched)))))
     if not any(label for _, label in files):
         image, matched = images[0]
         raise DataError(f"{dataset.spec}: no image has a label, {image} not in "
@@ -797,19 +875,29 @@ def _find_by_glob(dataset, spec):
     return files
 
 
-TWINS = ("_mask", "_label", "_gt")  # what tools add to an image's name to name its mask
+# What tools add to an image's name to name its mask, and how they name the folders of masks.
+TWIN = re.compile(r"[ ._-](mask|label|gt|seg)s?$", re.I)
+MASK_FOLDERS = ("mask", "masks", "label", "labels", "annotations", "gt", "segmentationclass")
 
 
 def _without_twins(dataset, images):
-    """The images but those that are the mask of another one, X_mask.png beside X.jpg: noted."""
+    """
+    The images but those that are the mask of another one, X_mask.png beside X.jpg: noted. So are
+    images in folders of a name that masks have.
+    """
     known = {str(image.with_suffix("")) for image in images}
-    kept, twins = [], []
+    kept, twins, odd = [], [], []
     for image in images:
         name = str(image.with_suffix(""))
-        if any(name.endswith(end) and name.removesuffix(end) in known for end in TWINS):
+        if TWIN.search(name) and TWIN.sub("", name) in known:
             twins.append(str(image))
-        else:
-            kept.append(image)
+            continue
+        kept.append(image)
+        if image.parent.name.lower() in MASK_FOLDERS:
+            odd.append(str(image))
+    if odd and len(odd) < len(kept):
+        dataset.notes.append(f"MASKS TAKEN FOR IMAGES? {len(odd)} of {len(kept)} images lie in "
+                             f"folders that are named as masks are: {_some(odd)}")
     if twins:
         dataset.notes.append(f"MASKS TAKEN FOR IMAGES? {len(twins)} files are left out, each has "
                              f"an image of the same name without its ending beside it: "
@@ -824,12 +912,12 @@ def _names_in_line(line, folder):
     """
     if "\t" in line:
         return [name.strip() for name in line.split("\t")]
-    if _existing(folder / home(line)):  # a name may hold blanks and commas
+    if _existing_file(folder / home(line)):  # a name may hold blanks and commas
         return [line]
     splits = []
     for gap in re.finditer(r"\s*[,\s]\s*", line):
         names = [line[:gap.start()], line[gap.end():]]
-        if all(_existing(folder / home(name)) for name in names):
+        if all(_existing_file(folder / home(name)) for name in names):
             return names
         splits.append(names)
     return splits[-1] if splits else [line]
@@ -837,27 +925,61 @@ def _names_in_line(line, folder):
 
 def _find_in_list(dataset, spec):
     """[(image, label or None)] of a text file. Raises DataError."""
-    path = Path(spec.images)
+    path = Path(spec.listed)
     if not path.is_file():
         raise DataError(f"list:{path}: no such file; give a text file with an image and its label "
                         "per line")
+    if spec.images:
+        files = _find_listed_names(spec)
+    else:
+        files = _find_listed_paths(path)
+    if not files:
+        raise DataError(f"{path}: lists no image")
+    _accept_missing(dataset, files)
+    if not any(label for _, label in files):
+        kept = _without_twins(dataset, [image for image, _ in files])
+        return [(image, None) for image in kept]
+    return files
+
+
+def _find_listed_paths(path):
+    """[(image, label or None)] of a file whose lines are one or two paths. Raises DataError."""
     files = []
     for number, line in _numbered_lines(path):
-        names = _names_in_line(line, path.parent)
+        names = _names_in_line(_unquoted(line), path.parent)
         if len(names) > 2:
             raise DataError(f"{path}: line {number}: {line!r} must be one or two paths")
         found = []
         for name in names:
             wanted = path.parent / home(name)  # an absolute path stays what it is
-            file = _existing(wanted)
+            file = _existing_file(wanted)
             if file is None:
                 raise DataError(f"{path}: line {number}: {wanted} does not exist; paths are "
-                                "relative to the list's folder")
+                                "relative to the list's folder; for a list of names write "
+                                "list:FILE:IMAGES:MASKS with a * for the name in IMAGES and MASKS")
             found.append(file)
         files.append((found[0], found[1] if len(found) == 2 else None))
-    if not files:
-        raise DataError(f"{path}: lists no image")
-    _accept_missing(dataset, files)
+    return files
+
+
+def _find_listed_names(spec):
+    """[(image, label or None)] of a file whose lines are names, for the stars of two patterns."""
+    for pattern in filter(None, (spec.images, spec.masks)):
+        if "*" not in pattern or "**" in pattern:
+            raise DataError(f"{pattern}: needs a * where the names of {spec.listed} belong")
+    files = []
+    for number, name in _numbered_lines(spec.listed):
+        image = spec.images.replace("*", name)
+        found = _existing_file(Path(image))
+        if found is None:
+            raise DataError(f"{spec.listed}: line {number}: {image} does not exist; a line is "
+                            "what * stands for")
+        label = spec.masks and _existing_file(Path(spec.masks.replace("*", name)))
+        files.append((found, label))
+    if spec.masks and files and not any(label for _, label in files):
+        tried = spec.masks.replace("*", name)
+        raise DataError(f"{spec.listed}: no line has a mask, {tried} does not exist; check the "
+                        "pattern of the masks")
     return files
 
 
@@ -877,6 +999,10 @@ def _open(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                # Damaged PNG data may well be decoded, to other pixels; their checksums tell.
+                if image.format == "PNG":
+                    image.verify()
             with Image.open(path) as image:
                 image.load()
                 return image
@@ -966,8 +1092,8 @@ def read_label(path, lossy=False):
         ids = np.asarray(_upright(image)[0])
         if ids.ndim == 3:
             ids, fault = _one_channel(ids, image.mode)
-    if fault is None and ids.max() > 65535:
-        fault = "a picture with values above 65535"
+    if fault is None and not 0 <= ids.min() <= ids.max() <= 65535:
+        fault = f"a picture with values from {ids.min()} to {ids.max()}, where 0 to 65535 are ids"
     if fault:
         raise DataError(f"{path}: is {fault}; save the ids as an 8-bit grey or palette PNG, or say "
                         "what the colours are in IDS")
@@ -981,6 +1107,8 @@ def _one_channel(channels, mode):
         return ids, None
     equal = (channels[:, :, 1:3] == channels[:, :, :1]).all()
     red = not channels[:, :, 1:3].any()
+    if mode == "RGBA" and not channels[:, :, :3].any() and np.ptp(channels[:, :, 3]):
+        return ids, "black, with all its values in the alpha channel"
     if equal or red:
         return ids, None
     return ids, f"a colour picture ({mode}) and no class ids"
@@ -1242,7 +1370,7 @@ def default_classes(spec):
     """
     parsed = parse_spec(spec)
     if parsed.kind in OWN:
-        return table_classes(read_table(parsed.ids)) if parsed.ids else ()
+        return _checked_names(parsed.ids, read_table(parsed.ids)) if parsed.ids else ()
     if parsed.kind in STREETS:
         return "cityscapes19"
     table = SETS[parsed.kind].ids
@@ -1309,6 +1437,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             self.files = find[self.kind](self, spec)
         else:
             self.files = _find_published(self, spec.images)
+        self._note_repeats()
         self.names = _image_names([image for image, _ in self.files])
         self.labeled = any(label for _, label in self.files)
         self.train_ids = True  # in masks that are named *labelTrainIds*
@@ -1319,6 +1448,22 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self._set_own_ids(spec.ids or ids)
         self.train_ids = spec.ids is None and self.ids.kind == "position"
         return None
+
+    def _note_repeats(self):
+        """Notes images and masks that occur again. Raises DataError where a mask is its image."""
+        own = [str(image) for image, label in self.files if image == label]
+        if own:
+            raise DataError(f"{self.spec}: {len(own)} images are their own masks, such as "
+                            f"{own[0]}; give the files of the masks")
+        images, labels = zip(*self.files)
+        again = _twice([os.path.abspath(image) for image in images])
+        if again:
+            self.notes.append(f"{len(again)} images are listed more than once and count as often: "
+                              f"{_some(again)}")
+        shared = _twice([label for label in labels if label])
+        if shared and not again:
+            self.notes.append(f"{len(shared)} masks are those of several images: "
+                              f"{_some(shared)}")
 
     def _set_own_ids(self, ids):
         """Sets what the values of own masks mean. ids: as of open_dataset, or a file."""
@@ -1332,6 +1477,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
             return
         self.ids = read_table(home(ids))
         self.ids_from = ids
+        if self.ids.title:
+            self.notes.append(f"{ids}: its first line, {self.ids.title}, is taken for a title and "
+                              f"is no class; if it is one, write `0 {self.ids.title}`, `1 NAME`")
         if self.ids.nearest:
             self.notes.append(f"{ids}: a value that is not listed means the nearest one (~)")
 
@@ -1778,11 +1926,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
             parts = (STREETS_SEED, self.indices, renderer)
         else:
             parts = []
-            ids = sorted(self.ids.names.items()), self.ids.nearest
+            ids = sorted(self.ids.names.items()), self.ids.nearest, self.train_ids, READING
             for path in itertools.chain.from_iterable(self.files):
                 if path is not None:
                     status = path.stat()
-                    path = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+                    # ctime too: unpacking and copying may give a replaced file the old mtime
+                    times = (status.st_mtime_ns, status.st_ctime_ns)
+                    path = (str(path.resolve()), status.st_size, *times)
                 parts.append(path)
         content = (self.kind, self.split, self.size, parts, ids)
         return hashlib.sha256(repr(content).encode()).hexdigest()
@@ -1814,8 +1964,8 @@ def describe_faults(dataset, faults):
         if values:
             text += _diagnosis(values, dataset)
         if group[0].spares_others:
-            text += f"; or --skip-bad {len(group)} leaves out as many"
-        lines.append(f"{text} ({len(group)} of {len(dataset)} items)")
+            text += f"; or train.py --skip-bad {len(group)} leaves out as many"
+        lines.append(f"{text} ({len(group)} of {len(dataset)} items of {dataset.spec})")
     return lines
 
 
@@ -1845,6 +1995,17 @@ def check_sets(datasets, skip=0):
     if problems:
         raise DataError(problems[0])
     return bad
+
+
+def leave_out_bad(datasets, bad):
+    """Takes what check_sets gave away from its data sets -> what is left out, list of str."""
+    notes = []
+    for (dataset, _), items in zip(datasets, bad):
+        if items:
+            dataset.leave_out(items)
+            notes.append(f"--skip-bad: {dataset.spec} {dataset.split} goes without {len(items)} "
+                         f"images: {', '.join(dataset.left_out)}")
+    return notes
 
 
 def images_in_both(a, b):
@@ -1900,11 +2061,21 @@ class Pool(torch.utils.data.Dataset):
         self.table = np.concatenate([part.table for part in parts])
         self.notes = []
         self.mapping = []
+        self._note_repeats()
         for part in parts:
             self.notes += [f"{part.spec}: {note}" for note in part.notes]
             self.mapping += [f"{part.spec}: {line}" for line in part.mapping]
         self.no_labels = "".join(part.no_labels for part in parts)
         self.join()
+
+    def _note_repeats(self):
+        """Notes, at a part, its images that are in a part before it."""
+        for number, part in enumerate(self.parts):
+            before = self.parts[:number]
+            both = [path for other in before for path in images_in_both(other, part)]
+            if both:
+                part.notes.append(f"{len(set(both))} images are also in a SPEC before it and "
+                                  f"count as often: {_some(both)}")
 
     def join(self):
         """Sets what the parts' items give together; again after a part's leave_out."""
@@ -2157,7 +2328,9 @@ def labeled_indices(dataset, spec):
 
 def _listed_indices(dataset, known, spec):
     """The indices, of `known`, that a file lists."""
-    images = [(i, dataset.names[i], dataset.image_path(i)) for i in known]
+    images = []
+    for i in known:
+        images.append((i, _composed(dataset.names[i]), _composed(dataset.image_path(i))))
     found = set()
     for line in read_lines(spec):
         matches = _images_in_line(images, line)
@@ -2179,7 +2352,7 @@ def _listed_indices(dataset, known, spec):
 
 def _images_in_line(images, line):
     """Indices of the images (index, name, path) that a line of a list means."""
-    whole, tab, _ = line.replace("\\", "/").removeprefix("./").partition("\t")
+    whole, tab, _ = _composed(line).replace("\\", "/").removeprefix("./").partition("\t")
     candidates = [whole] if tab else [whole, whole.rpartition(" ")[0]]  # a name may hold spaces
     for wanted in filter(None, candidates):
         end = "/" + wanted.lstrip("/")

@@ -35,8 +35,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
-                  colorize, fail, grid, legend, majority_label, open_dataset, overlay, palette,
-                  parse_size, read_colours, read_image, save_ids, with_legend)
+                  check_sets, colorize, fail, grid, leave_out_bad, legend, majority_label,
+                  open_dataset, overlay, palette, parse_size, read_colours, read_image, save_ids,
+                  with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags, load_checkpoint,
                    upsample_pseudo_label)
 
@@ -300,7 +301,7 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, c
     """
     if not dataset.labeled:
         raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
-                        "for pictures alone use --images")
+                        f"for pictures alone use --images{dataset.no_labels}")
     names = dataset.classes
     if colors is None:
         colors = palette(names)
@@ -1083,7 +1084,8 @@ def build_parser():
                formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("checkpoint", nargs="?", metavar="CKPT", help="last.pt or best.pt of a run")
-    a("--data", metavar="SPEC", help="data set, as in data.py (default: the run's validation data)")
+    a("--data", nargs="+", metavar="SPEC",
+      help="data set, as in data.py, several are pooled (default: the run's validation data)")
     a("--split", default="val", choices=("train", "val", "test"), help="split of the data set")
 
     task = p.add_mutually_exclusive_group().add_argument
@@ -1092,7 +1094,7 @@ def build_parser():
     task("--table", nargs="+", metavar="RUN", help="tabulate run folders or log files instead")
     task("--before", metavar="CKPT0",
          help="draw the gain over this run's student instead, with --picture")
-    task("--alignment", metavar="SPEC",
+    task("--alignment", nargs="+", metavar="SPEC",
          help="also compare features with this source, its val split")
 
     a("--against", metavar="ROW",
@@ -1107,7 +1109,7 @@ def build_parser():
       help="decoder; language where one was trained")
     a("--weights", default="student", choices=("student", "teacher"),
       help="which network of the run")
-    a("--adabn", metavar="SPEC",
+    a("--adabn", nargs="+", metavar="SPEC",
       help="first re-estimate BatchNorm on unlabelled train images of this data set")
     a("--size", type=parse_size, metavar="WxH",
       help="size at the network (default: as trained; --images: longer side)")
@@ -1124,7 +1126,7 @@ def parse_flags(argv):
     p = build_parser()
     args = p.parse_args(argv)
     if bool(args.checkpoint) == bool(args.table):
-        p.error("give a checkpoint, or --table with runs")
+        p.error("give a checkpoint first, or --table with runs")
     if args.images and args.data:
         p.error("--images and --data both name what to predict: give one of them")
     if args.against and not args.table:
@@ -1186,6 +1188,55 @@ def score(args, about, model, dataset, aligned, colors, how):
     return result["images"]
 
 
+def open_data(args, flags, classes, size):
+    """The data sets (to predict, --alignment, --adabn), None where one is not asked for; notes.
+
+    flags: those of the run. All files that will be scored are checked. Raises DataError.
+    """
+    # What the values of own masks mean that have no IDS: positions in the classes, or what the file
+    # of --classes says. Where the classes came from IDS or a file that is gone, nothing says it.
+    ids = flags.get("classes", "classes")
+    if ids in CLASS_SPACES:
+        ids = "classes"
+    elif ids != "classes" and not Path(ids or "").is_file():
+        ids = None
+    dataset = source = target = None
+    checked = []
+    if not args.images:
+        spec = args.data or flags["val"]
+        if spec == "none":
+            raise DataError(f"{args.checkpoint}: the run had no validation data; "
+                            "give --data SPEC or --images PATH")
+        dataset = open_dataset(spec, args.split, classes, size, flags["cache"], ids=ids)
+        checked.append((dataset, dataset.labeled and not args.submit))
+    if args.alignment:
+        source = open_dataset(args.alignment, "val", classes, size, flags["cache"], ids=ids)
+        checked.append((source, source.labeled))
+    if args.adabn:
+        target = open_dataset(args.adabn, "train", classes, size, flags["cache"], True, ids)
+    skip = 0
+    if not args.submit:  # a server wants every image
+        skip = flags.get("skip_bad", 0)
+    return dataset, source, target, check_data(checked, skip)
+
+
+def check_data(datasets, skip):
+    """Read all files once before the work begins -> what they show, a list of str.
+
+    datasets: [(data set, whether its labels are used)]. skip: so many bad pairs are left out, as in
+    the run. Raises DataError.
+    """
+    parts = []
+    for dataset, labels in datasets:
+        parts += [(part, labels) for part in dataset.parts]
+    notes = leave_out_bad(parts, check_sets(parts, skip))
+    for part, labels in parts:
+        notes += [f"{part.spec} {part.split}: {remark}" for remark in part.remarks(labels)]
+    for dataset, _ in datasets:
+        dataset.join()
+    return notes
+
+
 def run(args):
     """The command line's work with a checkpoint."""
     check_outputs(args)
@@ -1195,28 +1246,15 @@ def run(args):
     size = args.size or flags["size"]
     slide = flags.get("slide") if args.slide is None else args.slide
     how = {"window": flags["crop"] if slide else None, "flip": args.flip, "head": args.head}
-    spec = args.data or flags["val"]
-    # what the ids of own masks mean that have no IDS: the file of --classes may have said more
-    # than their positions
-    ids = flags.get("classes") or "classes"
-    if not Path(ids).is_file():
-        ids = "classes"
     colors = palette(classes)
     if args.palette:
         colors = read_colours(args.palette, classes)
 
-    if args.adabn:
-        target = open_dataset(args.adabn, "train", classes, size, flags["cache"])
+    dataset, source, target, notes = open_data(args, flags, classes, size)
+    if target:
         model = adapt_batchnorm(model, target)
-    dataset = None
-    if not args.images:
-        if spec == "none":
-            raise DataError(f"{args.checkpoint}: the run had no validation data; "
-                            "give --data SPEC or --images PATH")
-        dataset = open_dataset(spec, args.split, classes, size, flags["cache"], ids=ids)
     aligned = {}
-    if args.alignment:
-        source = open_dataset(args.alignment, "val", classes, size, flags["cache"], ids=ids)
+    if source:
         aligned["alignment"] = alignment(model, source, dataset, args.head)
 
     begin = time.perf_counter()
@@ -1233,10 +1271,12 @@ def run(args):
         count = draw_gain(args, checkpoint, model, dataset, colors, how)
     else:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights,
-                 "data": dataset.spec, "split": args.split, "adabn": args.adabn, "head": args.head,
-                 "slide": slide, "flip": args.flip}
+                 "data": dataset.spec, "split": args.split, "adabn": target and target.spec,
+                 "head": args.head, "slide": slide, "flip": args.flip}
         count = score(args, about, model, dataset, aligned, colors, how)
 
+    for note in dict.fromkeys(notes):
+        print("note:", note)
     print(f"{count} images, {count / (time.perf_counter() - begin):.1f} images/s", end="")
     if args.device.type == "cuda":
         print(f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", end="")

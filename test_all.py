@@ -1052,6 +1052,13 @@ ROAD_AND_CAR = {
     ("colour",
      "# label:color_rgb:parts:actions\nroad:128,64,128::\ntraffic light:0,0,142:lamp,pole:\n"),
     ("colour", "#804080 road\n# a comment\n#00008e traffic light\n"),
+    ("colour", "road #804080\ntraffic light,#00008E"),
+    ("colour", '"road","128","64","128"\n"traffic light","0","0","142"'),
+    ("colour", "road,(128, 64, 128)\n[0, 0, 142] traffic light"),
+    ("id", '"id";"name"\n"7";"road"\n"9";"traffic light"'),
+    ("id", "7 -> road\n9 - traffic light  # a lamp"),
+    ("id", "7 road\u200b\n9 traffic light,"),
+    ("position", "road # grey\ntraffic light"),
 ])
 def test_a_table_is_read_in_every_notation(kind, text, tmp_path):
     for mark in ("", "\ufeff"):
@@ -1093,9 +1100,40 @@ def test_tables_merge_names_and_ignore_values(tmp_path):
     ("~1 2 3 road", ["line 1", "~"]),
     ("~0 road\n200 car", ["line 2", "~ before all"]),
     ("# nothing\n", ["names no class"]),
+    ("road\n8 car", ["line 2", "one notation"]),  # road is no title
+    ("7\n8\n9", ["line 1", "'7' has not one value and one name"]),
+    ("7.0 road\n8.0 car", ["line 1", "one value and one name"]),
+    ("+7 road", ["line 1", "one value and one name"]),
+    ("0x07 road", ["line 1", "one value and one name"]),
+    ("0.5 0.2 0.1 road", ["line 1", "one value and one name"]),
+    ("~ground,0\n~crack,255", ["line 1", "~ before an id"]),
+    ('["road", "car"]', ["line 1", "no plain name"]),
+    ('{\n"0": "road",\n"1": "car"\n}', ["line 1", "no plain name"]),
+    ("- road\n- car", ["line 1", "no plain name"]),
+    ("r\0o\0a\0d\0", ["UTF-8"]),
 ])
 def test_faults_of_a_table_name_file_and_line(text, words, tmp_path):
     refused(lambda: table_of(tmp_path, text), tmp_path / "table.txt", *words)
+
+
+def test_names_that_no_other_file_could_tell_apart_are_refused(tmp_path):
+    ids = tmp_path / "ids.txt"
+    for text in ("0 car\n1 Car", "0 a b\n1 a_b", "0 Str\u00e4t\n1 stra\u0308t"):
+        ids.write_text(text, encoding="utf-8")
+        refused(lambda: data.class_names(str(ids)), ids, "write one name to merge them")
+        refused(lambda: data.open_dataset(f"{make_masks(tmp_path, (0, 1))}:{ids}", "val"), ids)
+    assert data.class_index("STRA\u0308T", ("str\u00e4t",)) == 0
+    many = "\n".join(f"{i} c{i}" for i in range(300))
+    ids.write_text(many)
+    refused(lambda: data.open_dataset(f"{make_masks(tmp_path, (0, 1))}:{ids}", "val"), ids, "300")
+
+
+def test_a_title_that_may_be_a_class_is_said(tmp_path):
+    ids = tmp_path / "ids.txt"
+    for text, said in (("label\ntext\n", True), ("text\nlabel\n", False), ("id,name\n0,text", False)):
+        ids.write_text(text)
+        dataset = data.open_dataset(f"{make_masks(tmp_path, (0,))}:{ids}", "val")
+        assert any("label, is taken for a title" in note for note in dataset.notes) == said
 
 
 def test_names_of_own_lists_swallow_nothing(tmp_path):
@@ -1200,6 +1238,68 @@ def test_values_that_a_table_does_not_list_are_shown_with_their_count(tmp_path):
     # 7 in its low byte
     Image.fromarray(np.full((4, 6), 263, np.uint16)).save(tmp_path / "m" / "a.png")
     refused(lambda: data.open_dataset(f"{spec}/ids.txt", "val", classes)[0], "263 (24 pixels)")
+
+
+def test_values_that_are_no_ids_never_wrap_round_to_one(tmp_path):
+    put(tmp_path / "i" / "a.png", np.zeros((4, 6, 3)))
+    (tmp_path / "m").mkdir()
+    spec = f"folder:{tmp_path}/i:{tmp_path}/m"
+    for values in ((0, -1), (0, -256), (1, 65537), (0, 1 << 24)):
+        array = np.array(values, np.int32).repeat(12).reshape(4, 6)
+        Image.fromarray(array).save(tmp_path / "m" / "a.tif")
+        refused(lambda: data.open_dataset(spec, "val", ("a", "b"))[0], "a.tif", "0 to 65535")
+    hidden = np.zeros((4, 6, 4), np.uint8)
+    hidden[..., 3] = np.arange(24).reshape(4, 6) % 2
+    (tmp_path / "m" / "a.tif").unlink()
+    Image.fromarray(hidden).save(tmp_path / "m" / "a.png")
+    refused(lambda: data.open_dataset(spec, "val", ("a", "b"))[0], "a.png", "alpha")
+
+
+def test_damage_inside_a_png_is_found_by_its_checksums(tmp_path):
+    """Also where the file is still decoded, to other values."""
+    rng = np.random.default_rng(0)
+    whole = put(tmp_path / "whole.png", rng.integers(0, 19, (32, 32)).repeat(8, 0).repeat(8, 1))
+    blob = whole.read_bytes()
+    decoded = 0
+    for at in range(60, len(blob) - 40, 40):
+        damaged = tmp_path / "damaged.png"
+        damaged.write_bytes(blob[:at] + bytes(8) + blob[at + 8:])
+        with contextlib.suppress(OSError):
+            Image.open(damaged).load()
+            decoded += 1
+        refused(lambda: data.read_label(damaged), damaged, "restore or remove it")
+        refused(lambda: data.read_image(damaged), damaged)
+    assert decoded  # by Pillow alone
+    assert data.read_label(whole).shape == (256, 256)
+
+
+def test_a_replaced_mask_is_read_again_whatever_its_date(tmp_path):
+    """Of the same name, size and date of change: archives and copies keep the old date."""
+    put(tmp_path / "i" / "x.png", np.zeros((18, 24, 3)))
+    mask = tmp_path / "m" / "x.bmp"
+    spec = f"folder:{tmp_path}/i:{tmp_path}/m"
+    sizes = set()
+    for value in (0, 1):
+        put(mask, np.full((18, 24), value))
+        os.utime(mask, ns=(10**18, 10**18))
+        sizes.add(mask.stat().st_size)
+        dataset = data.open_dataset(spec, "train", ("a", "b"), (24, 18), tmp_path / "cache")
+        assert (dataset[0]["label"] == value).all() and dataset.facts()["native"][0, value] == 432
+    assert len(sizes) == 1
+
+
+def test_train_ids_and_own_ids_of_the_same_names_have_caches_of_their_own(tmp_path):
+    """In masks named labelTrainIds 1 is a sidewalk, unless IDS says that it is a car."""
+    put(tmp_path / "i" / "x_labelTrainIds.png", np.zeros((18, 24, 3)))
+    put(tmp_path / "m" / "x_labelTrainIds.png", np.ones((18, 24)))
+    (tmp_path / "names.txt").write_text("road\ncar")
+    (tmp_path / "ids.txt").write_text("0 road\n1 car")
+    found = []
+    for classes in ("names.txt", "ids.txt", "names.txt"):
+        dataset = data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/m", "train", str(tmp_path / classes),
+                                    (24, 18), tmp_path / "cache")
+        found.append(int(dataset[0]["label"][0, 0]))
+    assert found == [255, 1, 255]
 
 
 def test_another_table_of_the_same_order_is_not_served_from_the_cache(tmp_path):
@@ -1438,6 +1538,58 @@ def test_lists_by_tab_comma_or_blanks(gap, tmp_path):
     assert (data.open_dataset(spec, "val", ("x", "y", "z"))[0]["label"] == 2).all()
 
 
+def test_lists_of_names_fill_the_stars_of_two_patterns(tmp_path):
+    """As VOC has them: a list of names for each split, images and masks in two folders."""
+    for i, name in enumerate(("2007_1", "2007_2", "town/x y")):
+        put(tmp_path / "JPEGImages" / f"{name}.jpg", np.zeros((4, 4, 3)))
+        put(tmp_path / "Class" / f"{name}.png", np.full((4, 4), i))
+    (tmp_path / "train.txt").write_text("2007_2\n\ntown/x y\n")
+    (tmp_path / "val.txt").write_bytes(b"\xef\xbb\xbf2007_1\r\n")
+    (tmp_path / "ids.txt").write_text("0 x\n1 -\n2 z")
+    spec = f"list:{tmp_path}/{{split}}.txt:{tmp_path}/JPEGImages/*.jpg:{tmp_path}/Class/*.png"
+    for split, values in (("train", [1, 2]), ("val", [0])):
+        found = data.open_dataset(spec, split, ("x", "y", "z"))
+        assert [int(item["label"][0, 0]) for item in found] == values
+    assert data.open_dataset(f"{spec}:{tmp_path}/ids.txt", "val").classes == ("x", "z")
+    bare = data.open_dataset(spec.rpartition(":")[0], "train", ("x",))
+    assert len(bare) == 2 and not bare.labeled
+
+    def opened(text):
+        return lambda: data.open_dataset(f"list:{tmp_path}/train.txt:{text}", "train", ("x", "y"))
+
+    images = f"{tmp_path}/JPEGImages/*.jpg"
+    refused(opened(f"{tmp_path}/no/*.jpg"), "train.txt: line 1", "no/2007_2.jpg")
+    refused(opened(f"{images}:{tmp_path}/no/*.png"), "no/town/x y.png")
+    refused(opened(f"{images}:{tmp_path}/ids.txt"), "needs a *")
+    refused(opened(f"{tmp_path}/**/*.jpg"), "needs a *")
+    (tmp_path / "Class" / "2007_2.png").unlink()
+    refused(opened(f"{images}:{tmp_path}/Class/*.png"), "1 of 2 images have no label")
+    # without the patterns the error says that they are missing
+    refused(lambda: data.open_dataset(f"list:{tmp_path}/train.txt", "train", ("x",)), "train.txt: line 1",
+            "list:FILE:IMAGES:MASKS")
+
+
+def test_pairs_that_cannot_be_meant_are_refused_or_said(tmp_path):
+    spec = make_masks(tmp_path / "d", (0, 1))
+    images, masks = tmp_path / "d" / "images", tmp_path / "d" / "masks"
+    opened = functools.partial(data.open_dataset, split="train", classes=("x", "y"))
+    refused(lambda: opened(f"folder:{masks}:{masks}"), "3 images are their own masks")
+    refused(lambda: opened(f"glob:{images}/*.png:{masks}/p00.png"), "one mask for 3 images")
+    line = "{0}/images/p00.png {0}/masks/{1}.png\n"
+    (tmp_path / "l.txt").write_text(line.format("d", "p00") + line.format("./d", "p01"))
+    assert "1 images are listed more than once" in opened(f"list:{tmp_path}/l.txt").notes[0]
+    put(masks / "p0.png", np.zeros((18, 24)))
+    shared = "d/images/p00.png d/masks/p0.png\nd/images/p01.png d/masks/p0.png\n"
+    (tmp_path / "l.txt").write_text(shared)
+    assert "1 masks are those of several images" in opened(f"list:{tmp_path}/l.txt").notes[0]
+    (masks / "p0.png").unlink()
+    assert not opened(spec).notes
+    (tmp_path / "m.txt").write_text("d/images/p02.png d/masks/p02.png\n")
+    pool = opened([spec, f"list:{tmp_path}/m.txt"])
+    assert "1 images are also in a SPEC before it" in pool.notes[0] and "m.txt: " in pool.notes[0]
+    assert pool.parts[1].notes and not pool.parts[0].notes
+
+
 def test_paths_with_colons_drives_and_a_tilde(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -1456,11 +1608,14 @@ def test_paths_with_colons_drives_and_a_tilde(tmp_path, monkeypatch):
         found = data.open_dataset(spec, "val", ("x", "y"))
         assert len(found) == count and found.labeled == (spec != "folder:a:b/images"), spec
     windows = data.parse_spec(r"folder:C:\d\images:D:\d\masks:C:\ids.txt")
-    assert windows[1:] == (r"C:\d\images", r"D:\d\masks", r"C:\ids.txt")
-    assert data.parse_spec("glob:C:/d/*.jpg:C:/m/*.png")[1:] == ("C:/d/*.jpg", "C:/m/*.png", None)
-    assert data.parse_spec(r"list:C:\l.txt")[1:] == (r"C:\l.txt", None, None)
-    assert data.parse_spec("folder:none:nothing:no.txt")[1:] == ("none", "nothing", "no.txt")
-    assert data.parse_spec("glob:*.jpg:home/*.png:no.txt")[1:] == ("*.jpg", "home/*.png", "no.txt")
+    assert windows[1:4] == (r"C:\d\images", r"D:\d\masks", r"C:\ids.txt")
+    assert data.parse_spec("glob:C:/d/*.jpg:C:/m/*.png")[1:4] == ("C:/d/*.jpg", "C:/m/*.png", None)
+    assert data.parse_spec(r"list:C:\l.txt") == ("list", None, None, None, r"C:\l.txt")
+    assert data.parse_spec("list:C:/l.txt:D:/i/*.jpg:D:/m/*.png:C:/n.txt")[1:] == (
+        "D:/i/*.jpg", "D:/m/*.png", "C:/n.txt", "C:/l.txt")
+    assert data.parse_spec("folder:none:nothing:no.txt")[1:4] == ("none", "nothing", "no.txt")
+    glob = data.parse_spec("glob:*.jpg:home/*.png:no.txt")
+    assert glob[1:4] == ("*.jpg", "home/*.png", "no.txt")
     assert data.parse_spec("gta:~/x:y").images == str(tmp_path / "home" / "x:y")
     refused(lambda: data.open_dataset("camvid:~/none", "train", "camvid11"),
             tmp_path / "home" / "none")
@@ -1475,6 +1630,8 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
         (tmp_path / "d" / part / "loop").symlink_to(tmp_path / "s" / part)
     found = data.open_dataset(f"folder:{tmp_path}/s/images:{tmp_path}/s/masks", "val", ("x", "y"))
     assert len(found) == 6 and found.names[0] == "far__p00"
+    (tmp_path / "d" / "images" / "up").symlink_to("..")  # to the folder that the images' lies in
+    assert len(data.open_dataset(f"folder:{tmp_path}/d/images", "val", ("x", "y"))) == 3
     (tmp_path / "set").mkdir()
     put(tmp_path / "there" / "train" / "images" / "x.jpg", np.zeros((2, 2, 3)))
     (tmp_path / "set" / "train").symlink_to(tmp_path / "there" / "train")
@@ -1491,6 +1648,16 @@ def test_accents_pair_in_either_form(of_image, of_mask, tmp_path):
     for spec in (f"folder:{tmp_path}/i:{tmp_path}/m", f"glob:{tmp_path}/i/*.png:{tmp_path}/m/*.png",
                  f"list:{tmp_path}/list.txt"):
         assert int(data.open_dataset(spec, "val", ("x", "y"))[0]["label"].min()) == 1, spec
+    # as folders, below and above those that a SPEC names
+    put(tmp_path / name / "i" / name / "x.png", np.zeros((2, 2, 3)))
+    put(tmp_path / name / "m" / other / "x.png", np.ones((2, 2)))
+    typed = f"{tmp_path}/{other}"
+    for spec in (f"folder:{typed}/i:{typed}/m", f"glob:{typed}/i/*/*.png:{typed}/m/*/*.png",
+                 f"glob:{typed}/i/{other}/*.png:{typed}/m/{name}/*.png"):
+        assert int(data.open_dataset(spec, "val", ("x", "y"))[0]["label"].min()) == 1, spec
+    (tmp_path / "labeled.txt").write_text(f"{other}\n", encoding="utf-8")
+    dataset = data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/m", "val", ("x", "y"))
+    assert data.labeled_indices(dataset, str(tmp_path / "labeled.txt")) == [0]
 
 
 @pytest.mark.parametrize("kind, image, mask, values", [
@@ -1801,9 +1968,9 @@ def test_problems_of_all_sets_are_grouped_by_kind(tmp_path):
     done = run_train(argv, check=False)
     lines = [line for line in done.stderr.splitlines() if "problem: " in line or "error: " in line]
     assert done.returncode == 2 and len(lines) == 3
-    assert "val/labels/001.png" in lines[1] and "(1 of 3 items)" in lines[1]
-    assert "images/000.png" in lines[0] and "(2 of 6 items)" in lines[0]
-    assert "error: " in lines[2] and "labels/001.png: ids 3" in lines[2] and "(3 of 6 items)" in lines[2]
+    assert "val/labels/001.png" in lines[1] and "(1 of 3 items of folder:" in lines[1]
+    assert "images/000.png" in lines[0] and "(2 of 6 items of folder:" in lines[0]
+    assert "error: " in lines[2] and "labels/001.png: ids 3" in lines[2] and "(3 of 6 items of folder:" in lines[2]
 
     classes = str(tmp_path / "names.txt")
     done = data_command(argv[argv.index("--source") + 1], "--classes", classes, "--out", tmp_path / "sheet.png")
@@ -1942,14 +2109,21 @@ def test_binary_masks_are_a_problem_unless_a_table_ignores_values(text, problem,
 
 
 def test_masks_beside_images_are_no_images(tmp_path):
-    for name in ("a.jpg", "a_mask.png", "b.png", "b_label.png", "c.png", "c_gt.png", "d_mask.png", "_mask.png"):
+    for name in ("a.jpg", "a-Masks.png", "b.png", "b_label.png", "c.png", "c.gt.png", "d_mask.png", "_mask.png"):
         put(tmp_path / "x" / name, np.zeros((4, 4, 3)))
     dataset = data.open_dataset(f"folder:{tmp_path / 'x'}", "train", "camvid11")
     assert dataset.names == ["_mask", "a", "b", "c", "d_mask"]
     by_glob = data.open_dataset(f"glob:{tmp_path / 'x'}/*.*", "train", "camvid11")
     assert by_glob.names == dataset.names
     note = dataset.notes[0]
-    assert "MASKS" in note and " 3 files" in note and all(name in note for name in ("a_mask.png", "b_label.png", "c_gt.png"))
+    assert "MASKS" in note and " 3 files" in note and all(name in note for name in ("a-Masks.png", "b_label.png", "c.gt.png"))
+    (tmp_path / "x" / "list.txt").write_text("a.jpg\na-Masks.png\nb.png\n")
+    listed = data.open_dataset(f"list:{tmp_path / 'x'}/list.txt", "train", "camvid11")
+    assert listed.names == ["a", "b"] and "MASKS" in listed.notes[0]
+    make_masks(tmp_path / "both", (0, 1))
+    whole = data.open_dataset(f"folder:{tmp_path / 'both'}", "train", "camvid11")
+    assert "3 of 6 images lie in folders that are named as masks" in whole.notes[0]
+    assert not data.open_dataset(f"folder:{tmp_path / 'both'}/images", "train", "camvid11").notes
 
 
 def test_where_labels_were_looked_for_is_said(tmp_path):
@@ -3278,6 +3452,52 @@ def test_command_line_scores_and_draws(tmp_path, capsys):
     assert f"pixel accuracy {right} before, {right} after, over 3 images" in out
     assert "000 (+0.0), 001 (+0.0), 002 (+0.0)" in out
     assert Image.open(picture).width == 4 * 64 + 3 * 4
+
+
+def test_command_line_pools_and_checks_its_data_before_the_work(tmp_path, capsys, monkeypatch):
+    a = make_folder(tmp_path / "a", 3, (64, 48), stripes=True)
+    b = make_folder(tmp_path / "b", 2, (64, 48), stripes=True, seed=1)
+    put(tmp_path / "a" / "labels" / "000.png", np.eye(48, 64) * 255)  # all but 0 are ignored
+    checkpoint = made_checkpoint(tmp_path / "last.pt", val=[a, b], skip_bad=1)
+    report = tmp_path / "scores.json"
+    found = []
+    for argv in ([], ["--data", a, b], ["--data", a, b, "--adabn", a, b, "--alignment", b, a]):
+        evaluation.main([checkpoint, *argv, "--json", str(report)])
+        found.append(json.loads(report.read_text()))
+    out = capsys.readouterr().out
+    assert f"note: {a} val: ignored" in out and found[0]["images"] == 5
+    assert found[0]["iou"] == found[1]["iou"] and found[0]["data"] == f"{a} {b}"
+    assert found[2]["adabn"] == f"{a} {b}" and found[2]["alignment"]["source"] == f"{b} {a}"
+
+    # the last of all masks is wrong: no prediction is made
+    monkeypatch.setattr(evaluation, "predict_labels", Mock(side_effect=AssertionError("predicted")))
+    relabel((0, 9), (64, 48))(tmp_path / "b" / "labels" / "001.png")
+    for argv in ([], ["--data", a, b], ["--data", a, "--alignment", b]):
+        eval_fails(capsys, [checkpoint, *argv], "b/labels/001.png: ids 9", f"(1 of 2 items of {b})")
+    monkeypatch.undo()
+    cut(tmp_path / "b" / "labels" / "001.png")  # as in the run, which left it out
+    evaluation.main([checkpoint, "--json", str(report)])
+    assert "goes without 1 images" in capsys.readouterr().out
+    assert json.loads(report.read_text())["images"] == 4
+    cut(tmp_path / "b" / "labels" / "000.png")
+    eval_fails(capsys, [checkpoint], "no readable image", f"(2 of 2 items of {b})")
+    eval_fails(capsys, ["--data", a, checkpoint], "give a checkpoint first")
+
+
+def test_own_masks_demand_ids_where_the_run_had_its_names_from_ids(tmp_path, capsys):
+    spec = make_folder(tmp_path, 1)
+    (tmp_path / "ids.txt").write_text("0 road\n1 sky\n2 own thing")
+    for classes, demanded in ((None, True), (str(tmp_path / "gone.txt"), True), ("cityscapes19", False),
+                              (str(tmp_path / "ids.txt"), False)):
+        checkpoint = made_checkpoint(tmp_path / "last.pt", classes=("road", "sky", "own thing"))
+        state = load_checkpoint(checkpoint)
+        save_checkpoint(checkpoint, state | {"flags": state["flags"] | {"classes": classes}})
+        if demanded:
+            eval_fails(capsys, [checkpoint, "--data", spec], "nothing says what the values")
+        else:
+            evaluation.main([checkpoint, "--data", spec])
+        evaluation.main([checkpoint, "--data", f"{spec}:{tmp_path / 'ids.txt'}"])
+        capsys.readouterr()
 
 
 def test_command_line_compares_domains(tmp_path, capsys):

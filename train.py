@@ -750,12 +750,10 @@ def check_sets(f, datasets):
         box = [bad]
         dist.broadcast_object_list(box)
         bad = box[0]
-    for (dataset, labels), items in zip(parts, bad):
-        if items:
-            dataset.leave_out(items)
-            print0(f"note: --skip-bad: {dataset.spec} {dataset.split} goes without {len(items)} "
-                   f"images: {', '.join(dataset.left_out)}")
-        if RANK == 0:
+    for note in data.leave_out_bad(parts, bad):
+        print0("note:", note)
+    if RANK == 0:
+        for dataset, labels in parts:
             for remark in dataset.remarks(labels, f.crop):
                 print0(f"note: {dataset.spec} {dataset.split}: {remark}")
     for dataset, _ in datasets:
@@ -813,6 +811,10 @@ def open_sets(f):
         count = f.rcs > 0 and source is None
         target = open_training_set(f, f.target, classes, count, partial=True)
         used.append((target, f.labeled != "0"))
+        both = data.images_in_both(source, target) if source and f.source != f.target else []
+        if both:
+            print0(f"note: {len(both)} of the {len(target)} target images are also images of the "
+                   f"source, such as {both[0]}")
     if f.val != "none":
         val = data.open_dataset(f.val, "val", classes, f.size, f.cache, ids=f.own_ids)
         if not val.labeled:
