@@ -1859,6 +1859,7 @@ def test_bad_pairs_of_a_pooled_source_are_left_out(tmp_path):
     assert done.returncode == 2 and "a/images/p01.png" in done.stderr and "--skip-bad 1" in done.stderr
     done = run_train([*argv, "--skip-bad", "1"])
     assert "(6 images)" in done.stdout
+    assert "4 of the 4 target images are also images of the source" in done.stdout
     assert list(events(tmp_path / "out", "start")[0]["left_out"].values()) == [[str(tmp_path / "a/images/p01.png")]]
 
 
