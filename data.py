@@ -1726,10 +1726,17 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return zero
 
     def class_counts(self):
-        """Pixels per image and class, int64 (N,K), of the labels as served. Raises DataError."""
+        """
+        Pixels per image and class, int64 (N,K). Raises DataError.
+
+        Data with a published size are counted at the images' own size, as DAFormer counts the label
+        files of GTA5: then 3,000 pixels of a class are the same things whatever --size. Others are
+        counted as they are served.
+        """
         if not self.labeled:
             raise DataError(f"{self.spec}: the {self.split} split has no labels to count")
-        return self.facts()["served"]
+        published = self.kind in SETS and SETS[self.kind].size is not None
+        return self.facts()["native" if published else "served"]
 
     # From the files to the cache: _read gives item i at its own size, _store puts it into the cache
     # at that of the data set, and what was learnt about it into the table of facts.
@@ -2164,9 +2171,17 @@ def _labels_of_colours(colours, labels):
 # ---------------------------------------------------------------- sampling
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: padding is near zero once normalised
-RARE_IMAGE = 3000 / 512 ** 2  # DAFormer's rare-class pixel thresholds, as shares of a crop
-RARE_CROP = 1500 / 512 ** 2
+RARE_IMAGE = 3000  # DAFormer's rare-class thresholds: pixels in an image, for crops of 512
+RARE_CROP = 1500 / 512 ** 2  # share of a crop
 RECROPS = 10  # how often a refused crop is drawn again
+
+
+def rare_pixels(crop):
+    """
+    Pixels of a class that make an image stand for it: 3,000, as published at every crop size. Below
+    512, where images are small too, the same share of a crop.
+    """
+    return RARE_IMAGE * min(1, crop / 512) ** 2
 
 
 class RareClassSampler:
@@ -2175,8 +2190,8 @@ class RareClassSampler:
     f_c the share of class c.
 
     counts int64 (N,K): pixels per image and class. Only images with more than min_pixels of c stand
-    for c (published: RARE_IMAGE * crop**2). A class without such an image is left out; DataError is
-    raised if none remains. Source: DAFormer (Hoyer et al., CVPR 2022), section 3.3.
+    for c (see rare_pixels). A class without such an image is left out; DataError is raised if none
+    remains. Source: DAFormer (Hoyer et al., CVPR 2022), section 3.3.
     """
 
     def __init__(self, counts, temperature=0.01, min_pixels=0):
@@ -2447,31 +2462,50 @@ def block_mask(batch, size, block, ratio, generator, shard=(0, 1)):
     return F.interpolate(cells.float(), size=tuple(size))  # nearest: (B,1,h,w) -> (B,1,H,W)
 
 
-def strong_augment(image, generator):
+def strong_augment(image, generator, shard=(0, 1), each=False):
     """
     Image float32 (B,3,H,W) in [0,1] with another colour (probability 0.8) and blurred (0.5). image:
     float of that shape and range.
 
-    Drawn once per batch: brightness (added) and hue (in turns) from +-0.2, contrast and saturation
-    (factors) from 0.8..1.2, their order, sigma from 0.15..1.15 pixels. Source: DACS and DAFormer
-    with kornia 0.5, where contrast scales towards black and every part clamps.
+    Whether to jitter and whether to blur is drawn once per call. Each image has factors of its own:
+    brightness (added) and hue (in turns) from +-0.2, contrast and saturation (factors) from
+    0.8..1.2. Their order and sigma, 0.15..1.15 pixels, are drawn once per call or, with each=True,
+    per image. Source: DACS and DAFormer with kornia 0.5, where contrast scales towards black and
+    every part clamps; they call it once for a batch of the source, and image by image for ClassMix.
     """
-    draws = torch.rand(7, generator=generator).tolist()
-    jitter, blur, brightness, contrast, saturation, hue, sigma = draws
-    order = torch.randperm(4, generator=generator).tolist()
+    jitter, blur = torch.rand(2, generator=generator).tolist()
+    factors = 0.4 * uniform((len(image), 4), generator, shard) - 0.2
+    if each:
+        order = uniform((len(image), 4), generator, shard).argsort(1)
+        sigma = 0.15 + uniform((len(image),), generator, shard)
+    else:
+        order = torch.randperm(4, generator=generator).expand(len(image), 4)
+        sigma = 0.15 + torch.rand(1, generator=generator).expand(len(image))
     image = image.float()
     if jitter > 0.2:
-        for part in order:
-            if part == 0:
-                image = (image + 0.4 * brightness - 0.2).clamp(0, 1)
-            elif part == 1:
-                image = (image * (0.8 + 0.4 * contrast)).clamp(0, 1)
-            elif part == 2:
-                image = _hsv(image, 0, 0.8 + 0.4 * saturation)
-            else:
-                image = _hsv(image, 0.4 * hue - 0.2, 1)
+        image = _jitter(image, factors, order)
     if blur > 0.5:
-        image = _blur(image, 0.15 + sigma)
+        image = _blur(image, sigma)
+    return image
+
+
+def _jitter(image, factors, order):
+    """
+    Image (B,3,H,W) with brightness, contrast, saturation and hue moved by factors (B,4). order int
+    (B,4): the turn, 0..3, in which each of these comes. Both on the CPU, where it is seen which
+    parts a turn has.
+    """
+    neutral = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    for turn in range(4):
+        due = order == turn  # (B,4), one part of each image
+        values = neutral + torch.where(due, factors, 0.0)  # of the other parts: no change
+        values = values[:, :, None, None, None].to(image.device, non_blocking=True)
+        brightness, contrast, saturation, hue = values.unbind(1)  # (B,1,1,1) each
+        if due[:, :2].any():
+            image = (image * contrast + brightness).clamp(0, 1)
+        if due[:, 2:].any():
+            concerned = due[:, 2:].any(1).view(-1, 1, 1, 1).to(image.device, non_blocking=True)
+            image = torch.where(concerned, _hsv(image, hue, saturation), image)
     return image
 
 
@@ -2481,7 +2515,7 @@ def strong_augment(image, generator):
 def _hsv(image, turn, factor):
     """
     Image (B,3,H,W) with `turn`, a share of the circle, added to the hue of HSV and the saturation
-    scaled by `factor`, capped at 1; the value stays.
+    scaled by `factor`, capped at 1; the value stays. turn, factor: numbers, or (B,1,1,1).
     """
     red, green, blue = image.split(1, 1)  # (B,1,H,W) each
     value = image.amax(1, keepdim=True)
@@ -2501,18 +2535,21 @@ def _hsv(image, turn, factor):
 
 def _blur(image, sigma, radius=4):
     """
-    Image (B,3,H,W) under a separable Gaussian with reflected borders. The 9 taps hold all but 1e-3
-    of the published 51 at the largest sigma.
+    Image (B,3,H,W) under a separable Gaussian with reflected borders; sigma float (B,) on the CPU,
+    pixels. The 9 taps hold all but 1e-3 of the published 51 at the largest sigma.
     """
     for axis in (2, 3):
         side = image.shape[axis]
         r = min(radius, side - 1)  # n pixels can be reflected n - 1 times
-        taps = [math.exp(-i * i / (2 * sigma ** 2)) for i in range(-r, r + 1)]
+        offsets = torch.arange(-r, r + 1)
+        taps = torch.exp(-offsets ** 2 / (2 * sigma[:, None] ** 2))  # (B,2r+1)
+        taps = taps / taps.sum(1, keepdim=True)
+        taps = taps.view(-1, 2 * r + 1, 1, 1, 1).to(image.device, non_blocking=True)
         border = (0, 0, r, r) if axis == 2 else (r, r, 0, 0)
         padded = F.pad(image, border, mode="reflect")
         # Slices instead of a convolution: several times faster on a CPU, and autocast does not
         # touch them.
-        parts = [tap / sum(taps) * padded.narrow(axis, i, side) for i, tap in enumerate(taps)]
+        parts = [taps[:, i] * padded.narrow(axis, i, side) for i in range(2 * r + 1)]
         image = sum(parts)
     return image
 
@@ -2543,7 +2580,7 @@ def restyle(image, looks, generator, shard=(0, 1)):
 
     looks: target images (B,3,H,W), of which each image draws one to take its low frequencies from;
     T2S-DA's pseudo-target. None draws a random look, for domain generalisation, once per step:
-    colour jitter and blur; or a gain and a shift per image and channel; or the low frequencies of
+    colour jitter and blur (strong_augment); or a gain and a shift per image and channel; or the low frequencies of
     other images of the batch, beta from 0.01..0.1. Source: after T2S-DA (Wang et al., 2023).
     """
     styles = image if looks is None else looks
@@ -2554,7 +2591,7 @@ def restyle(image, looks, generator, shard=(0, 1)):
     if looks is not None:
         return fourier_restyle(image, styles[pick], 0.01)
     if choice < 1 / 3:
-        return strong_augment(image, generator)
+        return strong_augment(image, generator, shard)
     if choice < 2 / 3:
         draw = uniform((len(image), 2, 3, 1, 1), generator, shard)
         gain, shift = draw.to(image.device, non_blocking=True).unbind(1)  # (B,3,1,1) each

@@ -99,8 +99,9 @@ def predict(model, image, size=None, window=None, stride=None, flip=False, head=
     image: float (B,3,H,W), RGB in [0,1], any size. The caller puts the model into eval mode.
     window: None predicts the whole image in one pass (DAFormer's protocol). S slides windows of
     S x S, `stride` apart (default S // 2), and averages logits where they overlap (HRDA, MIC); a
-    side shorter than S is taken whole. Without windows a single bilinear step leads from the
-    network's grid to `size`.
+    side shorter than S is taken whole. One bilinear step leads from the network's grid to the
+    image's size and, where `size` is another, a second one from there, as in DAFormer's released
+    code.
     flip: logits are averaged with those of the mirror image.
     head: plain | language | mean.
     Raises ValueError on a stride that leaves gaps.
@@ -108,7 +109,9 @@ def predict(model, image, size=None, window=None, stride=None, flip=False, head=
     if size is None:
         size = image.shape[2:]
     logits = raw_logits(model, image, window, stride, flip, head)
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
+    for step in (image.shape[2:], size):
+        logits = F.interpolate(logits, step, mode="bilinear", align_corners=False)
+    return logits.softmax(1)
 
 
 @torch.no_grad()
@@ -117,7 +120,7 @@ def predict_labels(model, image, size=None, window=None, stride=None, flip=False
     if size is None:
         size = image.shape[2:]
     logits = raw_logits(model, image, window, stride, flip, head)
-    label, _, _ = upsample_pseudo_label(logits, size, 0.0)
+    label, _, _ = upsample_pseudo_label(logits, size, 0.0, via=image.shape[2:])
     return label
 
 

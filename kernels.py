@@ -123,6 +123,19 @@ def _axis(low, full, device):
     )
 
 
+@functools.lru_cache(maxsize=32)
+def _axis_in_two_steps(low, middle, full, device):
+    """The Axis from `low` cells to `middle` and from there to `full` pixels, for the torch path.
+
+    A step is a matrix along each axis, and so are two: their product.
+    """
+    near = _axis(low, middle, device)
+    far = _axis(middle, full, device)
+    reach = [(near.reach[a][0], near.reach[b - 1][1]) for a, b in far.reach]
+    matrix = far.matrix @ near.matrix  # (full,middle) x (middle,low) -> (full,low)
+    return Axis(None, None, matrix, None, None, reach)
+
+
 # ---- torch path of upsampling: two small matrix products, one chunk of pixel rows at a time ----
 
 
@@ -137,12 +150,16 @@ class Chunk(NamedTuple):
     up: torch.Tensor  # (b,K,r,W) float32: the upsampled logits, to be overwritten at will
 
 
-def _upsampled_chunks(logits, size):
+def _upsampled_chunks(logits, size, via=None):
     """Yields Chunks that cover the upsampled logits (B,K,H,W), which are never there as a whole."""
     B, K, h, w = logits.shape
     H, W = size
-    row = _axis(h, H, logits.device)
-    column = _axis(w, W, logits.device)
+    if via is None:
+        row = _axis(h, H, logits.device)
+        column = _axis(w, W, logits.device)
+    else:
+        row = _axis_in_two_steps(h, via[0], H, logits.device)
+        column = _axis_in_two_steps(w, via[1], W, logits.device)
 
     # r rows of b images. At least 8: thin chunks would interpolate many rows of cells twice.
     budget = 2**20 if logits.device.type == "cpu" else 2**23  # elements of up
@@ -191,7 +208,7 @@ def _torch_cross_entropy(logits, labels, weight, ignore_index, with_gradient):
     return value, gradient
 
 
-def _torch_pseudo_label(logits, size):
+def _torch_pseudo_label(logits, size, via=None):
     """Returns the label uint8 (B,H,W) and its softmax probability float32 (B,H,W)."""
     B, K = logits.shape[:2]
     label = torch.empty(B, *size, dtype=torch.uint8, device=logits.device)
@@ -200,7 +217,7 @@ def _torch_pseudo_label(logits, size):
     # On a CPU that takes a third of argmax's time.
     rank = torch.arange(K - 1, -1, -1, dtype=torch.uint8, device=logits.device).view(1, K, 1, 1)
     with torch.autocast(logits.device.type, enabled=False):
-        for chunk in _upsampled_chunks(logits, size):
+        for chunk in _upsampled_chunks(logits, size, via):
             largest = chunk.up.amax(1, keepdim=True)  # (b,1,r,W)
             label[chunk.images, chunk.rows] = K - 1 - (chunk.up.eq(largest) * rank).amax(1)
             total = chunk.up.sub_(largest).exp_().sum(1)  # (b,r,W); the largest adds exp(0) = 1
@@ -864,8 +881,10 @@ def _triton_cross_entropy(logits, labels, weight, ignore_index, with_gradient):
     return value, gradient
 
 
-def _triton_pseudo_label(logits, size):
+def _triton_pseudo_label(logits, size, via=None):
     """As _torch_pseudo_label."""
+    if via is not None:
+        logits = F.interpolate(logits.float(), via, mode="bilinear", align_corners=False)
     B, K, h, w = logits.shape
     H, W = size
     row = _axis(h, H, logits.device)
@@ -1079,7 +1098,7 @@ def upsample_cross_entropy(
 
 
 @torch.no_grad()
-def upsample_pseudo_label(logits, size, threshold, backend="auto"):
+def upsample_pseudo_label(logits, size, threshold, backend="auto", via=None):
     """Class and confidence after bilinear upsampling, without the B x K x H x W tensor.
 
     Returns label uint8 (B,H,W), the lowest id among equals; confidence float32 (B,H,W), its
@@ -1087,13 +1106,18 @@ def upsample_pseudo_label(logits, size, threshold, backend="auto"):
     confidence >= threshold, which is q of DACS (Tranheden et al. 2021).
 
     logits (B,K,h,w) float, K <= 256; size (H,W), align_corners=False; threshold in [0,1], a
-    number or a 0-d tensor. No gradient. Raises ValueError on too many classes, RuntimeError where
+    number or a 0-d tensor; via: a size (h',w') on the way, where the released evaluations upsample
+    twice. No gradient. Raises ValueError on too many classes, RuntimeError where
     backend="triton" cannot run.
     """
     if logits.shape[1] > 256:
         raise ValueError(f"{logits.shape[1]} classes do not fit into uint8 labels")
     sweep = _triton_pseudo_label if _use_triton(logits, backend) else _torch_pseudo_label
-    label, confidence = sweep(logits, size)
+    if via is not None:
+        via = tuple(via)
+        if via in (tuple(size), tuple(logits.shape[2:])):  # one of the two steps does nothing
+            via = None
+    label, confidence = sweep(logits, size, via)
     return label, confidence, (confidence >= threshold).float().mean()
 
 

@@ -4,6 +4,7 @@ Under torchrun every loss is scaled so that the mean of its gradients over the p
 forms, equals the gradient of one process that sees the joint batch.
 """
 import functools
+import math
 
 import torch
 import torch.distributed as dist
@@ -164,26 +165,37 @@ def t2s(queries, label, keys, key_label, class_weight, tau=0.1):
 
 
 @without_autocast
-def sepico(rows, label, weight, gaussians, tau=0.1):
-    """The mean contrast against infinitely many samples of each class's Gaussian, in closed form.
+def sepico(rows, label, gaussians, tau=100.0):
+    """The mean contrast with infinitely many samples of each class's Gaussian, in closed form.
 
-    SePiCo (Xie et al., 2023) without its diversity regulariser:
-    log sum_c exp(x.mu_c / tau + x^2.var_c / (2 tau^2)) - x.mu_y / tau.
+    SePiCo (Xie et al., TPAMI 2023), DistCL, after its released code: the mean over the rows of
 
-    rows: unit float (N,C); label: int (N,), 255 = takes no part; weight: float (N,) or None;
-    gaussians: ClassGaussians of teacher features of the source; tau: temperature, for unit vectors
-    (published: 100, for others). The mean is over the rows whose class is known.
+        log sum_c exp(x.mu_c / tau + x^2.var_c / (2 tau^2)) - x.mu_y / tau
+
+    plus its regulariser, sum_c log p_c / (K log K), p the softmax of mean(x).mu_c / tau. That is -1
+    where p is even and less elsewhere: the sign is the released code's. A class without statistics
+    has the mean 0, in the sum and as positive.
+
+    rows: unit float (N,C); label: int (N,), 255 = takes no part; gaussians: ClassGaussians of the
+    teacher's rows of the source; tau: temperature, published 100. With unit rows that is nearly
+    inert, because the exponents differ by 0.01 at most.
     """
-    mean, variance, known = gaussians.moments()
+    mean, variance = gaussians.moments()
+    classes = len(mean)
     logits = rows @ mean.t() / tau + rows.square() @ variance.t() / (2 * tau ** 2)  # (N,K)
-    own = label.long().clamp(max=len(mean) - 1)
-    counted = ((label != IGNORE) & known[own]).float()
-    positive = (rows * mean[own]).sum(1) / tau  # (N,)
-    value = logits.masked_fill(~known, -1e30).logsumexp(1) - positive
-    value = value * counted
-    if weight is not None:
-        value = value * weight
-    return value.sum() / mean_over_ranks(counted.sum()).clamp(min=1e-6)
+    counted = (label != IGNORE).float()
+    number = mean_over_ranks(counted.sum())
+    positive = (rows * mean[label.long().clamp(max=classes - 1)]).sum(1) / tau  # (N,)
+    value = (logits.logsumexp(1) - positive) * counted
+    contrast = value.sum() / number.clamp(min=1e-6)
+
+    # the mean row of all processes, with the gradient of this one's rows
+    total = counted @ rows  # (N,) x (N,C) -> (C,)
+    joint = mean_over_ranks(total.detach()) + (total - total.detach())
+    similarity = mean @ (joint / number.clamp(min=1e-6)) / tau  # (K,)
+    scale = max(1.0, classes * math.log(classes))
+    regulariser = similarity.log_softmax(0).sum() / scale
+    return contrast + regulariser * (number > 0)
 
 
 class ClassConfidence(torch.nn.Module):
@@ -222,30 +234,25 @@ class ClassConfidence(torch.nn.Module):
 
 
 class ClassGaussians(torch.nn.Module):
-    """The running mean and diagonal variance of each class's rows.
+    """The mean and diagonal variance of each class's rows over the whole history (SePiCo)."""
 
-    Exponential averages of both moments, corrected for their start. SePiCo keeps such statistics;
-    the decay is our choice.
-    """
-
-    def __init__(self, num_classes, channels, momentum=0.99):
+    def __init__(self, num_classes, channels):
         super().__init__()
-        self.momentum = momentum
-        self.register_buffer("share", torch.zeros(num_classes))  # 1 - momentum^updates
-        self.register_buffer("sums", torch.zeros(2, num_classes, channels))  # of x and of x^2
+        self.register_buffer("count", torch.zeros(num_classes))  # rows, the mean over processes
+        self.register_buffer("powers", torch.zeros(2, num_classes, channels))  # means of x and x^2
 
     @torch.no_grad()
     @without_autocast
     def update(self, rows, label):
         """rows: unit float (N,C); label: int (N,), 255 left out."""
-        hot = _one_hot(label, len(self.share))
+        hot = _one_hot(label, len(self.count))
         total = mean_over_ranks(hot.t() @ torch.stack([rows, rows.square()]))  # (2,K,C)
         count = mean_over_ranks(hot.sum(0))  # (K,)
-        step = (1 - self.momentum) * (count > 0)  # (K,)
-        self.sums.lerp_(total / count.clamp(min=1e-6)[:, None], step[:, None])
-        self.share.lerp_(torch.ones_like(step), step)
+        self.count += count
+        share = count / self.count.clamp(min=1e-6)  # of all rows so far
+        self.powers.lerp_(total / count.clamp(min=1e-6)[:, None], share[:, None])
 
     def moments(self):
-        """-> mean (K,C), variance (K,C), known bool (K,)."""
-        mean, square = self.sums / self.share.clamp(min=1e-6)[:, None]  # (2,K,C)
-        return mean, (square - mean.square()).clamp(min=0), self.share > 0
+        """-> mean (K,C), variance (K,C); zeros for a class without a row."""
+        mean, square = self.powers  # (K,C) each
+        return mean, (square - mean.square()).clamp(min=0)

@@ -584,6 +584,29 @@ class Decoder(nn.Module):
         return self.classifier(self.dropout(features)), features
 
 
+class StageProjection(nn.Module):
+    """SePiCo's head (Xie et al., TPAMI 2023): all stages of the encoder, at the size of the finest,
+    concatenated, through two 1x1 convolutions with BatchNorm and ReLU.
+
+    forward(pyramid) -> (B,512,h,w), not yet of unit length. It serves training alone.
+    """
+
+    channels = 512
+
+    def __init__(self, inputs):
+        super().__init__()
+        wide = sum(inputs)
+        narrow = wide // len(inputs)
+        self.convs = nn.Sequential(
+            conv_bn_relu(wide, narrow), conv_bn_relu(narrow, self.channels)
+        )
+        init_decoder(self)
+
+    def forward(self, pyramid):
+        size = pyramid[0].shape[2:]
+        return self.convs(torch.cat([resize(x, size) for x in pyramid], 1))
+
+
 # --------------------------------------------------------------------------------------------------
 # Language
 
@@ -716,13 +739,14 @@ class Segmenter(nn.Module):
     text        the TextBank of `language`; of kind "learned": trained vectors, no text; of kind
                 "none": a second plain decoder (lcmsm), no guidance (dlg)
     pretrained  ask timm for the hub's weights (network)
-    projection  add .projection, rows (N,C) -> (N,C), through which contrasts see the features
+    projection  add .projection, rows (N,C) -> (N,C), through which T2S-DA sees the features
+    stages      add .stage_projection, through which SePiCo sees the encoder
 
     Raises ValueError on unknown names.
     """
 
     def __init__(self, backbone="mit_b0", decoder="segformer", num_classes=19, channels=256,
-                 language=None, text=None, pretrained=False, projection=False):
+                 language=None, text=None, pretrained=False, projection=False, stages=False):
         super().__init__()
         if decoder not in FUSIONS:
             raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(FUSIONS)}")
@@ -756,6 +780,9 @@ class Segmenter(nn.Module):
         if projection:
             first, second = nn.Linear(channels, channels), nn.Linear(channels, channels)
             self.projection = nn.Sequential(first, nn.ReLU(inplace=True), second)
+        self.stage_projection = None
+        if stages:
+            self.stage_projection = StageProjection(inputs)
         self.register_buffer("pixel_mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(self.backbone.std).view(1, 3, 1, 1))
 
@@ -784,14 +811,17 @@ class Segmenter(nn.Module):
         return self.backbone(x)
 
     def forward(self, x, head="plain"):
-        """x: float (B,3,H,W), RGB in [0,1]; head: plain | language -> Output.
+        """x: float (B,3,H,W), RGB in [0,1]; head: plain | language | None -> Output.
 
         logits (B,K,h,w), h = ceil(H/stride); features of that decoder on the same grid; pyramid of
-        the backbone. Raises ValueError where there is no such head.
+        the backbone. None: no decoder runs, and there is the pyramid alone. Raises ValueError where
+        there is no such head.
         """
-        if head not in self.heads:
+        if head not in (*self.heads, None):
             raise ValueError(f"this network has no {head!r} head")
         pyramid = self.encode(x)
+        if head is None:
+            return Output(None, None, pyramid)
         if head == "plain":
             logits, features = self.decoder(pyramid, self.guidance)
         else:
@@ -1324,6 +1354,7 @@ def in_order(state, full, name, path):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: dicts of tensors and plain Python values
 
+CONTRAST_HEADS = re.compile(r"(?:module\.|_orig_mod\.)*(?:stage_)?projection\.")
 CHECKPOINT_KEYS = ("flags", "classes", "student", "teacher", "optimizer", "step", "versions")
 
 
@@ -1416,7 +1447,7 @@ def fit_heads(state, student):
     Optional heads the network lacks are dropped, new ones keep their fresh weights. The text bank
     comes from --text.
     """
-    optional = ("projection.", "language_decoder.", "text.", "guidance.")
+    optional = ("projection.", "stage_projection.", "language_decoder.", "text.", "guidance.")
     own = student.state_dict()
     fitted = {name: value for name, value in own.items() if name.startswith(optional)}
     for name, value in state.items():
@@ -1483,8 +1514,10 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
             f"{path}: trained with --spatial-depth {flags['spatial_depth']}, now always "
             f"{LanguageDecoder.spatial_depth}; train again"
         )
-    # These contrasts have a projection; an older checkpoint says where its network was another
-    contrasts = bool(flags.get("t2s") or flags.get("sepico"))
+    state = {}
+    for name, value in checkpoint[weights].items():
+        if not CONTRAST_HEADS.match(name):  # which serve training alone
+            state[name] = value
     net = Segmenter(
         flags["backbone"],
         flags["decoder"],
@@ -1492,9 +1525,8 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
         flags["channels"],
         flags.get("language"),
         checkpoint_bank(checkpoint),
-        projection=flags.get("projection", contrasts),
     )
-    load_weights(net, checkpoint[weights], path)
+    load_weights(net, state, path)
     return net.eval()
 
 

@@ -621,6 +621,31 @@ def test_rare_class_probabilities():
     refused(lambda: data.RareClassSampler(counts, min_pixels=10_000), "10000 pixels")
 
 
+def test_published_sets_count_rare_classes_at_native_size(tmp_path):
+    """DAFormer: 3,000 pixels of the label file, whatever the image is resized to."""
+    native = {}
+    for name, side in (("a", 54), ("b", 56), ("c", 81), ("d", 83)):  # 2,916 3,136 6,561 6,889 px
+        label = np.full((526, 957), 7)
+        label[40:40 + side, 40:40 + side] = 24
+        native[name] = side ** 2
+        put(tmp_path / "images" / f"{name}.png", np.zeros((526, 957, 3)))
+        put(tmp_path / "labels" / f"{name}.png", label)
+    names = data.class_names("cityscapes19")
+    (tmp_path / "ids.txt").write_text("7 road\n24 person\n")
+    own = f"folder:{tmp_path / 'images'}:{tmp_path / 'labels'}:{tmp_path / 'ids.txt'}"
+    standing = {}
+    for spec in (f"gta:{tmp_path}", own):
+        dataset = data.open_dataset(spec, "train", names, (640, 352), tmp_path / "cache")
+        counts = dataset.class_counts()
+        sampler = data.RareClassSampler(counts, 0.01, data.rare_pixels(512))
+        standing[spec] = [dataset.names[i] for i in sampler.images[names.index("person")]]
+        if spec != own:
+            assert counts[:, names.index("person")].tolist() == list(native.values())
+    assert standing == {f"gta:{tmp_path}": ["b", "c", "d"], own: ["d"]}
+    pixels = [data.rare_pixels(crop) for crop in (128, 256, 512, 640, 1024)]
+    assert pixels == [187.5, 750, 3000, 3000, 3000]
+
+
 def test_rare_class_crops(tmp_path):
     """One corner holds the rare class: of plain crops about 1 in 4 would show enough of it."""
     label = np.zeros((64, 64))
@@ -869,9 +894,13 @@ def test_draws_do_not_depend_on_the_number_of_processes():
     for name, draw in draws.items():
         halves = [torch.cat(parts) for parts in zip(draw(2, (0, 2)), draw(2, (1, 2)), strict=True)]
         assert all(map(torch.equal, draw(4, (0, 1)), halves)), name
-    for seed in range(5):
-        parts = [data.strong_augment(source[i:i + 2], generator(seed)) for i in (0, 2)]
-        assert torch.equal(data.strong_augment(source, generator(seed)), torch.cat(parts))
+    for seed, each in itertools.product(range(5), (False, True)):
+        whole = data.strong_augment(source, generator(seed), each=each)
+        parts = []
+        for rank in (0, 1):
+            half = source[2 * rank:][:2]
+            parts.append(data.strong_augment(half, generator(seed), (rank, 2), each))
+        assert torch.equal(whole, torch.cat(parts))
 
 
 def test_majority_label():
@@ -924,7 +953,7 @@ def test_restyle_with_looks_takes_the_low_frequencies_of_one():
 
 def test_restyle_without_looks_draws_one_of_three(monkeypatch):
     image, kinds, betas = torch.full((2, 3, 4, 5), 0.5), [], []
-    monkeypatch.setattr(data, "strong_augment", lambda image, generator: "jitter")
+    monkeypatch.setattr(data, "strong_augment", lambda image, generator, shard: "jitter")
     monkeypatch.setattr(data, "fourier_restyle", lambda image, style, beta: beta)
     for seed in range(300):
         look = data.restyle(image, None, generator(seed))
@@ -958,6 +987,54 @@ def test_strong_augment():
         assert all(out.shape == small.shape and out.isfinite().all() for out in outs)
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_factors_are_each_images_own(each):
+    """Over 200 batches; with each, the order of the parts and sigma too, as the released code has it."""
+    image = torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1).expand(4, 3, 6, 6)  # blur keeps it
+    order_seen, sigmas, jittered, apart = set(), [], [], []
+    real_jitter, real_blur = data._jitter, data._blur
+
+    def spy_on_jitter(image, factors, order):
+        assert factors.abs().max() <= 0.2 and (order.sort(1).values == torch.arange(4)).all()
+        order_seen.add(len(order.unique(dim=0)) > 1)
+        jittered.append(factors)
+        return real_jitter(image, factors, order)
+
+    def spy_on_blur(image, sigma):
+        sigmas.append(sigma)
+        return real_blur(image, sigma)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_jitter", spy_on_jitter)
+        patch.setattr(data, "_blur", spy_on_blur)
+        for seed in range(200):
+            out = data.strong_augment(image, generator(seed), each=each)[:, :, 3, 3]
+            apart.append(len((out * 1e4).round().unique(dim=0)))
+    assert set(apart) == {1, 4} and apart.count(4) == len(jittered)  # all images jitter, or none
+    assert abs(len(jittered) / 200 - 0.8) < 0.08 and abs(len(sigmas) / 200 - 0.5) < 0.1
+    factors = torch.stack(jittered)  # (batches, images, parts), uniform: 0.4 / sqrt(12) = 0.1155
+    assert abs(factors.std(0) - 0.1155).max() < 0.02 and factors.mean(0).abs().max() < 0.03
+    assert abs(factors.std(1).mean() - 0.1155) < 0.015  # within a batch as over batches
+    sigmas = torch.stack(sigmas)
+    assert 0.15 <= sigmas.min() < 0.25 and 1.05 < sigmas.max() <= 1.15
+    assert ((sigmas.std(1) > 0).all() if each else (sigmas.std(1) == 0).all())
+    assert order_seen == {each}
+
+
+def test_parts_of_the_jitter_come_in_each_images_order():
+    image = torch.rand(24, 3, 4, 5, generator=generator())
+    factors = 0.4 * torch.rand(24, 4, generator=generator(1)) - 0.2
+    order = torch.tensor(list(itertools.permutations(range(4))))  # turn of each part
+    out = data._jitter(image, factors, order)
+    for b, (bright, contrast, saturation, hue) in enumerate(factors.tolist()):
+        one = image[b:b + 1]
+        parts = [lambda x: (x + bright).clamp(0, 1), lambda x: (x * (1 + contrast)).clamp(0, 1),
+                 lambda x: data._hsv(x, 0, 1 + saturation), lambda x: data._hsv(x, hue, 1)]
+        for part in order[b].argsort():
+            one = parts[part](one)
+        torch.testing.assert_close(out[b:b + 1], one, rtol=0, atol=1e-5)
+
+
 def test_hue_and_saturation():
     image = torch.rand(2, 3, 6, 6, generator=generator(2))
     image[0, :, 0, 0], image[0, :, 0, 1] = 0.3, 0  # grey and black
@@ -973,11 +1050,12 @@ def test_hue_and_saturation():
 def test_blur():
     point = torch.zeros(1, 3, 31, 31)
     point[..., 15, 15] = 1
-    blurred = data._blur(point, 0.9)[0, 0]
+    both = data._blur(point.expand(2, 3, 31, 31), torch.tensor([0.9, 0.4]))
     x = torch.arange(31) - 15.0
-    exact = torch.exp(-(x[:, None] ** 2 + x ** 2) / (2 * 0.9 ** 2))
-    assert torch.allclose(blurred, exact / exact.sum(), atol=1e-4)
-    assert torch.allclose(blurred.sum(), torch.tensor(1.0))
+    for blurred, sigma in zip(both[:, 0], (0.9, 0.4)):
+        exact = torch.exp(-(x[:, None] ** 2 + x ** 2) / (2 * sigma ** 2))
+        assert torch.allclose(blurred, exact / exact.sum(), atol=1e-4)
+        assert torch.allclose(blurred.sum(), torch.tensor(1.0))
 
 
 # ---------------------------------------------------------------- data.py: the command
@@ -2523,6 +2601,18 @@ def test_upsample_pseudo_label_gives_equal_classes_the_lowest_id(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("via, size", [((12, 20), (24, 40)), ((13, 9), (5, 31)), ((3, 5), (7, 6))])
+def test_upsample_pseudo_label_by_way_of_another_size(via, size, backend):
+    logits = 3 * torch.randn(2, 6, 3, 5, generator=torch.Generator().manual_seed(0)).double()
+    there = F.interpolate(F.interpolate(logits, via, mode="bilinear"), size, mode="bilinear")
+    wanted, label = there.softmax(1).max(1)
+    ours = kernels.upsample_pseudo_label(
+        logits.float().to(DEVICE), size, 0.5, backend=backend, via=via)
+    torch.testing.assert_close(ours[1].cpu().double(), wanted, rtol=0, atol=1e-5)
+    assert torch.equal(ours[0].cpu().long(), label) and ours[2].cpu() == (wanted >= 0.5).float().mean()
+
+
+@each_backend
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_upsample_cross_entropy_with_nothing_to_learn_is_zero_with_a_graph(reduction, backend):
     case = Case("upsample_cross_entropy", (1, 19, (4, 5), (16, 20)))
@@ -2879,6 +2969,28 @@ def test_flip_is_symmetric(window):
     assert torch.allclose(mirrored.flip(-1), plain, atol=1e-6)
     one, other = (evaluation.raw_logits(model, x) for x in (image, image.flip(-1)))
     assert window or torch.allclose(plain, ((one + other.flip(-1)) / 2).softmax(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (31, 45), (48, 64)])  # of the label; image: 48 x 64
+@pytest.mark.parametrize("window", [None, 32])
+def test_logits_go_to_the_size_of_the_image_and_then_to_that_of_the_label(size, window):
+    torch.manual_seed(0)
+    model = Segmenter("mit_b0", "segformer", 5, channels=16).eval()
+    torch.nn.init.normal_(model.decoder.classifier.weight)
+    image = torch.rand(2, 3, 48, 64)
+    with torch.no_grad():
+        logits = evaluation.raw_logits(model, image, window)
+    once = F.interpolate(logits, size, mode="bilinear")
+    first = F.interpolate(logits, (48, 64), mode="bilinear")
+    wanted = F.interpolate(first, size, mode="bilinear").softmax(1)
+    top2 = wanted.topk(2, 1).values
+    clear = top2[:, 0] - top2[:, 1] > 1e-5
+    label = evaluation.predict_labels(model, image, size, window)
+    assert clear.float().mean() > 0.99 and torch.equal(label.long()[clear], wanted.argmax(1)[clear])
+    probabilities = evaluation.predict(model, image, size, window)
+    torch.testing.assert_close(probabilities, wanted, rtol=0, atol=1e-5)
+    if window is None and size != (48, 64):
+        assert (once.argmax(1) != label).any()
 
 
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (33, 47), (64, 32)])
@@ -3993,12 +4105,12 @@ def test_a_checkpoint_is_built_as_its_flags_say():
     alone = tiny_checkpoint(teacher=None)
     refused_by(CheckpointError, "holds no teacher", model.build_segmenter, alone, "teacher")
     flags = tiny_checkpoint()["flags"]
-    cases = {"t2s": 0.1}, {"sepico": 0.1}, {"t2s": 0.1, "projection": False}
-    for changes in cases:
-        head = changes.get("projection", True)
-        net = Segmenter("mit_b0", "segformer", 3, 8, projection=head)
-        known = tiny_checkpoint(student=net.state_dict(), flags=flags | changes)
-        assert same_tensors(dict(model.build_segmenter(known).state_dict()), dict(net.state_dict()))
+    for heads in ({"projection": True}, {"stages": True}, {}):  # which serve training alone
+        net = Segmenter("mit_b0", "segformer", 3, 8, **heads)
+        plain = Segmenter("mit_b0", "segformer", 3, 8).state_dict()
+        known = tiny_checkpoint(student=net.state_dict(), flags=flags)
+        built = dict(model.build_segmenter(known).state_dict())
+        assert same_tensors(built, {name: net.state_dict()[name] for name in plain})
     net, bank = language_net(), made_bank()
     flags |= {"language": "lcmsm", "spatial_depth": 2}
     text = {"embeddings": bank.embeddings, "kind": bank.kind}
@@ -4550,39 +4662,66 @@ def test_class_confidence_and_weights():
     assert torch.isfinite(sure.weights()).all()
 
 
+def plain_sepico(rows, label, mean, variance, tau):
+    """The equation of losses.sepico in float64, a row at a time."""
+    rows, K = rows.double(), len(mean)
+    values = []
+    for x, y in zip(rows, label.tolist()):
+        if y != 255:
+            exponents = [x @ mean[c] / tau + x**2 @ variance[c] / (2 * tau**2) for c in range(K)]
+            values.append(torch.stack(exponents).exp().sum().log() - x @ mean[y] / tau)
+    share = (rows[label != 255].mean(0) @ mean.t() / tau).softmax(0)
+    return torch.stack(values).mean() + share.log().sum() / (K * np.log(K))
+
+
 def test_sepico():
     torch.manual_seed(0)
     centers = unit(3, 8, seed=4)
-    rows = F.normalize(centers.repeat_interleave(200, 0) + 0.3 * torch.randn(600, 8), dim=1)
-    label = torch.arange(3).repeat_interleave(200)
-    gaussians = losses.ClassGaussians(5, 8, momentum=0.5)
-    for part in range(40):
-        pick = torch.randperm(600)[:500]
-        gaussians.update(rows[pick], label[pick])
-    mean, variance, known = gaussians.moments()
-    assert known.tolist() == [True] * 3 + [False] * 2
-    for c in range(3):
-        torch.testing.assert_close(mean[c], rows[label == c].mean(0), rtol=0, atol=0.02)
-        torch.testing.assert_close(variance[c], rows[label == c].var(0), rtol=0, atol=0.02)
-    once = losses.ClassGaussians(5, 8)
-    once.update(rows, label)  # corrected for its start
-    means = torch.stack([rows[label == c].mean(0) for c in range(3)])
-    torch.testing.assert_close(once.moments()[0][:3], means)
+    keys = F.normalize(centers.repeat_interleave(200, 0) + 0.3 * torch.randn(600, 8), dim=1)
+    key_label = torch.arange(3).repeat_interleave(200)
+    gaussians = losses.ClassGaussians(5, 8)
+    order = torch.randperm(600)
+    for part in (order[:1], order[1:40], order[40:590], order[590:]):
+        gaussians.update(keys[part], key_label[part])
+        gaussians.update(keys[part], torch.full((len(part),), 255))
+    mean, variance = (moment.double() for moment in gaussians.moments())
+    for c in range(3):  # of the whole history, each row alike
+        own = keys[key_label == c]
+        torch.testing.assert_close(mean[c], own.mean(0).double(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(variance[c], own.var(0, correction=0).double(), rtol=0, atol=1e-6)
+    assert mean[3:].abs().max() == variance[3:].abs().max() == 0
+    x, label = unit(6, 8, seed=7).requires_grad_(), torch.tensor([0, 1, 2, 0, 255, 4])
+    for tau in (100.0, 1.0, 0.3):  # classes 3 and 4 have no statistics: 0 in the sum, as positive too
+        value = losses.sepico(x, label, gaussians, tau)
+        wanted = plain_sepico(x, label, mean, variance, tau)
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
+        gradients = [torch.autograd.grad(v, x)[0] for v in (value, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+        assert gradients[0][4].abs().max() == 0
     # the closed form is the expectation E exp(x.k / tau) over many samples of a class's Gaussian
-    x, tau = unit(6, 8, seed=7).requires_grad_(), 0.3
-    target = torch.tensor([0, 1, 2, 0, 255, 4])
-    value = losses.sepico(x, target, None, gaussians, tau)
-    k = mean[:3, None] + variance[:3, None].sqrt() * torch.randn(3, 200_000, 8)
-    expected = (torch.einsum("nd,cmd->ncm", x.detach(), k) / tau).exp().mean(2)  # (6,3)
-    sampled = expected.sum(1).log()[:4] - (x * mean[target.clamp(max=4)]).sum(1)[:4] / tau
-    torch.testing.assert_close(value, sampled.mean(), rtol=2e-2, atol=2e-2)
-    value.backward()
-    assert x.grad[4:].abs().max() == 0 and x.grad[:4].abs().max(1)[0].gt(0).all()
-    zero = losses.sepico(x, target, None, losses.ClassGaussians(5, 8), tau)
+    means, spreads = mean[:3, None].float(), variance[:3, None].float().sqrt()
+    samples = means + spreads * torch.randn(3, 200_000, 8)
+    sampled = (torch.einsum("nd,cmd->ncm", x.detach(), samples) / tau).exp().mean(2)  # (6,3)
+    exponents = x.float() @ mean.float().t() / tau + x**2 @ variance.float().t() / (2 * tau**2)
+    torch.testing.assert_close(exponents[:, :3], sampled.log(), rtol=2e-2, atol=2e-2)
+    zero = losses.sepico(x, torch.full((6,), 255), gaussians, tau)
     zero.backward()
-    assert zero == 0 and torch.isfinite(x.grad).all()
-    halved = losses.sepico(x, target, torch.full((6,), 0.5), gaussians, tau)
-    torch.testing.assert_close(halved, value / 2)
+    assert zero == 0 and x.grad.abs().max() == 0
+    even = losses.sepico(x, label, losses.ClassGaussians(5, 8), tau)  # nothing is known yet
+    torch.testing.assert_close(even, torch.tensor(np.log(5) - 1).float())
+
+
+def test_sepico_is_nearly_inert_at_its_published_temperature():
+    """The figure of its released code is 3.8e-4 beside 0.45 of the cross-entropy."""
+    rows = unit(400, 64, seed=1).abs().requires_grad_()
+    label = torch.arange(400) % 19
+    gaussians = losses.ClassGaussians(19, 64)
+    gaussians.update(unit(400, 64, seed=2).abs(), label)
+    norms = []
+    for tau in (100.0, 0.1):
+        (gradient,) = torch.autograd.grad(losses.sepico(rows, label, gaussians, tau), rows)
+        norms.append(400 * gradient.norm(dim=1).mean())  # of a row's own loss
+    assert norms[0] < 0.01 and norms[1] > 300 * norms[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -4611,19 +4750,19 @@ def test_parameter_groups_are_the_published_ones():
 
 
 RECIPE_VALUES = """
-recipe    mix mask fd    rcs  cluda sepico t2s restyled consistency dyce threshold language alpha
-source    0   0    0     0    0     0      0   0        0           0    0.968     None     0.999
-oracle    0   0    0     0    0     0      0   0        0           0    0.968     None     0.999
-dacs      1   0    0     0    0     0      0   0        0           0    0.968     None     0.99
-daformer  1   0    0.005 0.01 0     0      0   0        0           0    0.968     None     0.999
-mic       1   1    0.005 0.01 0     0      0   0        0           0    0.968     None     0.999
-lcmsm     1   1    0.005 0.01 0     0      0   0        0           0    0.968     lcmsm    0.999
-cluda     1   0    0.005 0.01 0.1   0      0   0        0           0    0.968     None     0.999
-sepico    1   0    0.005 0.01 0     0.1    0   0        0           0    0.968     None     0.999
-t2sda     1   0    0.005 0.01 0     0      0.1 0        0           0    0.968     None     0.999
-t2sda_dg  0   0    0.005 0.01 0     0      0.1 1        0           0    0.968     None     0.999
-semidavil 0   0    0     0    0     0      0   0        1           1    0.95      dlg      0.999
-all       1   1    0.005 0.01 0.1   0      0.1 0        0           0    0.968     dlg      0.999
+recipe    mix mask fd    rcs  cluda sepico tau t2s restyled consistency dyce threshold language alpha
+source    0   0    0     0    0     0      0.1 0   0        0           0    0.968     None     0.999
+oracle    0   0    0     0    0     0      0.1 0   0        0           0    0.968     None     0.999
+dacs      1   0    0     0    0     0      0.1 0   0        0           0    0.968     None     0.99
+daformer  1   0    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
+mic       1   1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
+lcmsm     1   1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     lcmsm    0.999
+cluda     1   0    0.005 0.01 0.1   0      0.1 0   0        0           0    0.968     None     0.999
+sepico    1   0    0     0.01 0     1      100 0   0        0           0    0.968     None     0.999
+t2sda     1   0    0.005 0.01 0     0      0.1 0.1 0        0           0    0.968     None     0.999
+t2sda_dg  0   0    0.005 0.01 0     0      0.1 0.1 1        0           0    0.968     None     0.999
+semidavil 0   0    0     0    0     0      0.1 0   0        1           1    0.95      dlg      0.999
+all       1   1    0.005 0.01 0.1   0      0.1 0.1 0        0           0    0.968     dlg      0.999
 """
 
 
@@ -4848,6 +4987,45 @@ def test_pull_moves_the_student_alone_and_starts_with_the_warm_up(monkeypatch):
     assert (views["restyled"].image - source.image).abs().mean() > 0
 
 
+def test_sepico_contrasts_encoder_stages_of_source_and_jittered_target(monkeypatch):
+    torch.manual_seed(0)
+    student = Segmenter("mit_b0", "segformer", 3, 8, stages=True)
+    gaussians = losses.ClassGaussians(3, 512)
+    networks = networks_of(student)._replace(gaussians=gaussians)
+    source, _, target = striped_inputs()
+    target.weight[:, :, :4] = False  # padding
+    spy, seen = Mock(wraps=losses.sepico), []
+    monkeypatch.setattr(losses, "sepico", spy)
+    student.decoder.register_forward_hook(lambda *_: seen.append("decoder"))
+    line = "--recipe sepico --threshold 0.1 --border 8 12 --steps 40 --no-augment-source"
+    for step, more in ((2, ""), (3, ""), (3, " --control")):  # it begins at 3 of 40 steps
+        flags = train.parse_flags((line + more).split())
+        spy.reset_mock()
+        seen.clear()
+        terms, views = one_step(flags, networks, source, None, target, step=step)
+        student.zero_grad()
+        terms["sepico"].backward()
+        begun = step == 3 and not more
+        for part in (student.stage_projection, student.backbone):
+            moved = [p.grad.abs().max() > 0 for p in part.parameters()]
+            assert any(moved) == begun
+        assert student.decoder.classifier.weight.grad is None and seen == ["decoder"] * 2
+    assert list(terms) == ["source", "mix", "sepico"]
+    known, contrasted = spy.call_args_list
+    for call in (known, contrasted):
+        rows, _, statistics, tau = call.args
+        assert rows.shape == (2 * 16 * 16, 512) and statistics is gaussians and tau == 100
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(512))
+    _, pseudo = teachers_word(networks, target.image)
+    label = views["jittered"].label
+    assert (label[:, :8] == 255).all() and (label[:, -12:] == 255).all()
+    assert (label[:, :, :4] == 255).all() and views["jittered"].weight is None
+    assert torch.equal(label[:, 8:-12, 4:], pseudo[:, 8:-12, 4:].byte())
+    assert torch.equal(contrasted.args[1], data.majority_label(label, (16, 16), 3).flatten())
+    assert torch.equal(known.args[1], data.majority_label(source.label, (16, 16), 3).flatten())
+    assert gaussians.count.tolist() == [3 * 256, 3 * 256, 0]  # three steps, two halves each
+
+
 def test_true_target_labels_join_the_supervised_loss_and_the_queries(monkeypatch):
     flags = train.parse_flags(
         "--recipe t2sda --warmup 0 --no-augment-source --labeled 2".split())
@@ -4872,7 +5050,7 @@ def test_consistency_is_of_confident_pixels_that_stay_the_targets(monkeypatch):
     target.weight[:, :, :4] = False  # padding
     spy = Mock(wraps=losses.consistency)
     monkeypatch.setattr(losses, "consistency", spy)
-    monkeypatch.setattr(data, "strong_augment", lambda image, generator: image)
+    monkeypatch.setattr(data, "strong_augment", lambda image, *draws: image)
     terms, views = one_step(flags, networks, source, None, target)
     confidence, label = teachers_word(networks, target.image)
     (call,) = spy.call_args_list
@@ -4903,7 +5081,7 @@ def test_class_mix_pastes_from_the_source_and_from_the_labelled_target(monkeypat
     networks = networks_of(Segmenter("mit_b0", "segformer", 3, 8))
     source, target = step_inputs(2)
     labeled = striped_inputs()[1]._replace(label=source.label.flip(1))
-    monkeypatch.setattr(data, "strong_augment", lambda image, generator: image)
+    monkeypatch.setattr(data, "strong_augment", lambda image, *draws: image)
     origins = set()
     for seed in range(4):
         _, views = one_step(flags, networks, source, labeled, target, seed=seed)
@@ -5208,6 +5386,31 @@ def test_a_checkpoint_of_the_version_before_goes_on_if_its_flags_mean_the_same(s
     assert same_tensors(*states)
 
 
+def test_statistics_of_sepico_of_the_version_before(small_run, tmp_path):
+    """Runs without it had them too and go on; with it they were of other features."""
+    path = tmp_path / "out/last.pt"
+    earlier = {"gaussians.share": torch.zeros(3), "gaussians.sums": torch.zeros(2, 3, 8)}
+    argv = [*small_run, *"--val none --steps 2 --crop 64".split()]
+    for recipe in ("dacs", "sepico"):
+        run_train([*argv, "--recipe", recipe, "--stop-at", "1"])
+        state = load_checkpoint(path)
+        for name in [*state["statistics"]]:
+            if name.startswith("gaussians."):
+                del state["statistics"][name]
+        state["statistics"] |= earlier
+        for who in ("student", "teacher"):
+            weights = state[who]
+            state[who] = {k: v for k, v in weights.items() if "stage_projection" not in k}
+        save_checkpoint(path, state)
+        if recipe == "dacs":
+            run_train([*argv, "--recipe", recipe])
+            assert load_checkpoint(path)["step"] == 2
+            path.unlink()
+        else:
+            fails([*argv, "--recipe", recipe], "last.pt: --sepico contrasted other features")
+            evaluation.main([str(path), "--data", small_run[5]])  # its head is not needed there
+
+
 def test_teacher_layers_without_a_batch_have_the_statistics_of_the_student(small_run, tmp_path):
     """LC-MSM's teacher labels with its language decoder; its plain one sees nothing."""
     argv = [*small_run, *"--mask-block 4 --steps 3 --crop 64 --val none".split()]
@@ -5280,8 +5483,8 @@ def test_init_takes_pretrained_weights_and_our_checkpoints_of_other_heads(small_
         weights = out / "last.pt"
     first = load_checkpoint(tmp_path / "daformer/last.pt")["student"]
     second = load_checkpoint(tmp_path / "sepico/last.pt")["student"]
-    new = {f"projection.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
-    assert set(second) - set(first) == new
+    new = set(second) - set(first)
+    assert new and all(name.startswith("stage_projection.") for name in new)
     assert torch.equal(first["decoder.classifier.weight"], second["decoder.classifier.weight"])
 
 
@@ -5292,13 +5495,14 @@ def test_init_takes_pretrained_weights_and_our_checkpoints_of_other_heads(small_
 GRADIENTS = """
 import copy, os, sys, torch, torch.distributed as dist
 sys.path[:0] = [sys.argv[1]]
-import test_all, model, train
+import test_all, losses, model, train
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if world > 1:
     dist.init_process_group("gloo")
-flags = train.parse_flags("--recipe mic --threshold 0.4 --fd 1".split())
+flags = train.parse_flags("--recipe mic --threshold 0.4 --fd 1 --sepico 1 --tau 0.1".split())
 torch.manual_seed(0)
-net = model.Segmenter("mit_b0", "segformer", 3, 8)
+net = model.Segmenter("mit_b0", "segformer", 3, 8, stages=True)
+gaussians = losses.ClassGaussians(3, 512)
 with torch.no_grad():
     net.decoder.classifier.weight.normal_()
     imagenet = copy.deepcopy(net).requires_grad_(False).eval()
@@ -5314,10 +5518,10 @@ if world > 1:
     part = slice(rank, rank + 1)
     source = train.View(source.image[part], source.label[part])
     target = train.View(target.image[part], None, target.weight[part])
-networks = train.Networks(student, teacher, imagenet, None, None)
+networks = train.Networks(student, teacher, imagenet, None, gaussians)
 terms, _ = test_all.one_step(
-    flags, networks, source, None, target, [1, 2], seed=5, shard=(rank, world))
-assert set(terms) == {"source", "fd", "mix", "mask"}
+    flags, networks, source, None, target, [1, 2], step=100, seed=5, shard=(rank, world))
+assert set(terms) == {"source", "fd", "mix", "mask", "sepico"}
 sum(terms.values()).backward()
 if rank == 0:
     torch.save([p.grad for p in net.parameters()], sys.argv[2])
@@ -5513,15 +5717,16 @@ def test_contrasts_train_and_resume(flags, small_run, tmp_path, monkeypatch):
     for name in CONTRASTS[flags]:
         assert any(step[name] > 0 for step in steps), name
     assert a["statistics"]["confidence.seen"].any() == ("t2s" in flags)
-    assert (a["statistics"]["gaussians.sums"] != 0).any() == ("sepico" in flags)
-    has_head = any(name.startswith("projection.") for name in a["student"])
-    assert has_head == ("t2s" in flags or "sepico" in flags)
+    counts = a["statistics"].get("gaussians.count", torch.zeros(1))
+    assert (counts > 0).any() == ("sepico" in flags)
+    for head, flag in (("projection.", "t2s"), ("stage_projection.", "sepico")):
+        assert any(name.startswith(head) for name in a["student"]) == (flag in flags)
     evaluation.main([str(tmp_path / "straight/last.pt"), "--data", small_run[5]])
 
 
 def test_control_computes_contrasts_without_effect(small_run, tmp_path):
     """Bit for bit; the teacher's statistics too, though it sees the source."""
-    lines = ("daformer", "cluda --control", "sepico --control", "cluda")
+    lines = ("daformer", "cluda --control", "daformer --fd 0 --sepico 1 --control", "cluda")
     states = {}
     for line in lines:
         out = tmp_path / line
@@ -5530,10 +5735,11 @@ def test_control_computes_contrasts_without_effect(small_run, tmp_path):
         saved = load_checkpoint(out / "last.pt")
         states[line] = []
         for who in ("student", "teacher"):
-            kept = {k: v for k, v in saved[who].items() if not k.startswith("projection.")}
+            kept = {k: v for k, v in saved[who].items() if "stage_projection" not in k}
             states[line].append(kept)
         if "--control" in line:
-            assert events(out, "step")[-1][line.split()[0]] == 0
+            name = "sepico" if "sepico" in line else "cluda"
+            assert events(out, "step")[-1][name] == 0
     for line in lines[1:3]:
         assert same_tensors(states["daformer"], states[line]), line
     assert not same_tensors(states["daformer"], states["cluda"])

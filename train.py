@@ -16,6 +16,7 @@ import copy
 import datetime
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -54,7 +55,9 @@ RECIPES = {
     "mic": DAFORMER | dict(mask=1.0),                      # Hoyer et al., CVPR 2023
     "lcmsm": DAFORMER | dict(mask=1.0, language="lcmsm"),  # Kim et al., Pattern Recognition 2024
     "cluda": DAFORMER | dict(cluda=0.1),                   # Vayyat et al., 2022, one resolution
-    "sepico": DAFORMER | dict(sepico=0.1),                 # Xie et al., TPAMI 2023
+    # Xie et al., TPAMI 2023. At its published temperature the contrast is nearly inert: the name
+    # stands for the published method, --tau 0.1 for a contrast that is felt
+    "sepico": dict(mix=1.0, rcs=0.01, sepico=1.0, tau=100.0),
     "t2sda": DAFORMER | dict(t2s=0.1),                     # after T2S-DA, Wang et al., 2023
     # its domain generalisation: no target image at all
     "t2sda_dg": dict(target="none", fd=0.005, rcs=0.01, t2s=0.1, restyled=1.0),
@@ -145,7 +148,8 @@ def build_parser():
     a("--workers", type=between(0, 1000, int), default=0, metavar="N",
       help="loader processes per domain; 0 is right where data are cached")
     a("--augment-source", action=switch, default=True,
-      help="jitter and blur source images; the papers do not")
+      help="jitter and blur source images; published: so in SePiCo and SemiDAViL, otherwise not, "
+           "but source-only and oracle distort colours in another way")
 
     a = p.add_argument_group("network").add_argument
     a("--backbone", type=backbone, default="mit_b0", metavar="B",
@@ -189,13 +193,14 @@ def build_parser():
     a("--cluda", type=factor, default=0.0, metavar="X",
       help="weight of CLUDA's contrast among source and among mixed cells")
     a("--sepico", type=factor, default=0.0, metavar="X",
-      help="weight of SePiCo's contrast with Gaussians of the source classes")
+      help="weight of SePiCo's contrast of source and target cells with Gaussians of the source "
+           "classes, from step 3/40 of --steps on")
     a("--t2s", type=factor, default=0.0, metavar="X",
       help="weight of T2S-DA's pull of restyled source cells to clean ones")
     a("--restyled", type=factor, default=0.0, metavar="X",
       help="weight of the cross-entropy on the restyled images of --t2s")
     a("--tau", type=between(1e-3, 1e3), default=0.1, metavar="T",
-      help="temperature of the contrasts")
+      help="temperature of the contrasts; published: 100 for SePiCo, 1 for CLUDA")
     a("--control", action=switch, default=False,
       help="for ablations: compute all that a contrast needs, but give it no weight")
 
@@ -266,10 +271,11 @@ def parse_flags(argv=None):
     settle_data(f, parser)
 
     # what follows from them. A step adapts when it needs target images and what the teacher says of
-    # them; T2S-DA weighs its classes by that
+    # them; T2S-DA weighs its classes by that, SePiCo contrasts them
     f.lcmsm = f.language == "lcmsm"
     f.contrasts = bool(f.cluda or f.sepico or f.t2s)
-    f.adapts = bool(f.mix or f.mask or f.consistency or (f.t2s and f.target != "none"))
+    asks_teacher = bool(f.t2s or f.sepico) and f.target != "none"
+    f.adapts = bool(f.mix or f.mask or f.consistency or asks_teacher)
     f.doubt = 0.0 if f.dyce else 0.5  # power of T2S-DA's class weights; DyCE weighs classes already
 
     for message, wrong in contradictions(f, parser.get_default, all_labels).items():
@@ -390,13 +396,16 @@ View = namedtuple("View", "image label weight", defaults=(None,))
 # ImageNet weights or None; running statistics of the contrasts, by class.
 Networks = namedtuple("Networks", "student teacher imagenet class_confidence gaussians")
 
+# Views that other decoders than the plain one look at: the one with text, or none at all.
+HEADS = {"mask_source": "language", "mask_mix": "language", "jittered": None}
+
 # Where random numbers come from: a CPU generator for the joint batch; shard = (rank, processes).
 Draws = namedtuple("Draws", "generator shard")
 
 
-def augment(view, draw):
-    """The view with colour jitter and blur, the same for the whole joint batch."""
-    return view._replace(image=data.strong_augment(view.image, draw.generator))
+def augment(view, draw, each=False):
+    """The view with colour jitter and blur; each: all draws but whether to are each image's own."""
+    return view._replace(image=data.strong_augment(view.image, *draw, each))
 
 
 def hide(view, f, mean, draw):
@@ -476,7 +485,7 @@ def make_views(f, teacher, source, labeled, target, draw):
         present = mean_over_ranks(present) > 0  # (K,), in the joint batch
         image, label, weight, pasted = data.class_mix(
             donor.image, donor.label, target.image, target.label, target.weight, present, *draw)
-        views["mix"] = augment(View(image, label, weight), draw)
+        views["mix"] = augment(View(image, label, weight), draw, each=True)
         pasted = pasted[:, 0]  # (B,1,S,S) -> (B,S,S)
 
     # MIC: hide blocks of the target; what is there has to follow from what surrounds them.
@@ -490,6 +499,12 @@ def make_views(f, teacher, source, labeled, target, draw):
 
     if f.t2s:
         views["restyled"] = View(restyled, source.label)
+
+    # SePiCo: the augmented target with its pseudo-labels, which all count alike where they have a
+    # weight at all
+    if f.sepico and target:
+        label = torch.where(target.weight > 0, target.label, data.IGNORE)
+        views["jittered"] = augment(View(target.image, label), draw)
     return views, pasted
 
 
@@ -517,8 +532,7 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     # 2. one pass of the student for each
     outs = {}
     for name, view in views.items():
-        head = "language" if name in ("mask_source", "mask_mix") else "plain"
-        outs[name] = nets.student(view.image, head=head)
+        outs[name] = nets.student(view.image, head=HEADS.get(name, "plain"))
         clock(name)
 
     # 3. terms: the supervised loss, on source and labelled target
@@ -567,6 +581,11 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     return terms, views
 
 
+def unit_rows(rows):
+    """Rows (N,C) as float32 unit vectors; one of zeros stays 0."""
+    return F.normalize(rows.float(), dim=1, eps=1e-3)
+
+
 def cells(net, features, view):
     """The view in cells of 8 x 8 pixels: rows (N,C), label (N,), weight (N,).
 
@@ -577,13 +596,25 @@ def cells(net, features, view):
     grid = [max(1, side // 8) for side in view.label.shape[1:]]
     label = data.majority_label(view.label, grid, net.num_classes)  # (B,S,S) -> (B,h,w)
     pooled = F.adaptive_avg_pool2d(features, grid)  # (B,C,h,w)
-    rows = pooled.permute(0, 2, 3, 1).flatten(0, 2)  # (B,C,h,w) -> (N,C)
-    rows = F.normalize(net.projection(rows).float(), dim=1, eps=1e-3)  # a cell of zeros stays 0
+    rows = unit_rows(net.projection(pooled.permute(0, 2, 3, 1).flatten(0, 2)))  # -> (N,C)
     weight = view.weight
     if weight is None:
         weight = torch.ones(view.label.shape, device=label.device)
     weight = F.adaptive_avg_pool2d(weight, grid)  # (B,S,S) -> (B,h,w)
     return rows, label.flatten(), weight.flatten()
+
+
+def stage_cells(net, pyramid, view):
+    """The view in cells of the encoder's finest stage, through SePiCo's head: rows (N,C), label (N,).
+
+    In all else as cells().
+    """
+    net = getattr(net, "module", net)
+    h, w = [math.ceil(side / net.stride) for side in view.label.shape[1:]]
+    projected = net.stage_projection(pyramid)[..., :h, :w]  # (B,C,h,w), without encode()'s rim
+    label = data.majority_label(view.label, projected.shape[2:], net.num_classes)  # (B,h,w)
+    rows = unit_rows(projected.permute(0, 2, 3, 1).flatten(0, 2))  # (B,C,h,w) -> (N,C)
+    return rows, label.flatten()
 
 
 def contrast_terms(f, step, nets, source, known, out, views, outs, said):
@@ -600,19 +631,27 @@ def contrast_terms(f, step, nets, source, known, out, views, outs, said):
     # where features are to go: the teacher's of the clean source
     if f.t2s or f.sepico:
         with torch.no_grad(), model.frozen_statistics(teacher):
-            clean = teacher(source.image)
-            keys, key_label, _ = cells(teacher, clean.features, source)
+            clean = teacher(source.image, head="plain" if f.t2s else None)
+            if f.t2s:
+                keys, key_label, _ = cells(teacher, clean.features, source)
+            if f.sepico:
+                gaussians.update(*stage_cells(teacher, clean.pyramid, source))
 
-    # SePiCo and CLUDA contrast the cells of each domain
-    if f.sepico or f.cluda:
+    # SePiCo contrasts cells of the source and of the target with the source's Gaussians, from step
+    # 3,000 of 40,000 on
+    if f.sepico:
+        value = losses.sepico(*stage_cells(student, out.pyramid, known), gaussians, f.tau)
+        if "jittered" in views:
+            side = stage_cells(student, outs["jittered"].pyramid, views["jittered"])
+            value = value + losses.sepico(*side, gaussians, f.tau)
+        begins = step >= f.steps * 3 // 40 and not f.control
+        terms["sepico"] = float(begins) * f.sepico * value
+
+    # CLUDA contrasts the cells of the source and of the ClassMix image, each with all others
+    if f.cluda:
         sides = [cells(student, out.features, known)]
         if "mix" in views:
             sides.append(cells(student, outs["mix"].features, views["mix"]))
-    if f.sepico:
-        gaussians.update(keys, key_label)
-        value = sum(losses.sepico(*side, gaussians, f.tau) for side in sides)
-        terms["sepico"] = live * f.sepico * value
-    if f.cluda:
         value = sum(losses.cluda(*side, f.tau) for side in sides)
         terms["cluda"] = live * f.cluda * value
 
@@ -897,7 +936,7 @@ def open_streams(f, sets):
         counts = known.class_counts()
         if subset:
             counts = counts[subset]
-        rare = data.RareClassSampler(counts, f.rcs, data.RARE_IMAGE * f.crop**2)
+        rare = data.RareClassSampler(counts, f.rcs, data.rare_pixels(f.crop))
 
     streams = {"source": Stream(known, f, rare, subset=subset), "labeled": None, "target": None}
     if sets.source and sets.labeled:
@@ -941,7 +980,8 @@ def open_networks(f, classes, bank, device):
         f.language,
         bank,
         pretrained=timm_hub,
-        projection=bool(f.t2s or f.sepico),  # CLUDA alone contrasts the features themselves
+        projection=bool(f.t2s),  # CLUDA contrasts the features themselves
+        stages=bool(f.sepico),
     )
     if ours:
         state = model.load_checkpoint(f.init)["student"]
@@ -965,7 +1005,10 @@ def open_networks(f, classes, bank, device):
         imagenet = copy.deepcopy(student).requires_grad_(False).eval()
 
     confidence = losses.ClassConfidence(len(classes)).to(device)
-    gaussians = losses.ClassGaussians(len(classes), f.channels).to(device)
+    gaussians = None
+    if f.sepico:
+        channels = model.StageProjection.channels
+        gaussians = losses.ClassGaussians(len(classes), channels).to(device)
     return Networks(student, teacher, imagenet, confidence, gaussians)
 
 
@@ -1227,8 +1270,9 @@ class Run:
         self.check_labeled()
         nets = open_networks(f, self.sets.classes, self.bank, self.device)
         self.student, self.teacher = nets.student, nets.teacher
-        self.statistics = torch.nn.ModuleDict(
-            {"confidence": nets.class_confidence, "gaussians": nets.gaussians})
+        self.statistics = torch.nn.ModuleDict({"confidence": nets.class_confidence})
+        if nets.gaussians is not None:
+            self.statistics["gaussians"] = nets.gaussians
         groups = parameter_groups(self.student, f.lr, f.head_lr)
         self.fused = self.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(groups, fused=self.fused)
@@ -1270,12 +1314,19 @@ class Run:
     def restore(self):
         """Weights, optimiser and statistics of the checkpoint."""
         state = self.checkpoint
+        heads = [name for name in state["student"] if name.startswith("stage_projection.")]
+        if self.f.sepico and not heads:
+            raise model.CheckpointError(
+                f"{self.last}: --sepico contrasted other features when it was written; go on with "
+                "that version of the scripts, or begin anew with another --out")
         model.load_weights(self.student, state["student"], self.last)
         model.load_weights(self.teacher, state["teacher"], self.last)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["fused"] = self.fused  # of this device, not of the one that saved
         statistics = state.get("statistics", self.statistics.state_dict())
+        if not self.f.sepico:  # an earlier version kept those of SePiCo in every run
+            statistics = {k: v for k, v in statistics.items() if not k.startswith("gaussians.")}
         model.load_weights(self.statistics, statistics, self.last)
 
     def announce(self):
