@@ -35,9 +35,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
-                  check_sets, colorize, fail, grid, leave_out_bad, legend, majority_label,
-                  open_dataset, overlay, palette, parse_size, read_colours, read_image, save_ids,
-                  with_legend)
+                  check_sets, colorize, fail, grid, interrupted, leave_out_bad, legend,
+                  majority_label, open_dataset, overlay, palette, parse_size, read_colours,
+                  read_image, save_ids, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags, load_checkpoint,
                    upsample_pseudo_label)
 
@@ -716,10 +716,11 @@ def submit(model, dataset, folder, window=None, flip=False, head="plain"):
 # interval is a little too wide.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
          2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-# Flags that have to be the same in all runs of one table.
+# What has to be the same in all runs of one table: flags, and what read_run adds to them.
 COMPARABLE = ("target", "val", "classes", "size", "crop", "batch", "steps", "backbone", "decoder",
-              "channels", "init")
-# Flags that may differ within a row: the seed, and those that change no number.
+              "channels", "init", "slide", "images per step", "validation images")
+# Flags that may differ within a row: the seed, and those that change no number. The number of
+# processes counts by the images per step.
 FREE = {"seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
         "world", "compile", "checkpointing"}
 # What a run did whose log is older than the flag, where that is not None, False or 0.
@@ -731,8 +732,8 @@ class Run(NamedTuple):
 
     path: str  # as the user gave it
     row: str  # name of its row
-    flags: dict  # as of today
-    bank: str  # checksum of the text bank's vectors, None in a run without or an old log
+    flags: dict  # as of today, and what follows from them
+    inputs: dict  # {flag: digest of what lay there, wherever that was}; empty in an old log
     labels: int  # number of labelled target images
     result: dict  # scores of each read-out, None in a run without validation data
 
@@ -745,6 +746,38 @@ def row_name(log, seed):
     return name.removesuffix(f"-{seed}") or name
 
 
+def read_events(log):
+    """The events of a log, list of dict. Half a line, which a killed run leaves, is none."""
+    events = []
+    for line in Path(log).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and "event" in event:
+                events.append(event)
+    return events
+
+
+def last_run(events):
+    """(start, result) of the run that began last in a log, each an event or None.
+
+    A result counts only with the flags of its own run: by the run's id or, in logs without ids,
+    if it comes after the run's start. A run that goes on where the log is gone starts there.
+    """
+    start, result = None, None
+    for event in events:
+        known = start and event.get("run") == start.get("run")
+        if event["event"] == "start" or (event["event"] == "resume" and not known):
+            start, result = event, None
+        elif event["event"] == "result" and known:
+            result = event
+    return start, result
+
+
+def images_per_step(flags):
+    """Images of each domain that one optimiser step sees, over all processes."""
+    return flags.get("batch", 1) * flags.get("accum", 1) * flags.get("world", 1)
+
+
 def read_run(path):
     """The Run of a run folder or a log file. Raises DataError where the run has not finished."""
     log = Path(path)
@@ -752,31 +785,31 @@ def read_run(path):
         log = log / "log.jsonl"
     if log.suffix == ".pt":
         raise DataError(f"{log}: a checkpoint; --table takes run folders or their log.jsonl")
-    events = {}
-    for line in log.read_text(errors="replace").splitlines():
-        # A killed run leaves half a line.
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            event = json.loads(line)
-            events[event["event"]] = event
-
-    if "start" not in events:
+    if not log.is_file():
+        raise DataError(f"{log}: no such log; --table takes run folders or their log.jsonl")
+    start, result = last_run(read_events(log))
+    if start is None:
         raise DataError(f"{log}: no start event; not a log, or not finished")
-    start = events["start"]
-    result = events.get("result")
     flags = start.get("flags", {})
     if flags.get("val") == "none":
         result = None
     elif result is None:
-        raise DataError(f"{log}: no result event; not a log, or not finished")
+        raise DataError(f"{log}: no result event of the run that began last; not a log, or not "
+                        "finished: the same command goes on")
     if not {"recipe", "seed"} <= flags.keys() or (result and "student" not in result):
         raise DataError(f"{log}: no log of train.py; --table takes run folders or their log.jsonl")
 
     flags = current_flags(flags)
     if flags.get("dtype") == "auto":  # logs from before the answer was logged
         flags["dtype"] = "fp32" if start["versions"]["device"].startswith("cpu") else "bf16"
-    bank = (start.get("text") or {}).get("rows_sha256")
+    flags["images per step"] = images_per_step(flags)
+    if result:
+        flags["validation images"] = result["student"].get("images")
+    inputs = dict(start.get("inputs", {}))
+    if bank := start.get("text"):
+        inputs["text"] = f"{bank.get('kind')} {bank['rows_sha256']}"
     labels = len(start.get("labeled") or [])
-    return Run(str(path), row_name(log, flags["seed"]), flags, bank, labels, result)
+    return Run(str(path), row_name(log, flags["seed"]), flags, inputs, labels, result)
 
 
 def flag_of(run, name):
@@ -790,10 +823,13 @@ def differences(run, other, names):
     for name in names:
         mine = flag_of(run, name)
         theirs = flag_of(other, name)
-        if name == "text" and run.bank and other.bank:  # a bank may lie elsewhere
-            mine = run.bank
-            theirs = other.bank
-        if mine != theirs:
+        if run.inputs.get(name) and other.inputs.get(name):  # data may lie elsewhere
+            same = run.inputs[name] == other.inputs[name]
+            mine = f"{mine} (digest {run.inputs[name]})"
+            theirs = f"{theirs} (digest {other.inputs[name]})"
+        else:
+            same = mine == theirs
+        if not same:
             found.append(f"{name} {mine} instead of {theirs}")
     return ", ".join(found)
 
@@ -1070,6 +1106,8 @@ def draw_curves(curves, ticks):
 # --------------------------------------------------------------------------------------------------
 # Command line
 
+PREDICTIONS = "predictions"  # where --images writes without --save
+
 
 def device(text):
     """A device that this torch can use."""
@@ -1104,7 +1142,8 @@ def build_parser():
       help="row of the table that others are compared with (default: the source-only run's AdaBN)")
     a("--picture", metavar="FILE",
       help="with --before: frames around the median gain; with --table: mIoU over --labeled")
-    a("--save", metavar="DIR", help="folder for panels (default: none; with --images: predictions)")
+    a("--save", metavar="DIR",
+      help=f"folder for panels (default: none; with --images: {PREDICTIONS})")
     a("--slide", action=argparse.BooleanOptionalAction,
       help="half overlapping windows of the training crop (HRDA, MIC; default: as in the run)")
     a("--flip", action="store_true", help="average with the mirror image")
@@ -1141,13 +1180,33 @@ def parse_flags(argv):
     return args
 
 
+def check_folder(flag, path):
+    """Raise DataError where `path` neither is a folder to write into nor can become one."""
+    place = Path(path).resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise DataError(f"{flag} {path}: {place} is a file; give a folder")
+    if not os.access(place, os.W_OK):
+        raise DataError(f"{flag} {path}: no permission to write into {place}; give another place")
+
+
 def check_outputs(args):
-    """Raise DataError where a file that the work ends with could not be written."""
-    for name, path in (("json", args.json), ("picture", args.picture)):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise DataError(f"--{name} {path}: there is no such folder")
+    """Raise DataError where what the work ends with could not be written."""
+    for flag, path in (("--json", args.json), ("--picture", args.picture)):
+        if not path:
+            continue
+        if not Path(path).resolve().parent.is_dir():
+            raise DataError(f"{flag} {path}: there is no such folder")
+        if Path(path).is_dir():
+            raise DataError(f"{flag} {path}: a folder; give a file")
+        check_folder(flag, Path(path).parent)
     if args.picture and Path(args.picture).suffix.lower() not in Image.registered_extensions():
         raise DataError(f"--picture {args.picture}: no kind of picture; write FILE.png")
+    if args.submit:
+        check_folder("--submit", args.submit)
+    elif args.save or args.images:
+        check_folder("--save", args.save or PREDICTIONS)
 
 
 def open_network(path, weights, args):
@@ -1262,7 +1321,7 @@ def run(args):
 
     begin = time.perf_counter()
     if args.images:
-        folder = args.save or "predictions"
+        folder = args.save or PREDICTIONS
         count = predict_images(model, args.images, classes, folder, size, colors=colors, **how)
         if size:
             print(f"scaled to a longer side of {max(size)} for the network, ", end="")
@@ -1306,8 +1365,12 @@ def main(argv=None):
             run_table(args)
         else:
             run(args)
-    except (DataError, CheckpointError, WeightsError, OSError) as error:
+    except (DataError, CheckpointError, WeightsError) as error:
         fail("eval.py", error, 2)
+    except OSError as error:  # a full disk: nobody's input was bad
+        fail("eval.py", error, 1)
+    except KeyboardInterrupt:
+        interrupted()
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and "allocate memory" not in str(error):

@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from data import DataError, Parser, cache_folder, fail, read_lines
+from data import DataError, Parser, cache_folder, fail, interrupted, read_lines
 from kernels import text_correlation, upsample_pseudo_label  # the second for train.py and eval.py
 
 # What a Segmenter gives: logits (B,K,h,w), features (B,C,h,w), pyramid, a list of (B,C_i,h_i,w_i)
@@ -1441,14 +1441,72 @@ def load_weights(module, state, path):
     module.load_state_dict(state)
 
 
-def fit_heads(state, student):
+# Weights that belong to classes, and the axes on which they do. The classes come last on such an
+# axis, behind the features where those stand there too.
+CLASS_AXES = {
+    "decoder.classifier.weight": (0,),
+    "decoder.classifier.bias": (0,),
+    "language_decoder.classifier.weight": (0, 1),
+    "language_decoder.classifier.bias": (0,),
+    "text.vectors": (0,),
+    "guidance.vectors": (0,),
+    "guidance.multimodal_norm.weight": (0,),
+    "guidance.multimodal_norm.bias": (0,),
+    "guidance.out.weight": (1,),
+}
+
+
+def class_indices(shape, axes, places, count):
+    """Indices for a tensor of this shape: all, but of `count` classes on `axes` these places."""
+    parts = []
+    for axis, length in enumerate(shape):
+        part = list(range(length))
+        if axis in axes:
+            others = length - count
+            part = part[:others] + [others + place for place in places]
+        parts.append(part)
+    return np.ix_(*parts)
+
+
+def fit_classes(state, student, before, classes):
+    """A checkpoint's weights with each class's share moved to where the network has that class.
+
+    state: {name: tensor} of a network with the classes `before`; student: a network with `classes`
+    (names, sequences of str). Classes are matched by name; those that `before` lacks keep the
+    student's fresh weights.
+    """
+    places = []  # (here, there) of each class that both have
+    for here, name in enumerate(classes):
+        if name in before:
+            places.append((here, list(before).index(name)))
+    here = [pair[0] for pair in places]
+    there = [pair[1] for pair in places]
+    own = student.state_dict()
+    fitted = dict(state)
+    for name, axes in CLASS_AXES.items():
+        if name not in state or name not in own:
+            continue
+        # LC-MSM's second decoder without text has features alone on its second axis
+        if name.startswith("language_decoder.") and "language_decoder.spatial.weight" not in own:
+            axes = (0,)
+        new = own[name].clone()
+        taken = class_indices(state[name].shape, axes, there, len(before))
+        put = class_indices(new.shape, axes, here, len(classes))
+        if new[put].shape == state[name][taken].shape:  # else load_weights names what differs
+            new[put] = state[name][taken]
+            fitted[name] = new
+    return fitted
+
+
+def fit_heads(state, student, before, classes):
     """Adapt a checkpoint to this network: its weights by name, for load_weights.
 
     Optional heads the network lacks are dropped, new ones keep their fresh weights. The text bank
-    comes from --text.
+    comes from --text. before, classes: see fit_classes.
     """
     optional = ("projection.", "stage_projection.", "language_decoder.", "text.", "guidance.")
     own = student.state_dict()
+    state = fit_classes(state, student, before, classes)
     fitted = {name: value for name, value in own.items() if name.startswith(optional)}
     for name, value in state.items():
         if name.endswith(".bank"):
@@ -1577,6 +1635,8 @@ def main(argv=None):
         fail("model.py", error, 2)
     except OSError as error:
         fail("model.py", error, 1)
+    except KeyboardInterrupt:
+        interrupted()
 
 
 if __name__ == "__main__":

@@ -3290,7 +3290,7 @@ def test_table_rows_are_runs_without_their_seed(tmp_path, monkeypatch):
         return sorted({row for row, _ in table_rows(evaluation.table(runs))[0]} - {"run", "---"})
 
     new = dict(language=None, text="auto", tau=0.1, labeled="0", slide=False, mask_views=["target"],
-               contrast_pixels="all", dyce=0.0, cache="c", out="o", world=2, workers=3)
+               contrast_pixels="all", dyce=0.0, cache="c", out="o", world=1, workers=3)
     named = [made_log(tmp_path / "mic-0", 0, 40), made_log(tmp_path / "mic-tau-1", 0, 40),
              made_log(tmp_path / "mic-12.jsonl", 12, 40, **new), made_log(tmp_path / "out", 3, 40)]
     assert rows_of(*named) == ["mic", "mic-tau-1", "out"]  # the seed of mic-tau-1 is 0
@@ -3302,16 +3302,92 @@ def test_table_rows_are_runs_without_their_seed(tmp_path, monkeypatch):
             for seed, path, bank in ((0, "a/bank.npz", "1f"), (1, "b/bank.npz", "1f"),
                                      (2, "a/bank.npz", "2e"), (3, "b/bank.npz", None))]
     assert rows_of(*text[:2]) == ["text"]
-    refused(lambda: evaluation.table([text[0], text[2]]), "text 2e instead of 1f")
+    refused(lambda: evaluation.table([text[0], text[2]]), "text a/bank.npz (digest None 2e) instead of a/bank.npz (digest None 1f)")
     refused(lambda: evaluation.table([text[0], text[3]]), "b/bank.npz instead of a/bank.npz")
-    made_log(tmp_path / "mic-1.jsonl", 1, 40, **new | dict(tau=0.5, slide=True))
+    made_log(tmp_path / "mic-1.jsonl", 1, 40, **new | dict(tau=0.5, dyce=0.5))
     refused(lambda: evaluation.table([named[0], tmp_path / "mic-1.jsonl"]), "row mic with",
             named[0], tmp_path / "mic-1.jsonl",
-            "slide True instead of None, tau 0.5 instead of 0.1")
+            "dyce 0.5 instead of None, tau 0.5 instead of 0.1")
 
     logs = Path(HERE) / "assets/logs"
     for name, rows in (("streets", 3), ("camvid", 32), ("choice", 3)):
         assert len(rows_of(*sorted(logs.glob(f"{name}-*")))) == rows
+
+
+def write_log(path, *events):
+    """A log of events: (event, id of the run or None, what else it has)."""
+    lines = []
+    for event, run, more in events:
+        lines.append(json.dumps({"event": event} | ({"run": run} if run else {}) | more))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_result_counts_only_with_the_flags_of_its_own_run(tmp_path):
+    flags = {"seed": 0, "source": "s", "target": "t", "val": "t"}
+    mic, source = ({"flags": flags | {"recipe": recipe}} for recipe in ("mic", "source"))
+    low, high = ({"student": {"miou": miou, "iou": {"a": miou}}} for miou in (40, 50))
+    log, begun, ended, again = tmp_path / "x.jsonl", "start", "result", "resume"
+    for events, recipe, miou in (
+            ([(begun, None, mic), (ended, None, low)], "mic", 40),  # from before there were ids
+            ([(begun, None, source), (ended, None, low), (begun, None, mic)], "mic", None),
+            ([(begun, None, mic), (again, None, mic), (ended, None, low)], "mic", 40),
+            ([(begun, "A", mic), (again, "A", source), (ended, "A", low)], "mic", 40),
+            # two at once, and one after another
+            ([(begun, "A", mic), (begun, "B", source), (ended, "B", low), (ended, "A", high)],
+             "source", 40),
+            ([(begun, "A", source), (ended, "A", low), (begun, "B", mic)], "mic", None),
+            ([(begun, "A", source), (begun, "B", mic), (ended, "A", low)], "mic", None),
+            ([(begun, "A", source), (ended, "A", low), (begun, "B", mic), (ended, "B", high)],
+             "mic", 50),
+            # the log, or its first part, is gone
+            ([(again, "A", mic), (ended, "A", low)], "mic", 40),
+            ([(begun, "B", source), (ended, "B", high), (again, "A", mic), (ended, "A", low)],
+             "mic", 40)):
+        write_log(log, *events)
+        if miou is None:
+            refused(lambda: evaluation.table([log]), log, "no result event of the run that began")
+        else:
+            run = evaluation.read_run(log)
+            assert run.flags["recipe"] == recipe and run.result["student"]["miou"] == miou
+    log.write_text(log.read_text() + '{"event": "result", "run": "A", "student": {"miou": 9')
+    assert evaluation.read_run(log).result["student"]["miou"] == 40
+
+
+def test_table_compares_what_was_scored_and_what_a_step_saw(tmp_path):
+    """By content where the log has it: data and weights may lie elsewhere."""
+    one = made_log(tmp_path / "one-0", 0, 41, val="a", init="w", batch=2)
+    for name, words, flags in (
+            ("slid", "slide True instead of None", dict(slide=True)),
+            ("world", "images per step 4 instead of 2", dict(world=2)),
+            ("accum", "images per step 6 instead of 2", dict(accum=3)),
+            ("elsewhere", "val b instead of a", dict(val="b"))):
+        other = made_log(tmp_path / name, 1, 1, **dict(val="a", init="w", batch=2) | flags)
+        refused(lambda: evaluation.table([one, other]), other, words)
+    evaluation.table([one, made_log(tmp_path / "same", 1, 1, val="a", init="w", batch=2, world=1)])
+
+    def log(name, val, inputs, images=5, seed=0, text=None):
+        flags = {"recipe": "mic", "seed": seed, "source": "s", "target": "t", "val": val}
+        start = {"flags": flags, "inputs": inputs}
+        if text:
+            flags["text"] = text
+            start["text"] = {"kind": text, "rows_sha256": "same"}
+        scored = {"student": {"miou": 40, "iou": {"a": 40}, "images": images}}
+        return write_log(tmp_path / f"{name}.jsonl", ("start", "A", start), ("result", "A", scored))
+
+    both = {"val": "1f", "source": "2e"}
+    first = log("x-0", "here", both)
+    table = evaluation.table([first, log("x-1", "there", both, seed=1)])
+    assert "| x | student | 40.0 | 40.0 |" in table
+    for other, words in (
+            (log("x-2", "here", both | {"val": "3d"}, seed=2),
+             "val here (digest 3d) instead of here (digest 1f)"),
+            (log("x-3", "here", both, 6, seed=3), "validation images 6 instead of 5"),
+            (log("x-4", "here", both | {"source": "9"}, seed=4), "not of one row x with")):
+        refused(lambda: evaluation.table([first, other]), other, words)
+    learned = log("y-0", "here", {}, text="learned")
+    refused(lambda: evaluation.table([learned, log("y-1", "here", {}, seed=1, text="stub")]),
+            "digest stub same")
 
 
 def test_table_refuses_what_it_cannot_compare(tmp_path, capsys):
@@ -3674,8 +3750,24 @@ def test_command_line_fails_in_one_line(tmp_path, capsys, monkeypatch):
             ([checkpoint, *data, *picture, "--before", other], "other.pt: has other classes"),
             ([checkpoint, *data, "--picture", "no/x.png", "--before", other], "no such folder"),
             ([checkpoint, *data, "--picture", "x", "--before", other], "write FILE.png"),
-            (["--table", tmp_path / "nowhere"], "nowhere")):
+            ([checkpoint, *data, "--save", checkpoint], f"--save {checkpoint}: "),
+            ([checkpoint, *data, "--save", f"{checkpoint}/x/y"], "last.pt is a file; give a folder"),
+            ([checkpoint, "--images", tmp_path / "images", "--save", checkpoint], "is a file"),
+            ([checkpoint, *data, "--submit", checkpoint], "is a file; give a folder"),
+            ([checkpoint, *data, "--json", tmp_path], "a folder; give a file"),
+            (["--table", tmp_path / "nowhere"], "nowhere: no such log")):
         eval_fails(capsys, argv, words)
+    assert not (tmp_path / "up").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+        eval_fails(capsys, [checkpoint, *data, "--save", tmp_path / "x"], "no permission")
+    monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([checkpoint, *data])
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    full = OSError(28, "No space left on device", "a.png")
+    monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=full))
+    eval_fails(capsys, [checkpoint, *data], "No space left on device: 'a.png'", status=1)
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=error))
@@ -4020,18 +4112,63 @@ def test_heads_of_a_checkpoint_are_fitted_to_the_network():
     plain = Segmenter("mit_b0", "segformer", 3, 8).state_dict()
     rich = language_net(projection=True)
     own = {name: value.clone() for name, value in rich.state_dict().items()}
-    fitted = model.fit_heads(plain, rich)
+    fitted = model.fit_heads(plain, rich, ABC, ABC)
     model.load_weights(rich, fitted, "plain")
     for name, value in rich.state_dict().items():
         assert torch.equal(value, plain.get(name, own[name])), name
     other = language_net(made_bank(seed=1))
     own_bank = other.text.bank.clone()
-    model.load_weights(other, model.fit_heads(own, other), "rich")
+    model.load_weights(other, model.fit_heads(own, other, ABC, ABC), "rich")
     assert torch.equal(other.text.bank, own_bank)
     assert torch.equal(other.text.projection.weight, own["text.projection.weight"])
     wrong = {name: value for name, value in plain.items() if "classifier" not in name}
-    wrong = model.fit_heads(wrong, rich)
+    wrong = model.fit_heads(wrong, rich, ABC, ABC)
     refused_by(CheckpointError, "missing 2", model.load_weights, rich, wrong, "")
+
+
+def test_weights_of_classes_go_by_name():
+    """The same classes in another order: the same logits in that order, whatever the heads."""
+    x = torch.rand(1, 3, 32, 32)
+    turned = [2, 0, 1]
+    names = ("a", "b", "c")
+    other = tuple(names[i] for i in turned)
+    for language, kind in ((None, None), ("lcmsm", "learned"), ("lcmsm", "none"), ("dlg", "clip")):
+        bank = made_bank(kind=kind) if language else None
+        torch.manual_seed(0)
+        net = Segmenter("mit_b0", "segformer", 3, 8, language, bank).eval()
+        with torch.no_grad():
+            for p in net.parameters():  # guidance begins with zeros
+                p.add_(0.1 * torch.randn_like(p))
+        if bank:
+            bank = bank._replace(embeddings=bank.embeddings[turned])
+        same = Segmenter("mit_b0", "segformer", 3, 8, language, bank).eval()
+        state = net.state_dict()
+        model.load_weights(same, model.fit_heads(state, same, names, other), "x")
+        for head in net.heads:
+            expected = net(x, head).logits[:, turned]
+            torch.testing.assert_close(same(x, head).logits, expected, rtol=1e-4, atol=1e-4)
+
+        # a class fewer and one more: what both have keeps its weights, the rest stays fresh
+        some = Segmenter("mit_b0", "segformer", 4, 8, language,
+                         made_bank(4, kind=kind) if language else None)
+        fresh = {name: value.clone() for name, value in some.state_dict().items()}
+        model.load_weights(some, model.fit_heads(state, some, names, ("x", "c", "y", "a")), "x")
+        found = some.state_dict()
+        for name, axes in model.CLASS_AXES.items():
+            if name not in found:
+                continue
+            if kind == "none" and name == "language_decoder.classifier.weight":
+                axes = (0,)
+            for axis in axes:
+                if axis == 1:
+                    one = found[name][[1, 3]] if 0 in axes else found[name]
+                    old = state[name][[2, 0]] if 0 in axes else state[name]
+                    assert torch.equal(one[:, 8:][:, [1, 3]], old[:, 8:][:, [2, 0]]), name
+                    assert torch.equal(one[:, :8], old[:, :8]), name
+                    assert torch.equal(found[name][:, 8:][:, [0, 2]], fresh[name][:, 8:][:, [0, 2]])
+                elif axes == (0,):
+                    assert torch.equal(found[name][[1, 3]], state[name][[2, 0]]), name
+                    assert torch.equal(found[name][[0, 2]], fresh[name][[0, 2]]), name
 
 
 def tiny_checkpoint(**changes):
@@ -5244,7 +5381,18 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
         assert run_train(argv, check=False).returncode == 130
     assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 2
     assert not events(tmp_path / "out", "result")
-    run_train(argv)
+    # a fault in the data says how the read-out is repeated; half a result is none, and goes
+    broken = tmp_path / "target/images/003.png"
+    content, status = broken.read_bytes(), broken.stat()
+    break_unseen(broken)
+    done = run_train(argv, check=False)
+    assert done.returncode == 2 and f"{broken}: no readable image" in done.stderr
+    assert f"saved in {tmp_path}/out/last.pt, the read-out is not; the same command" in done.stdout
+    broken.write_bytes(content)
+    os.utime(broken, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with open(tmp_path / "out/log.jsonl", "a") as log:
+        log.write('{"event": "result", "run": "')
+    assert "step 2; only the read-out is left" in run_train(argv).stdout
     (result,) = events(tmp_path / "out", "result")
     run_train([*argv, "--out", str(tmp_path / "whole")])
     (whole,) = events(tmp_path / "whole", "result")
@@ -5322,7 +5470,8 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
             "skip_bad"}
     assert free == train.FREE_ON_RESUME
     for name in flags:
-        other = flags | {name: "other"}
+        value = 7 if type(flags[name]) is int else "other"
+        other = flags | {name: value}
         check = functools.partial(train.check_resume, other, names, state, "last.pt")
         shown = f"--{name.replace('_', '-')} was"
         if name == "world":
@@ -5330,10 +5479,249 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
         if name in free:
             check()
         else:
-            with pytest.raises(CheckpointError, match=f"other flags: {shown} .*, is other; repeat"):
+            with pytest.raises(CheckpointError, match=f"other flags: {shown} .*, is {value}; repeat"):
                 check()
     with pytest.raises(CheckpointError, match="the names in --classes were .*, are .*'sofa'"):
         train.check_resume(flags, [*names[:2], "sofa"], state, "last.pt")
+
+
+def test_moved_data_go_on_and_other_data_do_not(small_run, tmp_path, monkeypatch):
+    """Data, weights, names and vectors may lie elsewhere, or be named by another path."""
+    torch.save(MixTransformer("mit_b0").state_dict(), tmp_path / "weights.pth")
+    write_bank(tmp_path / "bank.npz", made_bank()._replace(names=("sky", "wall", "car")))
+    more = [*"--recipe semidavil --fd 0.01 --labeled 2 --head-lr 1 --lr 1e-3".split()]
+    small_run[3] = small_run[5]
+
+    def argv(root):
+        flags = [*small_run, *more, "--text", f"{root}/bank.npz", "--init", f"{root}/weights.pth"]
+        return [flag.replace(f"{tmp_path}/", f"{root}/") for flag in flags]
+
+    straight = tmp_path / "straight"
+    run_train([*argv(tmp_path), "--out", str(straight)])
+    run_train([*argv(tmp_path), "--stop-at", "2", "--out", str(tmp_path / "out")])
+    (tmp_path / "moved").mkdir()
+    for name in ("source", "target", "names.txt", "weights.pth", "bank.npz"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    monkeypatch.chdir(tmp_path / "moved")
+    moved = [flag.replace(".//", "./") for flag in argv(".")]
+    moved[moved.index("--out") + 1] = str(tmp_path / "out")
+
+    def changed(path, content, words):
+        """Other content in the place that is named is refused, and then put back."""
+        before = Path(path).read_bytes()
+        Path(path).write_bytes(content)
+        fails(moved, "out/last.pt", words, "--out NEW")
+        Path(path).write_bytes(before)
+
+    image = np.asarray(Image.open("source/images/000.png"))
+    put(tmp_path / "image.png", image[:, ::-1] // 2)
+    changed("source/images/000.png", (tmp_path / "image.png").read_bytes(),
+            "trained with other data: --source was")
+    changed("names.txt", b"sky\nwall\nsofa\n", "the names in --classes were")
+    torch.save(MixTransformer("mit_b0").state_dict(), tmp_path / "other.pth")
+    changed("weights.pth", (tmp_path / "other.pth").read_bytes(), "--init was")
+    write_bank(tmp_path / "other.npz", made_bank(seed=1)._replace(names=("sky", "wall", "car")))
+    changed("bank.npz", (tmp_path / "other.npz").read_bytes(), "--text was")
+    assert "note: --source" not in run_train([*moved, "--stop-at", "3"]).stdout
+
+    # in the same place other files are said: an image may have been repaired
+    (tmp_path / "image.png").rename("source/images/000.png")
+    assert "note: --source folder:./source" in run_train([*moved, "--stop-at", "4"]).stdout
+    Path("source/images/000.png").unlink()
+    put(Path("source/images/000.png"), image)
+    run_train(moved)
+    states = [load_checkpoint(out / "last.pt") for out in (tmp_path / "out", straight)]
+    assert states[0]["step"] == 6
+    (start,) = events(straight, "start")
+    assert start["inputs"] == states[1]["inputs"] == states[0]["inputs"]
+
+    # of a finished run too: the scores of other data are asked for
+    run_train(moved)
+    other, _ = write_pairs(tmp_path, name="of another")
+    fails([*moved, "--val", other], "trained with other data: --val was")
+
+
+def test_a_resumed_run_does_not_need_the_checkpoint_that_it_began_with(small_run, tmp_path):
+    argv = [*small_run, *"--val none --steps 2".split()]
+    run_train([*argv, "--recipe", "source", "--out", str(tmp_path / "first")])
+    argv += ["--init", str(tmp_path / "first/last.pt")]
+    done = run_train([*argv, "--stop-at", "1"])
+    assert f"--init {tmp_path}/first/last.pt: 3 of 3 classes matched by name\n" in done.stdout
+    (tmp_path / "first/last.pt").unlink()
+    run_train(argv)
+    (tmp_path / "names.txt").write_text("car\nsofa\nsky\nwall\n")
+    argv[-1] = str(tmp_path / "out/last.pt")
+    done = run_train([*argv, "--out", str(tmp_path / "second"), "--lr", "0"])
+    assert "3 of 4 classes matched by name; random weights for sofa\n" in done.stdout
+    first, second = (load_checkpoint(tmp_path / name / "last.pt") for name in ("out", "second"))
+    for name in ("weight", "bias"):
+        name = f"decoder.classifier.{name}"
+        assert torch.equal(first["student"][name][[2, 0, 1]], second["student"][name][[0, 2, 3]])
+
+
+def test_another_number_of_processes_goes_on_with_as_many_images_per_step(small_run, tmp_path):
+    path = tmp_path / "out/last.pt"
+    run_train([*small_run, "--stop-at", "2"])
+    state = load_checkpoint(path)
+
+    def as_if(world, batch, accum):
+        flags = state["flags"] | {"world": world, "batch": batch, "accum": accum}
+        save_checkpoint(path, state | {"flags": flags})
+
+    as_if(2, 1, 1)
+    done = run_train([*small_run, "--stop-at", "3"])
+    assert "note: 1 instead of 2 processes: every step has the same 2 images; BatchNorm now sees " \
+           "batches of 2 instead of 1, and the run is not bit for bit" in done.stdout
+    as_if(2, 1, 1)
+    done = run_train([*small_run, *"--batch 1 --accum 2 --stop-at 3".split()])
+    assert "BatchNorm sees batches of 1 as before" in done.stdout
+    as_if(4, 2, 1)
+    fails(small_run, "the number of processes was 4, is 1; repeat them, or give --out NEW; "
+          "--batch 2 --accum 4 keep the 8 images per step")
+    as_if(2, 2, 1)
+    fails([*small_run, *"--batch 4 --lr 0.5".split()], "other flags: --lr was 0.001, is 0.5; repeat")
+    as_if(1, 4, 1)
+    fails([*small_run, *"--batch 2 --accum 2".split()], "--batch was 4, is 2, --accum was 1, is 2;")
+    before = {"batch": 3, "accum": 1, "world": 2}
+    assert "--batch 2 --accum 1 keep the 6" in train.same_step(before, 3)
+    assert "4 processes cannot share 6 images" in train.same_step(before, 4)
+
+
+def test_a_longer_schedule_and_a_used_folder_say_the_way_on(small_run, tmp_path):
+    out = tmp_path / "out"
+    argv = [*small_run, *"--recipe source --steps 2 --eval-every 1".split()]
+    run_train(argv)
+    way = f"to train longer, --init {out}/last.pt --out NEW begins a schedule from its weights"
+    fails([*argv, "--steps", "50"], "--steps was 2, is 50", way)
+    assert "to train longer" not in fails([*argv, "--steps", "1"], "--steps was 2, is 1")
+
+    # without last.pt too the scores of another run are not overwritten
+    (out / "last.pt").unlink()
+    for path in ("log.jsonl", "best.pt"):
+        fails([*argv, "--mix", "1"], f"out/{path} is of a run with other flags: --mix was 0.0, is 1.0",
+              "--out NEW")
+        (out / path).rename(tmp_path / path)
+    (tmp_path / "log.jsonl").rename(out / "log.jsonl")
+    run_train(argv)  # the same flags begin anew
+    ids = [line["run"] for line in events(out, "start")]
+    assert len(set(ids)) == 2 and {line["run"] for line in events(out, "step")} == set(ids)
+    assert evaluation.read_run(out).result == events(out, "result")[1]
+
+    # a run that broke before it saved anything leaves nothing to lose
+    run_train([*argv, "--stop-at", "1", "--out", str(tmp_path / "broke")])
+    for path in ("last.pt", "best.pt"):
+        (tmp_path / "broke" / path).unlink()
+    run_train([*argv, "--mix", "1", "--out", str(tmp_path / "broke")])
+
+
+HOLDER = """
+import fcntl, os, platform, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(platform.node(), os.getpid(), file=file, flush=True)
+print("has it", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(small_run, tmp_path):
+    argv, out = [*small_run, *"--recipe source --steps 2 --val none".split()], tmp_path / "out"
+    out.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out / "lock")], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == "has it\n"
+    who = f"{out}: process {holder.pid} on {train.platform.node()} trains there"
+    fails(argv, who, "wait for it, or give --out NEW")
+    with pytest.MonkeyPatch.context() as patch:  # a folder of a network without locks
+        patch.setattr(train, "try_lock", lambda file: None)
+        fails(argv, who, f"if it has ended, delete {out}/lock")
+    assert [path.name for path in out.iterdir()] == ["lock"]
+    holder.kill()
+    holder.communicate()
+    run_train([*argv, "--stop-at", "1"])
+    assert not (out / "lock").exists()
+
+    # what was left behind: by a dead process, by one of another host
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "try_lock", lambda file: None)
+        (out / "lock").write_text(f"elsewhere {os.getpid()}\n")
+        fails(argv, f"process {os.getpid()} on elsewhere", "delete")
+        (out / "lock").write_text(f"{train.platform.node()} {holder.pid}\n")
+        run_train(argv)
+        patch.setattr(train.Lock, "take", Mock(side_effect=OSError(30, "Read-only file system")))
+        assert "nothing is left to do" in run_train(argv).stdout
+    (out / "lock").write_text("elsewhere 1\n")
+    assert "process 1 on elsewhere is taken to have ended" in run_train(argv).stdout
+    assert not (out / "lock").exists()
+
+
+KILLS = """
+import os, random, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch, train
+torch.set_num_threads(1)
+chance = random.Random(0)
+calls = []
+
+def deadly(module, name, half=None):
+    real = getattr(module, name)
+    def call(*args, **options):
+        calls.append(name)
+        if len(calls) == last:
+            if half:
+                half(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **options)
+    setattr(module, name, call)
+
+def half_line(log, *rest):
+    log.file.write('{"event": "res')
+    log.file.flush()
+
+deadly(train.Log, "write", half_line)
+deadly(torch, "save", lambda state, file: file.write(b"PK half") and file.flush())
+deadly(os, "replace")
+deadly(train, "backward")
+deadly(train, "read_out")
+kills = 0
+while True:
+    last = chance.randrange(1, 16)
+    child = os.fork()
+    if not child:
+        train.main(sys.argv[2:])
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status != signal.SIGKILL:
+        break
+    kills += 1
+print("kills", kills, "status", status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(small_run, tmp_path):
+    """In steps, half-written lines and checkpoints, between a checkpoint and its picture, at the end."""
+    small_run += "--steps 8 --save-every 2 --eval-every 3".split()
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run_train([*small_run, "--out", str(straight)])
+    done = subprocess.run([sys.executable, "-c", KILLS, HERE, *small_run, "--out", str(killed)],
+                          capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found = re.search(r"kills (\d+) status 0\n", done.stdout)
+    assert found and int(found[1]) >= 4, done.stdout + done.stderr
+    for name in ("last.pt", "best.pt"):
+        a, b = (load_checkpoint(out / name) for out in (straight, killed))
+        for key in ("student", "teacher", "optimizer", "step", "best"):
+            assert same_tensors(a[key], b[key]), key
+    (a,), (b,) = (events(out, "result") for out in (straight, killed))
+    assert a["teacher"]["iou"] == b["teacher"]["iou"] and b["run"] != a["run"]
+    losses_of = [{line["step"]: (line["mix"], line["grad_norm"]) for line in events(out, "step")}
+                 for out in (straight, killed)]
+    assert losses_of[0] == losses_of[1] and len(losses_of[0]) == 8
+    assert evaluation.table([killed]) == evaluation.table([straight]).replace("straight", "killed")
+    names = {path.name for path in killed.iterdir()}
+    assert names == {"last.pt", "best.pt", "log.jsonl", "panels"}
 
 
 # what the version before wrote beside today's flags

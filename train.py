@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
+import secrets
 import signal
 import sys
 import time
@@ -74,6 +75,8 @@ THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "b
 # Flags that a resumed run may change: none of them changes what is learned.
 FREE_ON_RESUME = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_every", "workers",
                   "cache", "skip_bad"}
+# Flags that say where something lies. Another place is free if the same lies there.
+PLACES = ("source", "target", "val", "classes", "labeled", "init", "text")
 
 
 def between(least, most, kind=float):
@@ -967,11 +970,30 @@ def open_bank(f, checkpoint):
     return banks[0]
 
 
-def open_networks(f, classes, bank, device):
-    """Networks with fresh or pretrained weights; the student is not yet wrapped by DDP."""
+def load_ours(student, classes, path):
+    """Weights of one of our checkpoints into a student; those of a class go by its name."""
+    checkpoint = model.load_checkpoint(path)
+    before = checkpoint["classes"]
+    state = model.fit_heads(checkpoint["student"], student, before, classes)
+    model.load_weights(student, state, path)
+    fresh = [name for name in classes if name not in before]
+    note = ""
+    if fresh:
+        note = f"; random weights for {', '.join(fresh)}"
+    print0(f"--init {path}: {len(classes) - len(fresh)} of {len(classes)} classes matched by "
+           f"name{note}")
+
+
+def open_networks(f, classes, bank, device, checkpoint=None):
+    """Networks with fresh or pretrained weights; the student is not yet wrapped by DDP.
+
+    checkpoint: of a run that goes on. Its weights replace the student's and the teacher's, so that
+    --init, which may be gone, is read for the feature distance alone.
+    """
     torch.manual_seed(f.seed)
-    timm_hub = f.init == "hub" and f.backbone.startswith("timm:")
-    ours = f.init.endswith(".pt") and model.is_checkpoint(f.init)
+    begins = checkpoint is None or checkpoint.get("imagenet", True)
+    timm_hub = begins and f.init == "hub" and f.backbone.startswith("timm:")
+    ours = begins and f.init.endswith(".pt") and model.is_checkpoint(f.init)
     student = model.Segmenter(
         f.backbone,
         f.decoder,
@@ -983,9 +1005,10 @@ def open_networks(f, classes, bank, device):
         projection=bool(f.t2s),  # CLUDA contrasts the features themselves
         stages=bool(f.sepico),
     )
-    if ours:
-        state = model.load_checkpoint(f.init)["student"]
-        model.load_weights(student, model.fit_heads(state, student), f.init)
+    if not begins:
+        pass
+    elif ours:
+        load_ours(student, classes, f.init)
     elif f.init == "none":
         print0(f"{f.backbone}: random weights; --init takes pretrained ones")
     elif not timm_hub:
@@ -996,7 +1019,9 @@ def open_networks(f, classes, bank, device):
     teacher = model.teacher_mode(copy.deepcopy(student).requires_grad_(False))
 
     imagenet = None
-    if f.fd and (f.init == "none" or ours):
+    if not begins:
+        pass
+    elif f.fd and (f.init == "none" or ours):
         print0("feature distance: off, it needs ImageNet weights to stay near to (--init FILE)")
     elif f.fd and not THINGS & set(classes):
         print0("feature distance: off, none of the classes is one of its things:",
@@ -1047,21 +1072,109 @@ def versions(device):
     }
 
 
-def check_resume(flags, classes, checkpoint, path):
-    """Raise CheckpointError that names what differs from the run that wrote the checkpoint."""
-    before = model.current_flags(checkpoint["flags"])
+def changed_flags(before, flags):
+    """Names of the flags that differ between two runs, without those that change no number."""
     changed = []
     for name in before | flags:
         old = before.get(name) or None  # a flag that the checkpoint is older than: off
         new = flags.get(name) or None
         if name not in FREE_ON_RESUME and old != new:
-            shown = "the number of processes" if name == "world" else "--" + name.replace("_", "-")
-            changed.append(f"{shown} was {before.get(name)}, is {flags.get(name)}")
-    if list(classes) != list(checkpoint["classes"]):
-        changed.append(f"the names in --classes were {checkpoint['classes']}, are {list(classes)}")
-    if changed:
-        raise model.CheckpointError(f"{path} was trained with other flags: {', '.join(changed)}; "
-                                    "repeat them, or give another --out")
+            changed.append(name)
+    return changed
+
+
+def differing(names, before, flags, old_classes, classes):
+    """Flags and class names that differ, in words; '' where there are none."""
+    changed = []
+    for name in names:
+        shown = "the number of processes" if name == "world" else "--" + name.replace("_", "-")
+        changed.append(f"{shown} was {before.get(name)}, is {flags.get(name)}")
+    if list(classes) != list(old_classes):
+        changed.append(f"the names in --classes were {old_classes}, are {list(classes)}")
+    return ", ".join(changed)
+
+
+def same_step(before, world):
+    """Flags with which `world` processes see as many images per step as `before`, in words.
+
+    BatchNorm then sees batches as large as before or, where that cannot be, smaller ones.
+    """
+    images = evaluation.images_per_step(before)
+    if images % world:
+        return f"{world} processes cannot share {images} images per step equally"
+    each = images // world
+    batch = max(n for n in range(1, before["batch"] + 1) if each % n == 0)
+    return f"--batch {batch} --accum {each // batch} keep the {images} images per step"
+
+
+def check_resume(flags, classes, checkpoint, path):
+    """Raise CheckpointError that names what differs from the run that wrote the checkpoint.
+
+    Returns the PLACES that differ: what lies there is still to be compared. Another number of
+    processes is free where a step sees as many images: image k of a run is the same for any number
+    of processes, and so are all draws of a batch that is as large in all.
+    """
+    before = model.current_flags(checkpoint["flags"])
+    changed = changed_flags(before, flags)
+    known = checkpoint.get("inputs", {})
+    moved = [name for name in changed if name in known]
+    again = "repeat them, or give --out NEW"
+    if "world" in changed:
+        if evaluation.images_per_step(before) == evaluation.images_per_step(flags):
+            moved += ["world", "batch", "accum"]
+        else:
+            again += f"; {same_step(before, flags['world'])}"
+    if flags["steps"] > before["steps"]:
+        again += f"; to train longer, --init {path} --out NEW begins a schedule from its weights"
+    refused = [name for name in changed if name not in moved]
+    if text := differing(refused, before, flags, checkpoint["classes"], classes):
+        raise model.CheckpointError(f"{path} was trained with other flags: {text}; {again}")
+    return [name for name in moved if name in PLACES]
+
+
+def check_folder(out, flags, classes):
+    """Raise CheckpointError where OUT, without last.pt, has scores of a run with other flags."""
+    found = []
+    log = out / "log.jsonl"
+    if log.is_file():
+        start, result = evaluation.last_run(evaluation.read_events(log))
+        if result:
+            found.append((log, start))
+    best = out / "best.pt"
+    if model.is_checkpoint(best):
+        found.append((best, model.load_checkpoint(best)))
+    for path, run in found:
+        before = model.current_flags(run["flags"])
+        changed = changed_flags(before, flags)
+        if text := differing(changed, before, flags, run["classes"], classes):
+            raise model.CheckpointError(f"{path} is of a run with other flags: {text}; repeat "
+                                        "them, or give --out NEW")
+
+
+def digest(text):
+    """The first digits of a sha256."""
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def read_inputs(f, sets, labeled, bank):
+    """{flag: digest of what it names, or None} of the PLACES, wherever that lies.
+
+    labeled: names of the target images whose labels are used.
+    """
+    inputs = {
+        "classes": digest("\n".join(sets.classes).encode()),
+        "labeled": digest("\n".join(labeled).encode()),
+        "init": f.init,
+        "text": None,
+    }
+    if Path(f.init).is_file():
+        inputs["init"] = model.file_hash(f.init)[:16]
+    if bank:
+        inputs["text"] = f"{bank.kind} {digest(bank.embeddings.numpy().tobytes())}"
+    for name in ("source", "target", "val"):
+        dataset = getattr(sets, name)
+        inputs[name] = data.fingerprint(dataset) if dataset else None
+    return inputs
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1163,20 +1276,148 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-class Log:
-    """OUT/log.jsonl: one JSON object a line.
+def try_lock(file):
+    """Whether the operating system's lock on an open file is ours; None where it has none.
 
+    Such a lock goes with its process, however that ends.
+    """
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return None
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # some network folders
+        return None
+    return True
+
+
+def runs_here(host, pid):
+    """Whether a process lives; where that cannot be told, on another host or Windows, it may."""
+    if host != platform.node() or os.name == "nt":
+        return True
+    if pid == os.getpid():  # of a container that begins again with the same numbers
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+class Lock:
+    """OUT/lock, which holds host and process of the run that writes into OUT.
+
+    A lock whose process is dead counts for nothing. A folder that cannot be written gets none.
+    """
+
+    def __init__(self, folder):
+        """Raises DataError that names the process which has the lock."""
+        self.folder = folder
+        self.path = folder / "lock"
+        self.made = not folder.exists()
+        self.file = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.take()
+        except OSError:
+            return  # what has to be written there will say so
+
+    def open_file(self):
+        """The file, opened, and what try_lock says of it."""
+        while True:
+            file = open(self.path, "a+")
+            ours = try_lock(file)
+            # the run that had it may have removed it in between
+            with contextlib.suppress(FileNotFoundError):
+                if not ours or os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return file, ours
+            file.close()
+
+    def take(self):
+        """Open the file, lock it and write who has it."""
+        file, ours = self.open_file()
+        file.seek(0)
+        host, _, pid = file.read().strip().rpartition(" ")
+        fault = None
+        if ours is False:
+            fault = "wait for it"
+        elif ours is None and pid.isdecimal() and runs_here(host, int(pid)):
+            fault = f"if it has ended, delete {self.path}"
+        if fault:
+            file.close()
+            who = f"process {pid} on {host}" if host else "another process"
+            raise data.DataError(f"{self.folder}: {who} trains there; {fault}, or give --out NEW")
+        if host and host != platform.node():
+            print0(f"note: {self.path}: process {pid} on {host} is taken to have ended, its lock "
+                   "is free")
+        file.truncate(0)
+        file.write(f"{platform.node()} {os.getpid()}\n")
+        file.flush()
+        self.file = file
+
+    def release(self):
+        """Remove the file, and the folder if nothing has come into it."""
+        if self.file:
+            if os.name == "nt":  # an open file cannot be removed there
+                self.file.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            self.file.close()
+        if self.made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Inside, no other run writes into the folder. Raises DataError on every process."""
+    lock, fault = None, None
+    if RANK == 0:
+        try:
+            lock = Lock(folder)
+        except data.DataError as error:
+            fault = str(error)
+    if dist.is_initialized():
+        box = [fault]
+        dist.broadcast_object_list(box)
+        fault = box[0]
+    if fault:
+        raise data.DataError(fault)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def cut_half_line(path):
+    """Take away the half line that a killed run left at the end of its log."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+class Log:
+    """OUT/log.jsonl: one JSON object a line, with the id of its run.
+
+    A run that was killed and goes on does some steps twice: of two lines the later one counts.
     A "step" line has the means since the last one: loss terms, milliseconds of a step's parts,
     images/s; on a GPU also the share of its peak that the network's products reach. The first
     process writes it.
     """
 
-    def __init__(self, path, images_per_step, clock):
+    def __init__(self, path, run, images_per_step, clock):
         self.path = path
+        self.run = run
         self.file = None
         if RANK == 0:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                cut_half_line(path)
                 self.file = open(path, "a", buffering=1)
             except OSError as error:
                 raise data.DataError(f"{path}: cannot be written ({error.strerror}); give another "
@@ -1204,7 +1445,8 @@ class Log:
         """One line. Raises OSError that names the file."""
         if self.file:
             try:
-                self.file.write(json.dumps({"event": event, **values}) + "\n")
+                line = {"event": event, "run": self.run, **values}
+                self.file.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise OSError(f"{self.path}: cannot be written ({error.strerror}); make room, then "
                               "start again; checkpoints stay as they are") from error
@@ -1242,10 +1484,10 @@ class Log:
 class Run:
     """All that belongs to one training. loop() steps it, read_out() scores it."""
 
-    def __init__(self, f):
-        """Joins the other processes, and reads the checkpoint if there is one."""
+    def __init__(self, f, device):
+        """Reads the checkpoint, if there is one. Raises CheckpointError."""
         self.f = f
-        self.device = setup()
+        self.device = device
         self.dtype_name, self.dtype_reason = pick_dtype(f.dtype, self.device)
         self.flags = f.saved | {"world": WORLD, "dtype": self.dtype_name}
         self.out = Path(f.out)
@@ -1254,21 +1496,34 @@ class Run:
         self.best = -1.0  # the highest mIoU so far, of --eval-every
         self.window = f.crop if f.slide else None
 
+        self.id = secrets.token_hex(4)  # tells the lines of two runs in one log apart
         self.checkpoint = None
+        self.moved = []  # PLACES that are others than before
         if self.last.exists():
             self.checkpoint = model.load_checkpoint(self.last)
-            check_resume(self.flags, f.class_names, self.checkpoint, self.last)
+            self.moved = check_resume(self.flags, f.class_names, self.checkpoint, self.last)
             self.start = self.checkpoint["step"]
             self.best = self.checkpoint["best"]
+            self.id = self.checkpoint.get("run")
+        else:
+            check_folder(self.out, self.flags, f.class_names)
 
-    def open(self):
-        """Open data, networks, optimiser and log; go on from the checkpoint, if there is one."""
+    def open_data(self):
+        """Open text and data. Raises CheckpointError where they are not those of the checkpoint."""
         f = self.f
         self.bank = open_bank(f, self.checkpoint)
         self.sets = open_sets(f)
         self.labeled_names = [self.sets.target.names[i] for i in self.sets.labeled]
         self.check_labeled()
-        nets = open_networks(f, self.sets.classes, self.bank, self.device)
+        bank = open_bank(f, None) if "text" in self.moved else self.bank
+        self.inputs = read_inputs(f, self.sets, self.labeled_names, bank)
+        if self.checkpoint:
+            self.check_inputs()
+
+    def open(self):
+        """Open networks, optimiser and log; go on from the checkpoint, if there is one."""
+        f = self.f
+        nets = open_networks(f, self.sets.classes, self.bank, self.device, self.checkpoint)
         self.student, self.teacher = nets.student, nets.teacher
         self.statistics = torch.nn.ModuleDict({"confidence": nets.class_confidence})
         if nets.gaussians is not None:
@@ -1298,7 +1553,26 @@ class Run:
         self.guard = GradientGuard(self.optimizer, self.device)
         used = [stream for stream in self.streams.values() if stream]
         images = len(used) * f.batch * f.accum * WORLD
-        self.log = Log(self.out / "log.jsonl", images, self.clock)
+        self.log = Log(self.out / "log.jsonl", self.id, images, self.clock)
+
+    def check_inputs(self):
+        """Raise CheckpointError where other things lie in another place than before.
+
+        Other things in the same place are said: files may have been repaired.
+        """
+        before = model.current_flags(self.checkpoint["flags"])
+        known = self.checkpoint.get("inputs", {})
+        other = [name for name in known if known[name] != self.inputs[name]]
+        refused = [name for name in other if name in self.moved]
+        classes = self.sets.classes
+        if text := differing(refused, before, self.flags, classes, classes):
+            raise model.CheckpointError(
+                f"{self.last} was trained with other data: {text}, and what lies there has other "
+                "names, sizes or contents; give the same, or --out NEW")
+        for name in other:
+            if name in ("source", "target", "val"):
+                print0(f"note: --{name} {words(before[name])}: its files are not as they were "
+                       "(names, sizes or meaning of masks); the run goes on with what is there")
 
     def check_labeled(self):
         """Raise CheckpointError where --labeled now gives other images than before."""
@@ -1337,6 +1611,7 @@ class Run:
             "flags": self.flags,
             "classes": list(sets.classes),
             "versions": self.about,
+            "inputs": self.inputs,
         }
         labels = ""
         if self.labeled_names:
@@ -1354,7 +1629,7 @@ class Run:
                f"{WORLD} x {f.batch} crops of {f.crop}, {self.dtype_name} ({self.dtype_reason}); "
                f"{self.about['device']}, torch {self.about['torch']}")
         if bank:
-            rows = hashlib.sha256(bank.embeddings.numpy().tobytes()).hexdigest()[:16]
+            rows = digest(bank.embeddings.numpy().tobytes())
             dimensions = bank.embeddings.shape[1]
             begins["text"] = {
                 "kind": bank.kind,
@@ -1372,7 +1647,10 @@ class Run:
             return
         bank = self.bank
         state = {
+            "run": self.id,
             "flags": self.flags,
+            "inputs": self.inputs,
+            "imagenet": self.nets.imagenet is not None,
             "classes": list(self.sets.classes),
             "versions": self.about,
             "step": step,
@@ -1398,7 +1676,10 @@ class Run:
         if self.f.val == "none" or self.f.stop_at < self.f.steps:
             return True
         log = self.out / "log.jsonl"
-        return log.exists() and '"event": "result"' in log.read_text(errors="replace")
+        if not log.exists():
+            return False
+        start, result = evaluation.last_run(evaluation.read_events(log))
+        return bool(result) and result.get("run") == self.id
 
     def measures_peak(self):
         """Whether the log has the share of the GPU's peak; compiled code cannot be counted."""
@@ -1432,7 +1713,9 @@ class Run:
         sheet = evaluation.training_panel(self.student, columns, self.sets.classes)
         try:
             path.parent.mkdir(exist_ok=True)
-            sheet.save(path)
+            part = path.with_suffix(".part")  # a killed run leaves no half picture
+            sheet.save(part, "PNG")
+            os.replace(part, path)
         except OSError as error:  # a picture is not worth a run
             print0(f"note: {path}: cannot be written ({error.strerror}); the run goes on")
 
@@ -1596,25 +1879,62 @@ def release_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run(argv=None):
-    """Set-up, the loop, the read-out."""
-    f = parse_flags(argv)
-    this = Run(f)
-    if this.checkpoint:
-        if this.finished():
-            images = " --images PATH" if f.val == "none" else ""
-            print0(f"{this.last} is at step {this.start} of {f.steps}, nothing is left to do; "
-                   f"use it with: python eval.py {this.last}{images}")
-            return
-        print0(f"goes on from {this.last}, step {this.start}")
+def process_note(before, flags):
+    """What another number of processes changes, in words."""
+    batch = flags["batch"]
+    seen = f"BatchNorm sees batches of {batch} as before"
+    if batch != before["batch"]:
+        seen = f"BatchNorm now sees batches of {batch} instead of {before['batch']}"
+    return (f"note: {flags['world']} instead of {before['world']} processes: every step has the "
+            f"same {evaluation.images_per_step(flags)} images; {seen}, and the run is not bit for "
+            f"bit what {before['world']} would give")
+
+
+def say_where_it_goes_on(this):
+    """One line, or several, at the start of a run that has a checkpoint."""
+    left = ""
+    if this.start >= this.f.steps:
+        left = "; only the read-out is left"
+    print0(f"goes on from {this.last}, step {this.start}{left}")
+    before = this.checkpoint["flags"]
+    if before.get("world", 1) != WORLD:
+        print0(process_note(before, this.flags))
+
+
+def train(f, device):
+    """Set-up, the loop, the read-out, in a folder that no other run writes into."""
+    this = Run(f, device)
+    finished = this.checkpoint and this.finished()
+    if this.checkpoint and not finished:
+        say_where_it_goes_on(this)
+    if this.moved or not finished:
+        this.open_data()
+    if finished:
+        images = " --images PATH" if f.val == "none" else ""
+        print0(f"{this.last} is at step {this.start} of {f.steps}, nothing is left to do; "
+               f"use it with: python eval.py {this.last}{images}")
+        return
     this.open()
     this.announce()
     loop(this, catch_signals())
     release_signals()
     if this.sets.val and f.stop_at == f.steps:
-        read_out(this)
+        try:
+            read_out(this)
+        except BaseException:
+            print0(f"all {f.steps} steps are done and saved in {this.last}, the read-out is not; "
+                   "the same command does it again, without training")
+            raise
     print0(f"step {f.stop_at} of {f.steps}: checkpoint {this.last}, panels {this.out / 'panels'}, "
            f"log {this.out / 'log.jsonl'}")
+
+
+def run(argv=None):
+    """One training, from its command line on."""
+    f = parse_flags(argv)
+    device = setup()
+    with locked(Path(f.out)):
+        train(f, device)
 
 
 def end_processes():
