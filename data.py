@@ -692,7 +692,7 @@ def _some(items):
     return text
 
 
-def _walk(folder, above=()):
+def walk(folder, above=()):
     """Files below a folder, also in linked ones, but not in a link to a folder that it is in."""
     real = os.path.realpath(folder)
     inside = any(os.path.join(one, "").startswith(os.path.join(real, "")) for one in above)
@@ -700,7 +700,7 @@ def _walk(folder, above=()):
         return
     for entry in os.scandir(folder):
         if entry.is_dir():
-            yield from _walk(entry.path, (*above, real))
+            yield from walk(entry.path, (*above, real))
         elif entry.is_file():
             yield Path(entry.path)
 
@@ -713,7 +713,7 @@ def _glob(dataset, root, pattern):
     stars = _star_groups(_composed(pattern))
     found = []
     skipped = []
-    for file in _walk(root):
+    for file in walk(root):
         match = stars.fullmatch(_composed(file.relative_to(root).as_posix()))
         suffix = file.suffix.lower()
         if not match or file.name[0] == ".":
@@ -1160,6 +1160,19 @@ def _resized(array, size, how):
     return np.asarray(Image.fromarray(array).resize(size, how))
 
 
+def resize_image(image, size, antialias=True):
+    """
+    An image uint8 (H,W,3) at size (W,H), bilinear; itself where it has that size or size is None.
+    Made smaller, a pixel is the mean of all that it covers, without antialias of the nearest four:
+    so do OpenCV, and with it the released code of DAFormer's and SegFormer's families.
+    """
+    if antialias or size is None or image.shape[1::-1] == tuple(size):
+        return _resized(image, size, Image.Resampling.BILINEAR)
+    maps = torch.tensor(image).permute(2, 0, 1)[None].float()  # (H,W,3) -> (1,3,H,W)
+    maps = F.interpolate(maps, size[::-1], mode="bilinear", align_corners=False)
+    return maps[0].round().byte().permute(1, 2, 0).numpy()  # (1,3,h,w) -> (h,w,3)
+
+
 def _pixels_per_class(label, num_classes):
     """Pixels of each class in a label uint8 of any shape, int64 (K,)."""
     counts = torch.bincount(torch.from_numpy(label.flatten()), minlength=256)  # numpy's is slower
@@ -1344,7 +1357,8 @@ def _in_processes(task, items, text):
 
 # ---------------------------------------------------------------- the data set
 
-def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False, ids="classes"):
+def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False, ids="classes",
+                 antialias=True):
     """
     Data set of {"image": uint8 (3,H,W) tensor, "label": uint8 (h,w) tensor or None, "name": str}.
 
@@ -1356,8 +1370,9 @@ def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False
     for real training sets of one size if they are small or a directory is given. partial: some
     images may lack a label, and are then served with one of 255. ids: what the values of own masks
     mean where their SPEC has no IDS: "classes", positions in these, or what the file says of which
-    these are; another file; None, which makes such masks an error. Raises DataError at once for
-    what file names tell, and at reading for what is wrong in a file.
+    these are; another file; None, which makes such masks an error. antialias: see resize_image;
+    without it files are not cached. Raises DataError at once for what file names tell, and at
+    reading for what is wrong in a file.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     if ids == "classes" and (classes is None or isinstance(classes, str)):
@@ -1365,7 +1380,8 @@ def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False
     if classes is None:
         classes = default_classes(specs[0])
     names = class_names(classes)
-    parts = [SegmentationDataset(one, split, names, size, cache, partial, ids) for one in specs]
+    how = names, size, cache, partial, ids, antialias
+    parts = [SegmentationDataset(one, split, *how) for one in specs]
     return parts[0] if len(parts) == 1 else Pool(parts, partial)
 
 
@@ -1395,11 +1411,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
     left_out: images that leave_out has taken away, list of str.
     """
 
-    def __init__(self, spec, split, classes, size, cache, partial=False, ids="classes"):
+    def __init__(self, spec, split, classes, size, cache, partial=False, ids="classes",
+                 antialias=True):
         self.spec = spec
         self.split = split
         self.classes = classes
         self.partial = partial
+        self.antialias = antialias
         self.notes = []
         self.no_labels = ""  # says where labels were looked for in vain
         self.left_out = []
@@ -1547,7 +1565,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """Whether the cache is used; cache: the directory that the user gives, or None."""
         if self.files is None:
             return True
-        if self.split != "train" or self.size is None:
+        if self.split != "train" or self.size is None or not self.antialias:
             return False
         width, height = self.size
         return bool(cache) or len(self) * width * height * 4 < AUTO_CACHE_BYTES
@@ -1834,7 +1852,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def _load(self, i):
         """Item i as served, from its files."""
         image, label, *_ = self._read(i)
-        return _resized(image, self.size, Image.Resampling.BILINEAR), self._served_label(label)
+        return resize_image(image, self.size, self.antialias), self._served_label(label)
 
     def _check(self, i):
         """Reads item i and stores what it holds -> None, or a Fault if its files cannot be used."""

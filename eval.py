@@ -4,23 +4,31 @@
     python eval.py out/last.pt --data cityscapes:DIR --slide --flip --json scores.json --save panels
     python eval.py out/last.pt --adabn camvid:DIR      BatchNorm statistics of unlabelled images
     python eval.py out/last.pt --images photo.jpg      any image, or a folder of them
+    python eval.py mic.pth --backbone mit_b5 --decoder daformer --classes cityscapes19 \
+        --size 1024x512 --data cityscapes:DIR          a published segmenter
+    python eval.py out/last.pt --export net.onnx       also .pt2 (torch.export) and .safetensors
     python eval.py out/last.pt --data cityscapes:DIR --split test --submit upload
     python eval.py out/last.pt --alignment streets     distance of the domains, per class
     python eval.py out/last.pt --before source/last.pt --picture gain.png
     python eval.py --table runs/* [--against ROW]      mean, spread and differences over seeds
     python eval.py --table runs/* --picture curve.png  mIoU over the number of labelled images
+    python eval.py --curves runs/* --picture runs.png  mIoU and losses over the steps
 """
 
 import argparse
 import contextlib
 import copy
+import importlib.util
+import itertools
 import json
+import logging
 import math
 import os
 import re
 import statistics
 import sys
 import time
+import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,9 +45,10 @@ from tqdm import tqdm
 from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
                   check_sets, colorize, fail, grid, interrupted, leave_out_bad, legend,
                   majority_label, open_dataset, overlay, palette, parse_size, read_colours,
-                  read_image, save_ids, with_legend)
-from model import (CheckpointError, WeightsError, build_segmenter, current_flags, load_checkpoint,
-                   upsample_pseudo_label)
+                  read_image, resize_image, save_ids, walk, with_legend)
+from model import (CheckpointError, WeightsError, build_segmenter, current_flags,
+                   is_out_of_memory, load, open_checkpoint, reason_of, upsample_pseudo_label,
+                   write_exported)
 
 # --------------------------------------------------------------------------------------------------
 # Prediction
@@ -166,7 +175,8 @@ def predictions(model, dataset, window=None, flip=False, head="plain", size=None
     """Yield (item, uint8 prediction (h,w) on the device) for this process's share of the data.
 
     The share is rank, rank + world, ...: no image is repeated to fill up ranks, so that no score
-    depends on their number. One image at a time, because native sizes differ. Predictions have
+    depends on their number. One image at a time, because native sizes differ, and where they agree
+    a batch of four takes 1.1 to 1.4 times as long on a CPU. Predictions have
     `size` (h,w), by default the label's.
     """
     rank, world = 0, 1
@@ -271,6 +281,20 @@ def scores(confusion, names):
     return result
 
 
+def pair_counts(confusion, names):
+    """What follows from the (K,K) matrix beside scores(), for files: plain numbers.
+
+    dice: {name: 2 * hits / (pixels labelled so + pixels predicted so)}, percent, which is the
+    class's F1 over pixels; None for an absent class. mean_dice: over those that are not None.
+    confusion: [[pixels]], a row for each label, a column for each prediction.
+    """
+    matrix = confusion.double().cpu()
+    dice = {}
+    for name, hit, both in zip(names, matrix.diag(), matrix.sum(0) + matrix.sum(1)):
+        dice[name] = 200 * float(hit / both) if both else None
+    return {"dice": dice, "mean_dice": mean(dice.values()), "confusion": confusion.tolist()}
+
+
 def format_scores(result):
     """The scores as text: one class a line, then the means."""
     width = max(map(len, result["iou"]))
@@ -294,13 +318,15 @@ def ignored_only(dataset):
                      "do labels and classes match?")
 
 
-def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, colors=None):
+def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, colors=None,
+             counts=False):
     """scores() of a model on a labelled data set plus "images" and "images_per_s".
 
     All ranks must call it and get the same: each predicts its share, in float32, and the confusion
     matrix is summed once. Labels keep their native size. save: an existing folder for one panel per
-    image; colors: uint8 (K,3), those of its classes, by default palette's. The train/eval mode of
-    every module is restored. Raises DataError where there are no labels or only ignored pixels.
+    image; colors: uint8 (K,3), those of its classes, by default palette's. counts: also those of
+    pair_counts. The train/eval mode of every module is restored. Raises DataError where there are
+    no labels or only ignored pixels.
     """
     if not dataset.labeled:
         raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
@@ -325,6 +351,8 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, c
     result = scores(total, names)  # waits for the device
     if result["accuracy"] is None:
         raise ignored_only(dataset)
+    if counts:
+        result |= pair_counts(total, names)
     result["images"] = len(dataset)
     result["images_per_s"] = len(dataset) / (time.perf_counter() - begin)
     return result
@@ -637,46 +665,84 @@ SERVERS = {
 }
 
 
+def images_below(path, results):
+    """The image file `path`, or all images below the folder `path`, sorted.
+
+    Hidden files (a Mac's ._photo.jpg) do not count, nor what lies in a folder of results inside.
+    Raises DataError where there are none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    results = Path(results).resolve()
+    inside = path.resolve() in results.parents
+    files = []
+    for file in walk(path):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        ours = inside and results in file.resolve().parents
+        if file.suffix.lower() in SUFFIXES and not hidden and not ours:
+            files.append(file)
+    if not files:
+        raise DataError(f"{path}: no images here ({', '.join(sorted(SUFFIXES))})")
+    return sorted(files)
+
+
+def predict_picture(model, picture, size, window, flip, head, antialias=True):
+    """Ids uint8 (h,w), an array, of a picture uint8 (h,w,3). Arguments: see predict_images."""
+    h, w = picture.shape[:2]
+    scale = 1
+    if size:
+        scale = max(size) / max(h, w)
+    at_scale = tuple(max(1, round(side * scale)) for side in (w, h))
+    small = resize_image(picture, at_scale, antialias)
+    image = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()  # -> (3,h,w)
+    image = to_batch(image, model)  # (1,3,h,w)
+    label = predict_labels(model, image, (h, w), window, flip=flip, head=head)[0]
+    return label.cpu().numpy()
+
+
 def predict_images(model, path, names, folder, size=None, window=None, flip=False, head="plain",
-                   colors=None):
-    """Predict a file or every image of a folder; returns the number of images.
+                   colors=None, antialias=True):
+    """Predict an image file, or every image below a folder.
 
     Writes NAME_ids.png (values are ids, the palette inside has their colours) and NAME_panel.png
-    (image, prediction, overlay, legend) to `folder`, at the image's own size; NAME is the file's
-    own, without its folder. The network sees images at the training scale: their longer side is
-    that of `size` (W,H). colors: as in evaluate. Raises DataError.
+    (image, prediction, overlay, legend) to `folder`, at the image's own size, in the sub-folders in
+    which the images lie; NAME is the file's own. The network sees images at the training scale:
+    their longer side is that of `size` (W,H). colors: as in evaluate; antialias: as in
+    resize_image. Returns "images", their number, "share", {name: percent of the pixels that were
+    given this class}, and "unreadable", a line for each file that cannot be read. Raises DataError
+    where none can.
     """
     path = Path(path)
     folder = Path(folder)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise DataError(f"{path}: no images here ({', '.join(sorted(SUFFIXES))})")
-
+    files = images_below(path, folder)
     if colors is None:
         colors = palette(names)
-    stems = Counter(file.stem for file in files)
-    folder.mkdir(parents=True, exist_ok=True)
+    stems = Counter((file.parent, file.stem) for file in files)
+    pixels = np.zeros(len(names), np.int64)
+    faults = []
     for file in tqdm(files, "images", disable=None, leave=False):
-        picture = read_image(file)  # (h,w,3)
-        h, w = picture.shape[:2]
-        scale = 1
-        if size:
-            scale = max(size) / max(h, w)
-        at_scale = [max(1, round(side * scale)) for side in (w, h)]
-        small = Image.fromarray(picture).resize(at_scale, Image.Resampling.BILINEAR)
-        image = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()  # -> (3,h,w)
-        image = to_batch(image, model)  # (1,3,h,w)
-        label = predict_labels(model, image, (h, w), window, flip=flip, head=head)[0]
-        label = label.cpu().numpy()
+        try:
+            picture = read_image(file)  # (h,w,3)
+        except DataError as error:
+            faults.append(str(error))
+            if len(faults) == len(files):
+                raise
+            continue
+        label = predict_picture(model, picture, size, window, flip, head, antialias)
+        pixels += np.bincount(label.flatten(), minlength=len(names))
 
         name = file.stem
-        if stems[name] > 1:  # a.jpg beside a.png
+        if stems[file.parent, name] > 1:  # a.jpg beside a.png
             name = file.name
-        save_ids(folder / f"{name}_ids.png", label, colors)
-        panel(picture, None, label, names, colors).save(folder / f"{name}_panel.png")
-    return len(files)
+        place = folder
+        if path.is_dir():
+            place = folder / file.parent.relative_to(path)
+        place.mkdir(parents=True, exist_ok=True)
+        save_ids(place / f"{name}_ids.png", label, colors)
+        panel(picture, None, label, names, colors).save(place / f"{name}_panel.png")
+    share = dict(zip(names, (100 * pixels / pixels.sum()).tolist()))
+    return {"images": len(files) - len(faults), "share": share, "unreadable": faults}
 
 
 def submit(model, dataset, folder, window=None, flip=False, head="plain"):
@@ -757,6 +823,21 @@ def read_events(log):
     return events
 
 
+def read_log(path, flag):
+    """(log file, its events) of a run folder or a log file. Raises DataError on what is no log.
+
+    flag: of the command line, for the message.
+    """
+    log = Path(path)
+    if log.is_dir():
+        log = log / "log.jsonl"
+    if log.suffix == ".pt":
+        raise DataError(f"{log}: a checkpoint; {flag} takes run folders or their log.jsonl")
+    if not log.is_file():
+        raise DataError(f"{log}: no such log; {flag} takes run folders or their log.jsonl")
+    return log, read_events(log)
+
+
 def last_run(events):
     """(start, result) of the run that began last in a log, each an event or None.
 
@@ -780,14 +861,8 @@ def images_per_step(flags):
 
 def read_run(path):
     """The Run of a run folder or a log file. Raises DataError where the run has not finished."""
-    log = Path(path)
-    if log.is_dir():
-        log = log / "log.jsonl"
-    if log.suffix == ".pt":
-        raise DataError(f"{log}: a checkpoint; --table takes run folders or their log.jsonl")
-    if not log.is_file():
-        raise DataError(f"{log}: no such log; --table takes run folders or their log.jsonl")
-    start, result = last_run(read_events(log))
+    log, events = read_log(path, "--table")
+    start, result = last_run(events)
     if start is None:
         raise DataError(f"{log}: no start event; not a log, or not finished")
     flags = start.get("flags", {})
@@ -1043,12 +1118,21 @@ def label_curves(rows):
     return curves, ticks
 
 
-def axis_values(least, most):
-    """Two to nine round numbers of an axis that covers least..most, percentages."""
-    step = next(step for step in (1, 2, 5, 10, 20) if (most - least) / step <= 7)
-    first = math.floor(least / step) * step
-    last = max(first + step, math.ceil(most / step) * step)
-    return list(range(first, last + 1, step))
+def axis_values(least, most, finest=1):
+    """Two to nine round numbers of an axis that covers least..most, at least `finest` apart.
+
+    Whole numbers where finest is 1.
+    """
+    step = finest
+    for i in itertools.cycle((2, 2.5, 2)):  # 1, 2, 5, 10, 20, ...
+        if (most - least) / step <= 7:
+            break
+        step *= i
+    if finest >= 1:
+        step = round(step)
+    first = math.floor(least / step)
+    last = max(first + 1, math.ceil(most / step))
+    return [step * i for i in range(first, last + 1)]
 
 
 def draw_curves(curves, ticks):
@@ -1104,6 +1188,217 @@ def draw_curves(curves, ticks):
 
 
 # --------------------------------------------------------------------------------------------------
+# Curves over steps: mIoU and losses of runs, one panel each
+
+# Numbers of a log's step lines that are no loss
+NO_LOSS = ("step", "images_per_s", "lr", "grad_norm", "peak_mib", "share_of_peak", "class_weights")
+
+
+def step_curves(paths):
+    """{title of a panel: {run: {step: number}}}, mIoU first, from run folders or logs.
+
+    A run is named by its folder or file, by the path as given where two have the same name. Lines
+    that a resumed run has written twice count once. Raises DataError on a log without any number.
+    """
+    logs = [read_log(path, "--curves") for path in paths]
+    names = []
+    for log, _ in logs:
+        folder = Path(os.path.abspath(log)).parent
+        names.append(folder.name if log.name == "log.jsonl" else log.stem)
+    panels = {"mIoU, % (student)": {}}
+    for path, name, (log, events) in zip(paths, names, logs):
+        run = name if names.count(name) == 1 else str(path)
+        found = {}
+        for event in events:
+            if event["event"] == "step":
+                for key, value in event.items():
+                    if key not in NO_LOSS and isinstance(value, (int, float)):
+                        found.setdefault(f"loss: {key}", {})[event["step"]] = value
+            elif event.get("student"):
+                found.setdefault("mIoU, % (student)", {})[event["step"]] = event["student"]["miou"]
+        if not found:
+            raise DataError(f"{log}: neither losses nor scores; not a log, or of no step yet")
+        for title, points in found.items():
+            finite = {step: value for step, value in sorted(points.items()) if math.isfinite(value)}
+            panels.setdefault(title, {})[run] = finite
+    return {title: runs for title, runs in panels.items() if any(runs.values())}
+
+
+def draw_axes(draw, box, title, x_marks, y_marks, font, scale):
+    """Grid, numbers and title of a panel; box: (left, top, right, bottom). Returns (x, y) -> pixel.
+    """
+    left, top, right, bottom = box
+
+    def place(x, y):
+        across = (x - x_marks[0]) / (x_marks[-1] - x_marks[0])
+        up = (y - y_marks[0]) / (y_marks[-1] - y_marks[0])
+        return left + (right - left) * across, bottom - (bottom - top) * up
+
+    grey = (225, 225, 225)
+    for y in y_marks:
+        height = place(x_marks[0], y)[1]
+        draw.line((left, height, right, height), grey, scale)
+        draw.text((left - 6 * scale, height), f"{y:.6g}", "black", font, anchor="rm")
+    for x in x_marks:
+        width = place(x, y_marks[0])[0]
+        draw.line((width, top, width, bottom), grey, scale)
+        draw.text((width, bottom + 6 * scale), f"{x:.6g}", "black", font, anchor="mt")
+    draw.text((left, top - 6 * scale), title, "black", font, anchor="lb")
+    draw.text((right, bottom + 20 * scale), "step", "black", font, anchor="rt")
+    return place
+
+
+def draw_step_curves(panels):
+    """PIL image of step_curves: up to three panels a row, a colour a run, a legend of the runs.
+
+    Drawn twice as large and scaled down, because Pillow's lines have no soft edges.
+    """
+    scale = 2
+    wide, high = 420 * scale, 270 * scale
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (columns * wide, rows * high), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12 * scale)
+
+    names = list(dict.fromkeys(run for runs in panels.values() for run in runs))
+    colours = CURVE_COLOURS
+    if len(names) > len(colours):
+        colours = [tuple(colour) for colour in palette(names).tolist()]
+    last = max(step for runs in panels.values() for points in runs.values() for step in points)
+    x_marks = axis_values(0, last)
+    for i, (title, runs) in enumerate(panels.items()):
+        left = i % columns * wide + 60 * scale
+        right = (i % columns + 1) * wide - 20 * scale
+        top = i // columns * high + 28 * scale
+        bottom = (i // columns + 1) * high - 45 * scale
+        values = [value for points in runs.values() for value in points.values()]
+        y_marks = axis_values(min(values), max(values), 1e-6)
+        box = (left, top, right, bottom)
+        place = draw_axes(draw, box, title, x_marks, y_marks, font, scale)
+        for run, points in runs.items():
+            colour = colours[names.index(run)]
+            line = [place(step, value) for step, value in points.items()]
+            draw.line(line, colour, 2 * scale, joint="curve")
+            if len(line) == 1:
+                draw.circle(line[0], 3 * scale, colour)
+    sheet = sheet.resize((columns * wide // scale, rows * high // scale), Image.Resampling.LANCZOS)
+    return with_legend(sheet, list(zip(names, colours)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Export: the network as a file that runs without this code, or its weights alone
+
+EXPORT_SIDE = 64  # the smallest image side of an exported program
+EXPORT_SIZES = ((1, 128, 192), (3, 145, 109), (1, 97, 65))  # (B,H,W) at which it is checked
+EXPORT_ERROR = 1e-4  # of a logit, over the largest logit or 1
+
+
+class Program(torch.nn.Module):
+    """What is exported: image float32 (B,3,H,W), RGB in [0,1] -> logits (B,K,h,w) of a decoder."""
+
+    def __init__(self, model, head):
+        super().__init__()
+        self.model = model
+        self.head = head
+
+    def forward(self, image):
+        return head_logits(self.model, image, self.head)
+
+
+def check_export(path):
+    """Raise DataError where --export names no kind of file, or packages are missing."""
+    suffix = Path(path).suffix
+    if suffix not in (".pt2", ".onnx", ".safetensors"):
+        raise DataError(f"--export {path}: write FILE.pt2, FILE.onnx or FILE.safetensors")
+    lacking = []
+    if suffix == ".onnx":
+        packages = ("onnx", "onnxscript")
+        lacking = [name for name in packages if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise DataError(f"--export {path}: needs the packages onnx and onnxscript: "
+                        f"pip install {' '.join(lacking)}; or write FILE.pt2")
+
+
+def trace(program):
+    """torch.export of a Program for any batch and any image of EXPORT_SIDE or more a side."""
+    batch = torch.export.Dim("batch", min=1)
+    height = torch.export.Dim("height", min=EXPORT_SIDE)
+    width = torch.export.Dim("width", min=EXPORT_SIDE)
+    example = torch.rand(2, 3, 192, 256)  # a batch of one would be taken for a constant
+    # Conditions on sizes that hold for all images become checks of the program, not its limits
+    return torch.export.export(program, (example,),
+                               dynamic_shapes={"image": {0: batch, 2: height, 3: width}},
+                               prefer_deferred_runtime_asserts_over_guards=True)
+
+
+def written_pt2(program, path, checkpoint):
+    """Write torch.export's file; returns the call image -> logits that it holds."""
+    torch.export.save(trace(program), path)
+    return torch.export.load(path).module()
+
+
+def written_onnx(program, path, checkpoint):
+    """Write ONNX; returns the call image -> logits, by onnxruntime where it is installed."""
+    torch.onnx.export(trace(program), (), path, input_names=["image"], output_names=["logits"],
+                      dynamo=True, external_data=False, verbose=False)
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+        runner = onnxruntime.InferenceSession(path)
+    else:
+        from onnx.reference import ReferenceEvaluator
+        runner = ReferenceEvaluator(path)
+    return lambda image: torch.from_numpy(runner.run(None, {"image": image.numpy()})[0])
+
+
+def written_safetensors(program, path, checkpoint):
+    """Write the weights; returns the call image -> logits of the network that load() makes."""
+    write_exported(path, program.model, checkpoint)
+    return Program(load(path), program.head)
+
+
+WRITERS = {".pt2": written_pt2, ".onnx": written_onnx, ".safetensors": written_safetensors}
+
+
+@torch.no_grad()
+def export(model, checkpoint, path, head="plain"):
+    """Write a network in eval mode as FILE.pt2, FILE.onnx or FILE.safetensors.
+
+    The programs take `image`, float32 (B,3,H,W), RGB in [0,1], sides of 64 or more, and give
+    `logits`, float32 (B,K,h,w) on the Segmenter's grid, of one decoder. checkpoint: what the model
+    was built from. The file is read again and compared with the network at EXPORT_SIZES before it
+    gets its name. Returns the largest difference of a logit, over the largest logit or 1. Raises
+    CheckpointError where a network cannot be written so, or differs.
+    """
+    path = Path(path)
+    part = str(path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}"))
+    program = Program(copy.deepcopy(model).cpu(), head).eval()
+    worst = 0.0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporters' own, of which none is for a user
+            logging.disable(logging.WARNING)
+            call = WRITERS[path.suffix](program, part, checkpoint)
+        for batch, height, width in EXPORT_SIZES:
+            image = torch.rand(batch, 3, height, width)
+            wanted = program(image)
+            error = (call(image) - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+            worst = max(worst, error.item())
+        if not worst <= EXPORT_ERROR:
+            raise ValueError(f"logits differ from the network's by {worst:.1e}")
+        os.replace(part, path)
+    except Exception as error:  # torch.export, the exporters and the runtimes: each has its own
+        if is_out_of_memory(error) or isinstance(error, OSError):
+            raise
+        raise CheckpointError(
+            f"--export {path}: this network cannot be written so: {reason_of(error)}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+        Path(part).unlink(missing_ok=True)
+    return worst
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 PREDICTIONS = "predictions"  # where --images writes without --save
@@ -1124,7 +1419,12 @@ def build_parser():
     p = Parser(prog="eval.py", description=__doc__,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("checkpoint", nargs="?", metavar="CKPT", help="last.pt or best.pt of a run")
+    a("checkpoint", nargs="?", metavar="CKPT",
+      help="last.pt or best.pt of a run, exported .safetensors, or a published segmenter")
+    a("--backbone", metavar="B", help="of a published segmenter: mit_b0 to mit_b5")
+    a("--decoder", metavar="D", help="of a published segmenter: segformer or daformer")
+    a("--classes", metavar="C",
+      help="of a published segmenter, in its order: cityscapes19, ... or a file of names")
     a("--data", nargs="+", metavar="SPEC",
       help="data set, as in data.py, several are pooled (default: the run's validation data)")
     a("--split", default="val", choices=("train", "val", "test"), help="split of the data set")
@@ -1133,6 +1433,10 @@ def build_parser():
     task("--images", metavar="PATH", help="predict an image file or a folder of images instead")
     task("--submit", metavar="DIR", help="write ids for the benchmark's server there instead")
     task("--table", nargs="+", metavar="RUN", help="tabulate run folders or log files instead")
+    task("--curves", nargs="+", metavar="RUN",
+         help="draw losses and mIoU over the steps of run folders or log files instead")
+    task("--export", metavar="FILE",
+         help="write the network instead: .pt2 (torch.export), .onnx, or weights .safetensors")
     task("--before", metavar="CKPT0",
          help="draw the gain over this run's student instead, with --picture")
     task("--alignment", nargs="+", metavar="SPEC",
@@ -1141,7 +1445,8 @@ def build_parser():
     a("--against", metavar="ROW",
       help="row of the table that others are compared with (default: the source-only run's AdaBN)")
     a("--picture", metavar="FILE",
-      help="with --before: frames around the median gain; with --table: mIoU over --labeled")
+      help="with --before: frames around the median gain; with --table: mIoU over --labeled; with "
+           "--curves: where to (default: curves.png)")
     a("--save", metavar="DIR",
       help=f"folder for panels (default: none; with --images: {PREDICTIONS})")
     a("--slide", action=argparse.BooleanOptionalAction,
@@ -1157,7 +1462,8 @@ def build_parser():
       help="size at the network (default: as trained; --images: longer side)")
     a("--palette", metavar="FILE",
       help="colours of the pictures: a name and its colour in a line, such as 128 64 128 road")
-    a("--json", metavar="FILE", help="write the scores there too")
+    a("--json", metavar="FILE",
+      help="write the scores there too; with --images: the share of pixels of each class")
     a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
       help="cuda, cuda:1, mps, cpu")
     return p
@@ -1167,16 +1473,20 @@ def parse_flags(argv):
     """Command line -> checked arguments."""
     p = build_parser()
     args = p.parse_args(argv)
-    if bool(args.checkpoint) == bool(args.table):
-        p.error("give a checkpoint first, or --table with runs")
+    if bool(args.checkpoint) == bool(args.table or args.curves):
+        p.error("give a checkpoint first, or --table or --curves with runs")
     if args.images and args.data:
         p.error("--images and --data both name what to predict: give one of them")
     if args.against and not args.table:
         p.error("--against names a row of --table")
     if args.before and not args.picture:
         p.error("--before draws a picture: add --picture FILE.png")
-    if args.picture and not (args.before or args.table):
-        p.error("--picture needs --before CKPT0, or --table with runs")
+    if args.curves and not args.picture:
+        args.picture = "curves.png"
+    if args.picture and not (args.before or args.table or args.curves):
+        p.error("--picture needs --before CKPT0, or --table or --curves with runs")
+    if args.json and (args.submit or args.before or args.export or args.table or args.curves):
+        p.error("--json holds scores, or with --images shares of pixels: there are none here")
     return args
 
 
@@ -1193,25 +1503,31 @@ def check_folder(flag, path):
 
 def check_outputs(args):
     """Raise DataError where what the work ends with could not be written."""
-    for flag, path in (("--json", args.json), ("--picture", args.picture)):
+    outputs = (("json", args.json), ("picture", args.picture), ("export", args.export))
+    for name, path in outputs:
         if not path:
             continue
         if not Path(path).resolve().parent.is_dir():
-            raise DataError(f"{flag} {path}: there is no such folder")
+            raise DataError(f"--{name} {path}: there is no such folder")
         if Path(path).is_dir():
-            raise DataError(f"{flag} {path}: a folder; give a file")
-        check_folder(flag, Path(path).parent)
+            raise DataError(f"--{name} {path}: a folder; give a file")
+        check_folder(f"--{name}", Path(path).parent)
     if args.picture and Path(args.picture).suffix.lower() not in Image.registered_extensions():
         raise DataError(f"--picture {args.picture}: no kind of picture; write FILE.png")
+    if args.export:
+        check_export(args.export)
     if args.submit:
         check_folder("--submit", args.submit)
     elif args.save or args.images:
         check_folder("--save", args.save or PREDICTIONS)
 
 
-def open_network(path, weights, args):
-    """A checkpoint and its network on the device, in eval mode."""
-    checkpoint = load_checkpoint(path)
+def open_network(path, weights, args, *published):
+    """A checkpoint and its network on the device, in eval mode.
+
+    published: backbone, decoder and classes of a segmenter that is not ours.
+    """
+    checkpoint = open_checkpoint(path, *published)
     model = build_segmenter(checkpoint, weights, path).to(args.device)
     if args.head != "plain" and "language" not in model.heads:
         raise CheckpointError(f"{path}: --head {args.head} needs a language decoder, "
@@ -1240,7 +1556,7 @@ def score(args, about, model, dataset, aligned, colors, how):
     """Print the scores, write them to --json; returns the number of images."""
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
-    result = evaluate(model, dataset, save=args.save, colors=colors, **how)
+    result = evaluate(model, dataset, save=args.save, colors=colors, counts=bool(args.json), **how)
     print(", ".join(f"{key} {value}" for key, value in about.items() if value))
     print(format_scores(result))
     if aligned:
@@ -1248,6 +1564,34 @@ def score(args, about, model, dataset, aligned, colors, how):
     if args.json:
         Path(args.json).write_text(json.dumps(about | result | aligned, indent=1) + "\n")
     return result["images"]
+
+
+def draw_images(args, checkpoint, model, size, colors, how):
+    """Predict --images, write --json; returns the report of predict_images."""
+    folder = args.save or PREDICTIONS
+    antialias = checkpoint["flags"].get("antialias", True)
+    report = predict_images(model, args.images, model.classes, folder, size, colors=colors,
+                            antialias=antialias, **how)
+    if size:
+        print(f"scaled to a longer side of {max(size)} for the network, ", end="")
+    print(f"panels and ids at native size in {folder}")
+    if args.json:
+        about = {"checkpoint": args.checkpoint, "step": checkpoint["step"],
+                 "weights": args.weights, "path": args.images}
+        Path(args.json).write_text(json.dumps(about | report, indent=1) + "\n")
+    return report
+
+
+def write_network(args, checkpoint, model):
+    """The work of --export, and what it has written, said."""
+    error = export(model, checkpoint, args.export, args.head)
+    print(f"{args.export}: written and read again; over images of three sizes its logits differ "
+          f"from the network's by {error:.1e} at most")
+    if Path(args.export).suffix != ".safetensors":
+        stride = model.stride
+        print(f"image float32 (B,3,H,W), RGB in 0..1, sides from {EXPORT_SIDE} -> logits float32 "
+              f"(B,{model.num_classes},(H+{stride - 1})//{stride},(W+{stride - 1})//{stride})")
+    print(f"classes: {', '.join(model.classes)}")
 
 
 def open_data(args, flags, classes, size):
@@ -1262,20 +1606,21 @@ def open_data(args, flags, classes, size):
         ids = "classes"
     elif ids != "classes" and not Path(ids or "").is_file():
         ids = None
+    how = {"ids": ids, "antialias": flags.get("antialias", True)}
     dataset = source = target = None
     checked = []
-    if not args.images:
+    if not (args.images or args.export):
         spec = args.data or flags["val"]
         if spec == "none":
             raise DataError(f"{args.checkpoint}: the run had no validation data; "
                             "give --data SPEC or --images PATH")
-        dataset = open_dataset(spec, args.split, classes, size, flags["cache"], ids=ids)
+        dataset = open_dataset(spec, args.split, classes, size, flags["cache"], **how)
         checked.append((dataset, dataset.labeled and not args.submit))
     if args.alignment:
-        source = open_dataset(args.alignment, "val", classes, size, flags["cache"], ids=ids)
+        source = open_dataset(args.alignment, "val", classes, size, flags["cache"], **how)
         checked.append((source, source.labeled))
     if args.adabn:
-        target = open_dataset(args.adabn, "train", classes, size, flags["cache"], True, ids)
+        target = open_dataset(args.adabn, "train", classes, size, flags["cache"], True, **how)
     skip = 0
     if not args.submit:  # a server wants every image
         skip = flags.get("skip_bad", 0)
@@ -1300,11 +1645,12 @@ def check_data(datasets, skip):
 
 
 def run(args):
-    """The command line's work with a checkpoint."""
+    """The command line's work with a checkpoint; returns what went wrong on the way, or ''."""
     check_outputs(args)
-    checkpoint, model = open_network(args.checkpoint, args.weights, args)
+    published = args.backbone, args.decoder, args.classes
+    checkpoint, model = open_network(args.checkpoint, args.weights, args, *published)
     flags = checkpoint["flags"]
-    classes = tuple(checkpoint["classes"])
+    classes = model.classes
     size = args.size or flags["size"]
     slide = flags.get("slide") if args.slide is None else args.slide
     how = {"window": flags["crop"] if slide else None, "flip": args.flip, "head": args.head}
@@ -1315,17 +1661,18 @@ def run(args):
     dataset, source, target, notes = open_data(args, flags, classes, size)
     if target:
         model = adapt_batchnorm(model, target)
+    if args.export:
+        write_network(args, checkpoint, model)
+        return ""
     aligned = {}
     if source:
         aligned["alignment"] = alignment(model, source, dataset, args.head)
 
     begin = time.perf_counter()
+    unreadable = []
     if args.images:
-        folder = args.save or PREDICTIONS
-        count = predict_images(model, args.images, classes, folder, size, colors=colors, **how)
-        if size:
-            print(f"scaled to a longer side of {max(size)} for the network, ", end="")
-        print(f"panels and ids at native size in {folder}")
+        report = draw_images(args, checkpoint, model, size, colors, how)
+        count, unreadable = report["images"], report["unreadable"]
     elif args.submit:
         count = submit(model, dataset, args.submit, **how)
         print(f"ids of {dataset.spec}, split {args.split}, for the server in {args.submit}")
@@ -1343,14 +1690,24 @@ def run(args):
     if args.device.type == "cuda":
         print(f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", end="")
     print()
+    if not unreadable:
+        return ""
+    print("\n".join(unreadable))
+    return (f"{len(unreadable)} of {count + len(unreadable)} images cannot be read and are named "
+            f"above, the first: {unreadable[0].partition(': ')[0]}; the others are predicted")
 
 
 def run_table(args):
-    """The command line's work without a checkpoint: a table, or its picture."""
-    if not args.picture:
+    """The command line's work without a checkpoint: a table, its picture, or curves."""
+    if args.table and not args.picture:
         print(table(args.table, args.against))
         return
     check_outputs(args)
+    if args.curves:
+        panels = step_curves(args.curves)
+        draw_step_curves(panels).save(args.picture)
+        print(f"{args.picture}: {', '.join(panels)} over the steps of {len(args.curves)} runs")
+        return
     curves, ticks = label_curves(read_runs(args.table))
     draw_curves(curves, ticks).save(args.picture)
     numbers = ", ".join(ticks[labels] for labels in sorted(ticks))
@@ -1360,11 +1717,12 @@ def run_table(args):
 def main(argv=None):
     """run() or run_table(). Bad input ends with exit status 2, a run that broke with 1."""
     args = parse_flags(argv)
+    broken = ""
     try:
-        if args.table:
-            run_table(args)
+        if args.checkpoint:
+            broken = run(args)
         else:
-            run(args)
+            run_table(args)
     except (DataError, CheckpointError, WeightsError) as error:
         fail("eval.py", error, 2)
     except OSError as error:  # a full disk: nobody's input was bad
@@ -1372,10 +1730,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         interrupted()
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         fail("eval.py", "out of memory; try --size WxH, --slide, or --device cpu", 1)
+    if broken:
+        fail("eval.py", broken, 1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@
     load_backbone(net, "mit_b5.pth")  # NVIDIA, Hugging Face or mmseg layout, strict
     out = net(images)                 # float (B,3,H,W) in [0,1]; out.logits (B,19,H/4,W/4)
 
+    from model import load
+    net = load("out/last.pt")  # a run's student, in eval mode; net.classes are the names
+    net = load("mic.pth", "mit_b5", "daformer", "cityscapes19")  # a published segmenter
+
     python model.py text --names names.txt --text clip:ViT-B-16/laion2b_s34b_b88k --out bank.npz
 
 What is where, from top to bottom:
@@ -14,8 +18,9 @@ What is where, from top to bottom:
     Segmenter         backbone, decoder and language in one module
     text banks        text_bank: one unit vector a class, from a file or a CLIP text tower
     teacher           ema_update, teacher_mode, and what becomes of BatchNorm's statistics
-    backbone weights  load_backbone: published files, strictly
+    published files   one table of names; load_backbone, strictly
     checkpoints       save_checkpoint, load_checkpoint, build_segmenter
+    any file          load: a Segmenter from a run, from published or from exported weights
     command           python model.py text
 """
 import argparse
@@ -25,12 +30,14 @@ import hashlib
 import importlib
 import importlib.metadata
 import itertools
+import json
 import logging
 import math
 import os
 import re
 import shutil
 import sys
+import warnings
 import zipfile
 from collections import namedtuple
 
@@ -42,7 +49,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from data import DataError, Parser, cache_folder, fail, interrupted, read_lines
+from data import DataError, Parser, cache_folder, class_names, fail, interrupted, read_lines
 from kernels import text_correlation, upsample_pseudo_label  # the second for train.py and eval.py
 
 # What a Segmenter gives: logits (B,K,h,w), features (B,C,h,w), pyramid, a list of (B,C_i,h_i,w_i)
@@ -76,6 +83,44 @@ def reason_of(error):
     if not lines:
         return type(error).__name__
     return lines[0].split(". ")[0][:160]
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory is short, on a GPU or a CPU."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "allocate memory" in str(error)
+
+
+def why_unreadable(path, error):
+    """Why a file cannot be read as weights, in a few words: what it is where that can be seen.
+
+    error: what reading it has raised; raised again where memory is short. Torch's own texts have
+    several lines, escape codes, and advice to run what is in the file.
+    """
+    if is_out_of_memory(error):
+        raise error
+    with open(path, "rb") as file:
+        start = file.read(400)
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs in place of the file; fetch it with git lfs pull"
+    if not re.search(rb"[\x00-\x08\x0e-\x1f]", start):
+        return "text, such as a web page, in place of the file; download it again"
+    text = str(error)
+    pickled = re.search(r"(?:GLOBAL|class|builtin) ([\w.]+)", text)
+    if "WeightsUnpickler" in text and pickled:
+        return (
+            f"holds a pickled {pickled[1]}, and unpickling it could run code; where you trust the "
+            "file, save its tensors alone"
+        )
+    if "WeightsUnpickler" in text:
+        return "pickled, and not by torch.save; nothing of it is run"
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "cut off; download or copy it again"
+    if "incomplete metadata" in text or "unexpected EOF" in text:
+        return "cut off; download or copy it again"
+    return reason_of(error)
 
 
 def import_optional(name):
@@ -358,7 +403,8 @@ def probe_timm(timm, name):
     """How to build a timm model with four maps, found out on a model without weights.
 
     Returns (options for timm.create_model, channels of the four maps, their strides, whether it is
-    a plain transformer). Raises whatever timm raises, or ValueError where the maps do not fit.
+    a plain transformer, the number whose multiples its image sides must be). Raises whatever timm
+    raises, or ValueError where the maps do not fit.
     """
     options = {}
     with torch.device("meta"):
@@ -383,7 +429,25 @@ def probe_timm(timm, name):
     wanted = [(1, c, height // s, width // s) for c, s in zip(channels, strides, strict=True)]
     if found != wanted:
         raise ValueError(f"maps of the sizes {found}")
-    return options, channels, strides, plain
+    multiple = strides[0] if plain else 1
+    if not plain and not any_size(probe, strides):
+        multiple = strides[-1]
+    return options, channels, strides, plain, multiple
+
+
+def any_size(probe, strides):
+    """Whether a timm model without weights takes odd images, and rounds the sizes of maps up.
+
+    The shortcuts of CLIP's residual networks do not fit odd maps, ConvNeXt leaves out last rows.
+    """
+    sides = 3 * strides[-1] + 1, 5 * strides[-1] + 1
+    try:
+        with torch.device("meta"):
+            maps = probe(torch.zeros(1, 3, *sides))[-4:]
+    except RuntimeError:
+        return False
+    found = [tuple(x.shape[2:]) for x in maps]
+    return found == [tuple((side + s - 1) // s for side in sides) for s in strides]
 
 
 class TimmBackbone(nn.Module):
@@ -399,7 +463,7 @@ class TimmBackbone(nn.Module):
         timm = import_optional("timm")
         self.name = name
         try:
-            options, self.channels, self.strides, plain = probe_timm(timm, name)
+            options, self.channels, self.strides, plain, self.multiple = probe_timm(timm, name)
         except Exception as error:  # every model has its own way to fail
             raise WeightsError(
                 f"--backbone timm:{name}: no four feature maps for images of any size "
@@ -407,15 +471,10 @@ class TimmBackbone(nn.Module):
                 "such as timm:convnext_tiny or timm:vit_small_patch14_dinov2"
             ) from None
 
-        # Transformers see whole patches: Segmenter stretches the image to them. Pyramids take any
-        # size, except that the shortcuts of CLIP's residual networks do not fit odd maps.
+        # Transformers see whole patches: Segmenter stretches the image to them. Most pyramids take
+        # any size, the others get a rim.
         self.stretch = plain
         self.min_size = self.strides[0] if plain else 32
-        self.multiple = 1
-        if plain:
-            self.multiple = self.strides[0]
-        elif re.match("resnet.*clip", name):
-            self.multiple = 32
 
         def create():
             return timm.create_model(name, features_only=True, pretrained=pretrained, **options)
@@ -510,7 +569,7 @@ class DilatedDepthwise(nn.Conv2d):
     def forward(self, x):
         B, C, H, W = x.shape
         d = self.dilation[0]
-        if x.device.type != "cpu" or 2 * d >= min(H, W):
+        if x.device.type != "cpu" or torch.compiler.is_exporting() or 2 * d >= min(H, W):
             return super().forward(x)
         h, w = math.ceil(H / d), math.ceil(W / d)
         x = F.pad(x, (0, w * d - W, 0, h * d - H)).view(B, C, h, d, w, d)
@@ -801,14 +860,24 @@ class Segmenter(nn.Module):
         x = (x - self.pixel_mean) / self.pixel_std
         least, cell = self.backbone.min_size, self.backbone.multiple
         height, width = x.shape[2:]
-        new_height = max(least, math.ceil(height / cell) * cell)
-        new_width = max(least, math.ceil(width / cell) * cell)
+        new_height = max(least, (height + cell - 1) // cell * cell)
+        new_width = max(least, (width + cell - 1) // cell * cell)
         if self.backbone.stretch:
             # A rim would fill part of a patch, and what is predicted there could not be cut off
-            x = resize(x, (new_height, new_width))
-        elif (new_height, new_width) != (height, width):
+            x = F.interpolate(x, (new_height, new_width), mode="bilinear", align_corners=False)
+        elif cell > 1 or (new_height, new_width) != (height, width):
             x = F.pad(x, (0, new_width - width, 0, new_height - height))
         return self.backbone(x)
+
+    def without_rim(self, maps, x):
+        """Maps (B,C,h,w) without what lies on the rim of the image x: h = ceil(H/stride)."""
+        # Not math.ceil: ONNX would get the floor of a negative number, which it rounds to zero
+        h = (x.shape[2] + self.stride - 1) // self.stride
+        w = (x.shape[3] + self.stride - 1) // self.stride
+        if torch.compiler.is_exporting():
+            # A slice ties the program to the image size, or to the sizes with a rim
+            return F.pad(maps, (0, w - maps.shape[3], 0, h - maps.shape[2]))
+        return maps[..., :h, :w]
 
     def forward(self, x, head="plain"):
         """x: float (B,3,H,W), RGB in [0,1]; head: plain | language | None -> Output.
@@ -827,9 +896,7 @@ class Segmenter(nn.Module):
         else:
             text = None if self.text is None else self.text()
             logits, features = self.language_decoder(pyramid, text)
-        h = math.ceil(x.shape[2] / self.stride)
-        w = math.ceil(x.shape[3] / self.stride)
-        return Output(logits[..., :h, :w], features[..., :h, :w], pyramid)
+        return Output(self.without_rim(logits, x), self.without_rim(features, x), pyramid)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1152,27 +1219,55 @@ def settle_batchnorm(student, teacher, average):
 
 
 # --------------------------------------------------------------------------------------------------
-# Backbone weights
+# Published weights: one table of names for backbones and decoders
 
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.|backbone\.|segformer\.)+")
-CLASSIFIERS = re.compile(r"^(?:head|classifier|decode_head|auxiliary_head)\.")
-# (published name, ours); {0} is the stage counted from one, {1} the block
+CLASSIFIERS = re.compile(r"^(?:head|classifier|auxiliary_head)\.")
+# DAFormer, HRDA and MIC save three networks in one file, each with its own prefix
+COPIES = {"model": "student", "ema_model": "teacher", "imnet_model": "imagenet"}
+DECODERS = {  # prefix in published files: ours; HRDA has two decoders, the second weighs its scales
+    "decode_head.scale_attention.": "attention.",
+    "decode_head.head.": "decoder.",
+    "decode_head.": "decoder.",
+}
+# (published name, ours, what is added to the first number); {0} is that number, {1} the second
 MIT_LAYOUTS = [
     # Hugging Face 4.x
-    (r"encoder\.patch_embeddings\.(\d)\.proj\.", "patch_embed{0}.proj."),
-    (r"encoder\.patch_embeddings\.(\d)\.layer_norm\.", "patch_embed{0}.norm."),
-    (r"encoder\.layer_norm\.(\d)\.", "norm{0}."),
-    (r"encoder\.block\.(\d)\.(\d+)\.", "block{0}.{1}."),
+    (r"encoder\.patch_embeddings\.(\d)\.proj\.", "patch_embed{0}.proj.", 1),
+    (r"encoder\.patch_embeddings\.(\d)\.layer_norm\.", "patch_embed{0}.norm.", 1),
+    (r"encoder\.layer_norm\.(\d)\.", "norm{0}.", 1),
+    (r"encoder\.block\.(\d)\.(\d+)\.", "block{0}.{1}.", 1),
     # Hugging Face 5.x
-    (r"stages\.(\d)\.patch_embeddings\.proj\.", "patch_embed{0}.proj."),
-    (r"stages\.(\d)\.patch_embeddings\.layer_norm\.", "patch_embed{0}.norm."),
-    (r"stages\.(\d)\.blocks\.(\d+)\.", "block{0}.{1}."),
-    (r"stages\.(\d)\.layer_norm\.", "norm{0}."),
+    (r"stages\.(\d)\.patch_embeddings\.proj\.", "patch_embed{0}.proj.", 1),
+    (r"stages\.(\d)\.patch_embeddings\.layer_norm\.", "patch_embed{0}.norm.", 1),
+    (r"stages\.(\d)\.blocks\.(\d+)\.", "block{0}.{1}.", 1),
+    (r"stages\.(\d)\.layer_norm\.", "norm{0}.", 1),
     # mmseg
-    (r"layers\.(\d)\.0\.projection\.", "patch_embed{0}.proj."),
-    (r"layers\.(\d)\.0\.norm\.", "patch_embed{0}.norm."),
-    (r"layers\.(\d)\.1\.(\d+)\.", "block{0}.{1}."),
-    (r"layers\.(\d)\.2\.", "norm{0}."),
+    (r"layers\.(\d)\.0\.projection\.", "patch_embed{0}.proj.", 1),
+    (r"layers\.(\d)\.0\.norm\.", "patch_embed{0}.norm.", 1),
+    (r"layers\.(\d)\.1\.(\d+)\.", "block{0}.{1}.", 1),
+    (r"layers\.(\d)\.2\.", "norm{0}.", 1),
+]
+DECODER_LAYOUTS = [
+    # DAFormer's decoder; with one convolution for the fusion it is SegFormer's (HRDA's attention)
+    (r"embed_layers\.(\d)\.proj\.", "fusion.linears.{0}.", 0),
+    (r"fuse_layer\.aspp_modules\.0\.conv\.", "fusion.point.0.", 0),
+    (r"fuse_layer\.aspp_modules\.0\.bn\.", "fusion.point.1.", 0),
+    (r"fuse_layer\.aspp_modules\.(\d)\.depthwise_conv\.conv\.", "fusion.dilated.{0}.0.0.", -1),
+    (r"fuse_layer\.aspp_modules\.(\d)\.depthwise_conv\.bn\.", "fusion.dilated.{0}.0.1.", -1),
+    (r"fuse_layer\.aspp_modules\.(\d)\.pointwise_conv\.conv\.", "fusion.dilated.{0}.1.0.", -1),
+    (r"fuse_layer\.aspp_modules\.(\d)\.pointwise_conv\.bn\.", "fusion.dilated.{0}.1.1.", -1),
+    (r"fuse_layer\.bottleneck\.conv\.", "fusion.bottleneck.0.", 0),
+    (r"fuse_layer\.bottleneck\.bn\.", "fusion.bottleneck.1.", 0),
+    (r"fuse_layer\.conv\.", "fusion.fuse.", 0),
+    (r"fuse_layer\.bn\.", "fusion.bn.", 0),
+    (r"conv_seg\.", "classifier.", 0),
+    # SegFormer's decoder: NVIDIA counts from one; DAFormer's copy and Hugging Face from zero
+    (r"linear_c(\d)\.proj\.", "fusion.linears.{0}.", -1),
+    (r"(?:linear_c|linear_projections)\.(\d)\.proj\.", "fusion.linears.{0}.", 0),
+    (r"linear_fuse\.bn\.|batch_norm\.", "fusion.bn.", 0),
+    (r"linear_fuse\.(?:conv\.)?", "fusion.fuse.", 0),
+    (r"linear_pred\.", "classifier.", 0),
 ]
 MIT_BLOCKS = [  # the part of the name inside a block: Hugging Face 4.x | 5.x | mmseg
     (r"\.layer_norm_1\.|\.layernorm_before\.", ".norm1."),
@@ -1190,28 +1285,64 @@ MIT_BLOCKS = [  # the part of the name inside a block: Hugging Face 4.x | 5.x | 
 ]
 
 
+def split_copies(state):
+    """The networks of a published file: {"student": tensors by name, ...}, see COPIES.
+
+    A file of a single network holds a student.
+    """
+    networks = {}
+    for key, value in state.items():
+        match = re.match(r"(?:(?:module|_orig_mod)\.)*(model|ema_model|imnet_model)\.", key)
+        network = "student"
+        if match:
+            network = COPIES[match[1]]
+            key = key[match.end():]
+        networks.setdefault(network, {})[key] = value
+    return networks
+
+
 def our_name(key):
-    """NVIDIA's name, which is ours, of a tensor in one of the published layouts."""
+    """Our name of a tensor in one of the published layouts; in a backbone it is NVIDIA's."""
     key = PREFIXES.sub("", key)
-    for pattern, template in MIT_LAYOUTS:
+    part, layouts = "", MIT_LAYOUTS
+    for prefix, ours in DECODERS.items():
+        if key.startswith(prefix):
+            part, layouts = ours, DECODER_LAYOUTS
+            key = key.removeprefix(prefix)
+            break
+    for pattern, template, shift in layouts:
         match = re.match(pattern, key)
         if match:
-            stage, *block = match.groups()
-            key = template.format(int(stage) + 1, *block) + key[match.end():]
+            numbers = [int(number) for number in match.groups()]
+            if numbers:
+                numbers[0] += shift
+            key = template.format(*numbers) + key[match.end():]
             break
     if key.startswith("block"):
         for pattern, ours in MIT_BLOCKS:
             key = re.sub(pattern, ours, key)
-    return key
+    return part + key
 
 
 def published_to_ours(state):
-    """Tensors by our names, from those in NVIDIA's, Hugging Face's (4.x, 5.x) or mmseg's layout."""
-    renamed = {our_name(key): value for key, value in state.items()}
+    """Tensors by our names, from those of one network in one of the published layouts.
+
+    Names of the backbone are NVIDIA's, without prefix; those of decoders begin with decoder. or
+    attention. Two tensors of one name both stay, the second as published. conv_seg is left out
+    beside linear_pred: mmseg's base class makes it, SegFormer's decoder does not use it.
+    """
+    has_own_classifier = any("decode_head.linear_pred." in key for key in state)
+    renamed = {}
+    for key, value in state.items():
+        if has_own_classifier and "decode_head.conv_seg." in key:
+            continue
+        name = our_name(key)
+        if name in renamed:
+            name = key
+        renamed[name] = value
+
     ours = {}
     for key, value in renamed.items():
-        if CLASSIFIERS.match(key):
-            continue
         if re.search(r"\.mlp\.fc\d\.weight", key):
             # mmseg keeps these linear layers as 1x1 convolutions
             value = value.flatten(1)  # (O,I,1,1) -> (O,I)
@@ -1226,7 +1357,34 @@ def published_to_ours(state):
             ours[key.replace(".k.", ".kv.")] = torch.cat(both)  # two of (C,...) -> (2C,...)
         elif ".attn.v." not in key or key.replace(".v.", ".k.") not in renamed:
             ours[key] = value
+
+    # NVIDIA's and Hugging Face's decoder begin with the coarsest level, DAFormer's with the finest
+    coarse_first = any(re.search(r"\.linear_c4\.|\.linear_fuse\.weight$", key) for key in state)
+    if coarse_first and "decoder.fusion.fuse.weight" in ours:
+        columns = ours["decoder.fusion.fuse.weight"].chunk(4, 1)  # (E,4C,1,1) -> four (E,C,1,1)
+        ours["decoder.fusion.fuse.weight"] = torch.cat(columns[::-1], 1)
     return ours
+
+
+def read_file(path):
+    """What a .pth, .bin, .pt or .safetensors file holds; nothing in it is executed.
+
+    Raises WeightsError.
+    """
+    if os.path.isdir(path):
+        raise WeightsError(f"{path}: a folder; give the file of weights in it")
+    if not os.path.isfile(path):
+        raise WeightsError(f"{path}: no such weights file; give a file to --init, or hub, or none")
+    try:
+        if str(path).endswith(".safetensors"):
+            return import_optional("safetensors.torch").load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an odd pickle is warned about, then refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, header and EOF errors of many kinds: one meaning
+        raise WeightsError(
+            f"{path}: cannot be read as weights ({why_unreadable(path, error)})"
+        ) from None
 
 
 def read_weights(path):
@@ -1234,17 +1392,7 @@ def read_weights(path):
 
     Raises WeightsError.
     """
-    if not os.path.isfile(path):
-        raise WeightsError(f"{path}: no such weights file; give a file to --init, or hub, or none")
-    try:
-        if str(path).endswith(".safetensors"):
-            return import_optional("safetensors.torch").load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip, header and EOF errors of many kinds: one meaning
-        raise WeightsError(
-            f"{path}: cannot be read as weights ({reason_of(error)}); it must be a dict of tensors"
-        ) from None
-
+    state = read_file(path)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -1273,13 +1421,15 @@ def differences(expected, found):
 
 
 def load_backbone(module, path):
-    """Load ImageNet weights into a MixTransformer or into the backbone of a Segmenter, strictly.
+    """Load published weights into a MixTransformer or into the backbone of a Segmenter, strictly.
 
-    path: a file in NVIDIA's, Hugging Face's or mmseg's layout (MiT), or a state dict of the timm
-    model; `hub` fetches nvidia/mit-b* (timm backbones fetch theirs when built). A timm file without
-    any name in common is taken in order if every shape agrees, which is printed. Only ImageNet
-    classifiers and decoders of the file are left out. Raises WeightsError naming the file and what
-    is missing, unexpected or of another shape.
+    path: a file in NVIDIA's, Hugging Face's or mmseg's layout (MiT), or one that timm reads as this
+    model, such as DINOv2's and OpenCLIP's own; `hub` fetches nvidia/mit-b* (timm backbones fetch
+    theirs when built). A timm file without any name in common is taken in order if every shape
+    agrees, which is printed. ImageNet classifiers of the file are left out. Of a published
+    segmenter the student counts; a Segmenter takes its decoder too where it fits, and what becomes
+    of it is printed. Raises WeightsError naming the file and what is missing, unexpected or of
+    another shape.
     """
     backbone = getattr(module, "backbone", module)
     if isinstance(backbone, TimmBackbone):
@@ -1293,21 +1443,44 @@ def load_backbone(module, path):
         state = from_hub(fetch, f"--init hub, {name}", "give --init FILE or none", WeightsError)
     else:
         state = read_weights(path)
-    state = published_to_ours(state)
+    found, decoder = {}, {}
+    for name, value in published_to_ours(split_copies(state).get("student", {})).items():
+        if name.startswith(("decoder.", "attention.")):
+            decoder[name] = value
+        elif not CLASSIFIERS.match(name):
+            found[name] = value
     ours = backbone.state_dict()
-    problem = differences(ours, state)
+    problem = differences(ours, found)
     if problem:
         raise WeightsError(
             f"{path}: not the weights of this backbone ({len(ours)} tensors): {problem}"
         )
-    backbone.load_state_dict(state)
+    backbone.load_state_dict(found)
+    if decoder and module is not backbone:
+        load_decoder(module, decoder, path)
+
+
+def load_decoder(net, found, path):
+    """Load a published file's decoder into a Segmenter where it fits; say what became of it."""
+    ours = {}
+    for name, value in net.state_dict().items():
+        if name.startswith(("decoder.", "attention.")):
+            ours[name] = value
+    problem = differences(ours, found)
+    if problem:
+        print(f"{path}: its decoder is left out, it is another one: {problem}", file=sys.stderr)
+        return
+    net.load_state_dict(found, strict=False)  # all of the decoder's, as was just compared
+    print(f"{path}: its decoder is taken too", file=sys.stderr)
 
 
 def load_timm(backbone, path):
     """load_backbone for timm: by name, or in order where no name but every shape agrees."""
     name = backbone.name
-    full = import_optional("timm").create_model(name, pretrained=False).state_dict()
+    net = import_optional("timm").create_model(name, pretrained=False)
     state = {PREFIXES.sub("", key): value for key, value in read_weights(path).items()}
+    state = timm_names(name, net, state, path)
+    full = net.state_dict()
     if not state.keys() & full.keys():
         state = in_order(state, full, name, path)
     others = []
@@ -1332,6 +1505,25 @@ def load_timm(backbone, path):
     if problem:
         raise WeightsError(f"{path}: not the weights of {name}: {problem}")
     backbone.net.load_state_dict(used)
+
+
+def timm_names(name, net, state, path):
+    """The tensors of `state` by the names of timm's model `net`, through timm's own filter.
+
+    So the files of DINOv2, OpenCLIP and others load as their authors publish them. The filter is
+    that of the model's family; where there is none, names stay as they are. Raises WeightsError.
+    """
+    create = import_optional("timm.models").model_entrypoint(name.partition(".")[0])
+    family = sys.modules[create.__module__]
+    translate = getattr(family, "checkpoint_filter_fn", None)
+    if translate is None:
+        return state
+    try:
+        return translate(state, net)
+    except Exception as error:  # each family has its own way to fail on another one's file
+        raise WeightsError(
+            f"{path}: not the weights of {name}, timm's filter says: {reason_of(error)}"
+        ) from None
 
 
 def in_order(state, full, name, path):
@@ -1403,7 +1595,7 @@ def load_checkpoint(path, map_location="cpu"):
             state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # zip, pickle, EOF and decoding errors of many kinds: one meaning
         raise CheckpointError(
-            f"{path}: damaged, or not a checkpoint ({reason_of(error)}); {remedy}"
+            f"{path}: damaged, or not a checkpoint ({why_unreadable(path, error)}); {remedy}"
         ) from None
     if broken:
         raise CheckpointError(f"{path}: damaged ({broken} fails its checksum); {remedy}")
@@ -1412,7 +1604,8 @@ def load_checkpoint(path, map_location="cpu"):
     missing = ", ".join(key for key in CHECKPOINT_KEYS if key not in found)
     if missing:
         raise CheckpointError(
-            f"{path}: not one of our checkpoints (no {missing}); backbones go to --init"
+            f"{path}: not one of our checkpoints (no {missing}); of a published segmenter name "
+            "backbone, decoder and classes; backbones go to --init"
         )
     return state
 
@@ -1560,7 +1753,7 @@ def current_flags(flags):
 
 
 def build_segmenter(checkpoint, weights="student", path="checkpoint"):
-    """The network that a checkpoint describes, in eval mode.
+    """The network that a checkpoint describes, in eval mode; .classes are the names of its classes.
 
     weights: "student" or "teacher", whose weights it gets. Raises CheckpointError.
     """
@@ -1585,7 +1778,134 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
         checkpoint_bank(checkpoint),
     )
     load_weights(net, state, path)
+    net.classes = tuple(checkpoint["classes"])
     return net.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# Any file: one of our checkpoints, weights that eval.py exported, a published segmenter
+
+# What a reader of exported weights needs of a run's flags; where the data lay is nobody's affair
+EXPORTED_FLAGS = ("recipe", "backbone", "decoder", "channels", "language", "size", "crop", "slide",
+                  "detail", "gate", "antialias")
+
+
+def load(path, backbone=None, decoder=None, classes=None, weights="student"):
+    """A Segmenter in eval mode, with .classes, from any file that open_checkpoint takes.
+
+    weights: "student" or "teacher". Raises CheckpointError, WeightsError, ValueError on unknown
+    names, and DataError on classes that are none.
+    """
+    checkpoint = open_checkpoint(path, backbone, decoder, classes)
+    return build_segmenter(checkpoint, weights, path)
+
+
+def open_checkpoint(path, backbone=None, decoder=None, classes=None):
+    """A dict as of load_checkpoint, from one of three kinds of files.
+
+    A checkpoint of ours, or weights that eval.py exported as .safetensors, say themselves what they
+    are. A published segmenter needs all three: backbone (mit_b0..mit_b5), decoder (segformer |
+    daformer), classes (names in its order, or what data.class_names takes). Files of DAFormer, HRDA
+    and MIC hold a teacher too. Raises CheckpointError, WeightsError, and DataError on classes.
+    """
+    named = [backbone, decoder, classes]
+    checkpoint = None
+    if str(path).endswith(".safetensors"):
+        checkpoint = read_exported(path)
+    if named == [None, None, None]:
+        return checkpoint or load_checkpoint(path)
+    if checkpoint or is_checkpoint(path):
+        raise CheckpointError(
+            f"{path}: says itself what it is; leave out backbone, decoder and classes"
+        )
+    if None in named:
+        raise CheckpointError(f"{path}: a published segmenter needs backbone, decoder and classes")
+    return published_checkpoint(path, backbone, decoder, classes)
+
+
+def segmenter_state(state):
+    """The tensors of one published segmenter by the names of a Segmenter.
+
+    ImageNet's pixel statistics, which the files leave to their configurations, are added.
+    """
+    ours = {
+        "pixel_mean": torch.tensor(MixTransformer.mean).view(1, 3, 1, 1),
+        "pixel_std": torch.tensor(MixTransformer.std).view(1, 3, 1, 1),
+    }
+    for name, value in published_to_ours(state).items():
+        if not name.startswith(("decoder.", "attention.")):
+            name = f"backbone.{name}"
+        ours[name] = value
+    return ours
+
+
+def published_checkpoint(path, backbone, decoder, classes):
+    """open_checkpoint for a published segmenter: MiT with SegFormer's or DAFormer's decoder."""
+    if backbone not in MIT or decoder not in FUSIONS:
+        raise CheckpointError(
+            f"{path}: {backbone} with {decoder} is no published segmenter that is known; there are "
+            f"{', '.join(MIT)} with {' or '.join(FUSIONS)}"
+        )
+    networks = {}
+    for network, state in split_copies(read_weights(path)).items():
+        networks[network] = segmenter_state(state)
+    student = networks.get("student", {})
+    classifier = student.get("decoder.classifier.weight")
+    if classifier is None:
+        raise CheckpointError(
+            f"{path}: holds no decoder that is known here; a backbone goes to --init of train.py"
+        )
+
+    # DAFormer's protocol; released code resizes images without antialiasing
+    flags = {"recipe": "published", "backbone": backbone, "decoder": decoder, "language": None}
+    flags |= {"channels": classifier.shape[1], "size": None, "crop": 512, "slide": False}
+    flags |= {"antialias": False, "val": "none", "target": "none", "cache": None}
+    if any(name.startswith("attention.") for name in student):
+        flags |= {"crop": 1024, "detail": 0.5}  # HRDA's
+    names = classes
+    if isinstance(classes, str):
+        names = class_names(classes)
+        flags["classes"] = classes
+    rest = {"classes": list(names), "optimizer": None, "step": None, "versions": {}}
+    return {"flags": flags, **rest, "student": student, "teacher": networks.get("teacher")}
+
+
+def write_exported(path, net, checkpoint):
+    """A network's weights as .safetensors that open_checkpoint reads without a further word."""
+    flags = {}
+    for name, value in checkpoint["flags"].items():
+        if name in EXPORTED_FLAGS and value is not None:
+            flags[name] = value
+    about = {"flags": flags, "classes": list(checkpoint["classes"]), "step": checkpoint["step"]}
+    if checkpoint.get("text"):
+        about["text"] = checkpoint["text"]["kind"]
+    state = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
+    save_file = import_optional("safetensors.torch").save_file
+    save_file(state, path, {"format": "pt", "nanouda": json.dumps(about)})
+
+
+def read_exported(path):
+    """The checkpoint that write_exported has written, None for other .safetensors.
+
+    Raises WeightsError.
+    """
+    state = read_file(path)
+    with import_optional("safetensors").safe_open(path, "pt") as file:
+        about = (file.metadata() or {}).get("nanouda")
+    if about is None:
+        return None
+    about = json.loads(about)
+    flags = {"language": None, "size": None, "val": "none", "target": "none", "cache": None}
+    rest = {"classes": about["classes"], "step": about["step"], "optimizer": None, "versions": {}}
+    checkpoint = {"flags": flags | about["flags"], **rest, "student": state, "teacher": None}
+    if "text" in about:
+        # The network has its vectors among the weights; of the bank only the shape is needed
+        rows = torch.zeros(len(about["classes"]), 1)
+        for name, value in state.items():
+            if name.endswith(".bank"):
+                rows = value
+        checkpoint["text"] = {"embeddings": rows, "kind": about["text"]}
+    return checkpoint
 
 
 # --------------------------------------------------------------------------------------------------

@@ -237,6 +237,28 @@ def test_broken_images(tmp_path):
             refused(lambda: read(tmp_path / "bad.png"), tmp_path / "bad.png", "restore or remove")
 
 
+def bilinear_weights(inputs, outputs):
+    """Matrix (outputs, inputs): the two nearest pixels' weights of each, after the definition."""
+    matrix = np.zeros((outputs, inputs))
+    for i in range(outputs):
+        at = min(max((i + 0.5) * inputs / outputs - 0.5, 0), inputs - 1)
+        matrix[i, int(at)] += 1 - at % 1
+        matrix[i, min(int(at) + 1, inputs - 1)] += at % 1
+    return matrix
+
+
+@pytest.mark.parametrize("size", [(10, 6), (17, 9), (40, 30), (23, 13)])
+def test_resizing_without_antialias_mixes_the_four_nearest_pixels(size):
+    image = np.random.default_rng(0).integers(0, 256, (13, 23, 3), np.uint8)
+    rows, columns = bilinear_weights(13, size[1]), bilinear_weights(23, size[0])
+    wanted = np.einsum("yv,vuc,xu->yxc", rows, image, columns)
+    found = data.resize_image(image, size, antialias=False)
+    assert found.dtype == np.uint8 and np.abs(found - wanted).max() <= 0.501
+    smooth = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    assert np.array_equal(data.resize_image(image, size), smooth)
+    assert size != (10, 6) or np.abs(found.astype(int) - smooth).max() > 20
+
+
 @pytest.mark.parametrize("side", [10_500, 20_000])  # Pillow only warns about the first
 def test_decompression_bomb(tmp_path, side):
     rows = zlib.compress(bytes((1 + side // 8) * side), 9)
@@ -2900,6 +2922,20 @@ def test_scores_equal_scikit_learn():
     assert ours["accuracy"] == pytest.approx(100 * metrics.accuracy_score(label, pred))
 
 
+def test_dice_is_the_f1_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics",
+                                  reason="scikit-learn is not installed: Dice not compared with it")
+    rng = np.random.default_rng(2)
+    pred, label = rng.integers(0, 4, 999), rng.integers(0, 4, 999)
+    matrix = evaluation.confusion(torch.tensor(pred), torch.tensor(label), 5)
+    ours = evaluation.pair_counts(matrix, list("abcde"))
+    assert list(ours["dice"].values())[:4] == pytest.approx(
+        list(100 * metrics.f1_score(label, pred, average=None)))
+    assert ours["dice"]["e"] is None  # in neither
+    assert ours["mean_dice"] == pytest.approx(100 * metrics.f1_score(label, pred, average="macro"))
+    assert ours["confusion"] == metrics.confusion_matrix(label, pred, labels=range(5)).tolist()
+
+
 def test_scores_leave_out_and_name_absent_classes():
     matrix = torch.diag(torch.tensor([7, 5, 0, 0]))
     matrix[0, 3] = 3  # class 3 is only predicted: IoU 0, not absent
@@ -3189,7 +3225,8 @@ def test_images_of_any_kind_are_predicted_at_their_own_size(tmp_path):
     photo.crop((0, 0, 1, 1)).save(tmp_path / "in" / "twice.bmp")
     (tmp_path / "in" / "notes.txt").write_text("no image")
     out = tmp_path / "out"
-    assert evaluation.predict_images(model, tmp_path / "in", names, out, size=(64, 48)) == 4
+    report = evaluation.predict_images(model, tmp_path / "in", names, out, size=(64, 48))
+    assert report["images"] == 4 and not report["unreadable"]
     shapes = {p.name[:-8]: Image.open(p).size for p in (tmp_path / "out").glob("*_ids.png")}
     assert shapes == {"turned": (30, 50), "gray": (50, 30), "twice.png": (50, 30),
                       "twice.bmp": (1, 1)}
@@ -3206,6 +3243,39 @@ def test_images_of_any_kind_are_predicted_at_their_own_size(tmp_path):
     (tmp_path / "empty").mkdir()
     refused(lambda: evaluation.predict_images(model, tmp_path / "empty", names, tmp_path / "out"),
             "no images")
+
+
+def test_images_in_sub_folders_and_unreadable_ones(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    root = tmp_path / "in"
+    for name in ("a.png", "city/a.png", "city/a.bmp", "city/one/b.png", ".hidden/c.png"):
+        put(root / name, rng.integers(0, 256, (30, 40, 3)))
+    (root / "city" / "._a.png").write_bytes(b"\0\5\26\7")  # a Mac's own
+    whole = (root / "a.png").read_bytes()
+    (root / "city" / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (root / "page.jpg").write_text("<html>")
+    checkpoint, report = made_checkpoint(tmp_path / "last.pt"), tmp_path / "report.json"
+    out = root / "out"  # below the images: what is in it is not predicted the next time
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main([checkpoint, "--images", str(root), "--save", str(out),
+                             "--json", str(report)])
+        said = capsys.readouterr()
+        assert stop.value.code == 1 and said.err.count("\n") == 1
+        assert "2 of 6 images cannot be read" in said.err and "4 images, " in said.out
+        for name in ("cut.png", "page.jpg"):
+            assert f"{name}: no readable image" in said.out
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*_ids.png"))
+    assert found == ["a_ids.png", "city/a.bmp_ids.png", "city/a.png_ids.png", "city/one/b_ids.png"]
+
+    stored = json.loads(report.read_text())
+    assert stored["images"] == 4 and len(stored["unreadable"]) == 2 and stored["step"] == 7
+    counts = np.zeros(3)
+    for path in out.rglob("*_ids.png"):
+        counts += np.bincount(np.array(Image.open(path)).flatten(), minlength=3)
+    share = dict(zip(("road", "sky", "own thing"), 100 * counts / counts.sum()))
+    assert stored["share"] == pytest.approx(share)
+    eval_fails(capsys, [checkpoint, "--images", root / "page.jpg"], "page.jpg", "remove")
 
 
 def made_log(path, seed, student, teacher=None, adabn=None, recipe="mic", labels=0, bank=None,
@@ -3595,6 +3665,39 @@ def test_alignment_of_absent_classes_and_wrong_input():
         refused(lambda: evaluation.alignment(net, *arguments), words)
 
 
+def test_curves_over_the_steps_of_runs(tmp_path, capsys):
+    runs = []
+    for name, shift in (("a", 0.0), ("b", 0.5)):
+        events = [{"event": "start", "flags": {}}]
+        for step in (10, 20, 30):
+            losses_ = {"source": 1 / step + shift, "lr": 1.0, "ms": {"data": 2.0}}
+            events.append({"event": "step", "step": step, "images_per_s": 9.0} | losses_)
+        events.insert(3, {"event": "step", "step": 10, "source": float("nan")})
+        events.append({"event": "step", "step": 10, "source": 5.0})  # a resumed run did it again
+        events.append({"event": "eval", "step": 20, "student": {"miou": 40 + shift}})
+        events.append({"event": "result", "step": 30, "student": {"miou": 44 + shift}})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"ev')
+        runs.append(str(tmp_path / name))
+    panels = evaluation.step_curves(runs)
+    assert list(panels) == ["mIoU, % (student)", "loss: source"]
+    assert panels["mIoU, % (student)"] == {"a": {20: 40, 30: 44}, "b": {20: 40.5, 30: 44.5}}
+    assert panels["loss: source"]["b"] == pytest.approx({10: 5.0, 20: 0.55, 30: 1 / 30 + 0.5})
+    picture = tmp_path / "c.png"
+    evaluation.main(["--curves", *runs, "--picture", str(picture)])
+    assert "mIoU, % (student), loss: source over the steps of 2 runs" in capsys.readouterr().out
+    sheet = Image.open(picture).convert("RGB")
+    colours = {colour for _, colour in sheet.getcolors(1 << 20)}
+    assert {tuple(colour) for colour in evaluation.CURVE_COLOURS[:2]} <= colours
+    assert sheet.size[0] == 2 * 420
+    assert evaluation.axis_values(0.11, 0.19, 1e-6) == pytest.approx(
+        [0.1, 0.12, 0.14, 0.16, 0.18, 0.2])
+    assert evaluation.axis_values(0, 40_000) == list(range(0, 40_001, 10_000))
+    (tmp_path / "empty.jsonl").write_text('{"event": "start"}\n')
+    eval_fails(capsys, ["--curves", tmp_path / "empty.jsonl"], "empty.jsonl: neither losses")
+    eval_fails(capsys, ["--curves", tmp_path / "last.pt"], "a checkpoint; --curves takes")
+
+
 def made_checkpoint(path, classes=("road", "sky", "own thing"), **flags):
     """A checkpoint of an untrained network."""
     torch.manual_seed(0)
@@ -3689,6 +3792,136 @@ def test_own_masks_demand_ids_where_the_run_had_its_names_from_ids(tmp_path, cap
         capsys.readouterr()
 
 
+def test_command_line_runs_a_published_segmenter_on_cityscapes(tmp_path, capsys):
+    """MIC's file, DAFormer's protocol: images at 64x32 without antialias, labels at 128x64."""
+    rng = np.random.default_rng(0)
+    names = []
+    for i in range(2):
+        stem = f"val/ulm/ulm_00000{i}_000019"
+        noise = rng.integers(0, 256, (64, 128, 3))
+        names.append(put(tmp_path / "leftImg8bit" / f"{stem}_leftImg8bit.png", noise))
+        ids = rng.choice([7, 8, 11, 21, 23, 26, 0], (64, 128))
+        put(tmp_path / "gtFine" / f"{stem}_gtFine_labelIds.png", ids)
+    nets = {"model": random_segmenter("daformer", 0, 16, 19),
+            "ema_model": random_segmenter("daformer", 1, 16, 19)}
+    state = {}
+    for copy_name, net in nets.items():
+        for key, value in published_file(net, dict, DAFORMER).items():
+            state[f"{copy_name}.{key}"] = value
+    torch.save({"state_dict": state}, tmp_path / "mic.pth")
+    argv = [str(tmp_path / "mic.pth"), "--backbone", "mit_b0", "--decoder", "daformer",
+            "--classes", "cityscapes19", "--size", "64x32", "--data", f"cityscapes:{tmp_path}"]
+    found = {}
+    for weights in ("student", "teacher"):
+        evaluation.main([*argv, "--weights", weights, "--json", str(tmp_path / "s.json")])
+        assert "mIoU (" in capsys.readouterr().out
+        found[weights] = torch.tensor(json.loads((tmp_path / "s.json").read_text())["confusion"])
+    dataset = data.open_dataset(f"cityscapes:{tmp_path}", "val", "cityscapes19", (64, 32))
+    for weights, net in zip(found, nets.values()):
+        total = torch.zeros(19, 19, dtype=torch.int64)
+        for i, path in enumerate(names):
+            image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float()
+            image = F.interpolate(image, (32, 64), mode="bilinear", align_corners=False).round()
+            pred = evaluation.predict(net, image / 255, (64, 128)).argmax(1)
+            total += evaluation.confusion(pred, dataset[i]["label"][None], 19)
+        assert total.sum() == found[weights].sum() > 0
+        assert (total - found[weights]).abs().sum() <= 4  # of two near-equal classes either may win
+    smoothed = evaluation.evaluate(nets["model"], dataset, counts=True)["confusion"]
+    assert (torch.tensor(smoothed) - found["student"]).abs().sum() > 100
+    drawn = tmp_path / "drawn"
+    evaluation.main([*argv[:-2], "--images", str(names[0]), "--save", str(drawn)])
+    image = data.resize_image(data.read_image(names[0]), (64, 32), antialias=False)
+    image = torch.from_numpy(image).permute(2, 0, 1)[None] / 255  # (H,W,3) -> (1,3,H,W)
+    pred = evaluation.predict_labels(nets["model"], image, (64, 128))[0].numpy()
+    assert np.array_equal(np.array(Image.open(next(drawn.glob("*_ids.png")))), pred)
+    capsys.readouterr()
+    eval_fails(capsys, argv[:-6], "mic.pth: a published segmenter needs backbone, decoder and")
+    eval_fails(capsys, [*argv, "--head", "language"], "needs a language decoder")
+
+
+def export_fails(tmp_path, net, name):
+    with pytest.raises(CheckpointError, match=f"--export .*{name}: .*logits differ") as caught:
+        evaluation.export(net, tiny_checkpoint(), tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == []  # neither the file nor a part of it
+
+
+def test_exported_weights_load_alone(tmp_path, capsys):
+    """.safetensors: load() and eval.py take them without another word, text included."""
+    bank = made_bank(3)
+    torch.manual_seed(0)
+    net = Segmenter("mit_b0", "segformer", 3, 8, "dlg", bank).eval()
+    torch.nn.init.normal_(net.guidance.out.weight)
+    flags = tiny_checkpoint()["flags"] | {"language": "dlg", "size": [32, 24], "crop": 16,
+                                          "val": "none", "cache": "c", "source": "secret"}
+    text = {"embeddings": bank.embeddings, "kind": bank.kind}
+    save_checkpoint(tmp_path / "last.pt", tiny_checkpoint(
+        student=net.state_dict(), flags=flags, text=text))
+    path = tmp_path / "net.safetensors"
+    evaluation.main([str(tmp_path / "last.pt"), "--export", str(path)])
+    assert "classes: a, b, c" in capsys.readouterr().out and b"secret" not in path.read_bytes()
+    image = torch.rand(1, 3, 48, 64)
+    with torch.no_grad():
+        assert torch.equal(model.load(path)(image).logits, net(image).logits)
+    put(tmp_path / "photo.png", np.zeros((24, 32, 3)))
+    evaluation.main([str(path), "--images", str(tmp_path / "photo.png"), "--save", str(tmp_path)])
+    assert (tmp_path / "photo_ids.png").exists()
+    refused_by(CheckpointError, "says itself what it is", model.load, path, "mit_b0")
+    (tmp_path / "out").mkdir()
+    wrong = Mock(side_effect=lambda *_: Segmenter("mit_b0", "segformer", 3, 8).eval())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load", wrong)
+        export_fails(tmp_path / "out", Segmenter("mit_b0", "segformer", 3, 8).eval(),
+                     "x.safetensors")
+
+
+def test_exported_programs_take_any_batch_and_size(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    calls = []  # what is read from the file, which takes seconds
+
+    def written(*arguments):
+        calls.append(evaluation.written_pt2(*arguments))
+        return calls[0]
+
+    monkeypatch.setitem(evaluation.WRITERS, ".pt2", written)
+    net = Segmenter("mit_b0", "daformer", 3, 8).eval()
+    path = tmp_path / "net.pt2"
+    assert evaluation.export(net, tiny_checkpoint(), path) <= 1e-4
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
+    for batch, size in ((1, (64, 64)), (3, (97, 65)), (2, (98, 131))):
+        image = torch.rand(batch, 3, *size)
+        with torch.no_grad():
+            logits = calls[0](image)
+            assert (logits - net(image).logits).abs().max() <= 1e-4
+        assert logits.shape == (batch, 3, *((side + 3) // 4 for side in size))
+
+
+@pytest.mark.parametrize("name", ["mit_b0 segformer", "mit_b0 daformer"])
+def test_onnx_equals_torch_at_odd_sizes(name, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: no ONNX written")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: not run")
+    torch.manual_seed(0)
+    net = Segmenter(*name.split(), 3, 8).eval()
+    path = tmp_path / "net.onnx"
+    assert evaluation.export(net, tiny_checkpoint(), path) <= 1e-4
+    session = runtime.InferenceSession(path)
+    for batch, size in itertools.product((1, 3), ((192, 256), (241, 333), (97, 65))):
+        image = torch.rand(batch, 3, *size)
+        with torch.no_grad():
+            wanted = net(image).logits.numpy()
+        found = session.run(["logits"], {"image": image.numpy()})[0]
+        assert found.shape == wanted.shape and np.abs(found - wanted).max() <= 1e-4
+
+
+def test_onnx_without_its_packages_is_one_line(tmp_path, capsys, monkeypatch):
+    checkpoint = made_checkpoint(tmp_path / "last.pt")
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    words = "needs the packages onnx and onnxscript: pip install onnx onnxscript"
+    eval_fails(capsys, [checkpoint, "--export", tmp_path / "x.onnx"], words)
+    eval_fails(capsys, [checkpoint, "--export", tmp_path / "x.bin"], "write FILE.pt2, FILE.onnx or")
+    eval_fails(capsys, [checkpoint, "--export", tmp_path / "no" / "x.pt2"], "no such folder")
+
+
 def test_command_line_compares_domains(tmp_path, capsys):
     specs = {}
     for domain, shade in (("near", 0), ("far", 90)):
@@ -3743,7 +3976,11 @@ def test_command_line_fails_in_one_line(tmp_path, capsys, monkeypatch):
             ([checkpoint, *data, "--json", tmp_path / "no" / "x.json"], "x.json"),
             ([checkpoint, "--size", "x"], "WxH"),
             ([checkpoint, "--device", "nonsense"], "nonsense"),
-            ([checkpoint, "--table", "x"], "give a checkpoint, or --table"),
+            ([checkpoint, "--table", "x"], "give a checkpoint first, or --table"),
+            ([checkpoint, "--curves", "x"], "give a checkpoint first, or --table or --curves"),
+            ([checkpoint, "--export", tmp_path / "x.bin"], "write FILE.pt2"),
+            ([checkpoint, "--export", tmp_path / "x.pt2", "--json", "x"], "--json holds scores"),
+            ([checkpoint, "--backbone", "mit_b0"], "says itself what it is"),
             ([checkpoint, "--against", "mic"], "--table"),
             ([checkpoint, *picture], "--before CKPT0"),
             ([checkpoint, "--before", checkpoint], "add --picture"),
@@ -3888,6 +4125,246 @@ def test_published_weight_layouts_load_strictly(tmp_path, layout, suffix):
     assert same_tensors(dict(source.state_dict()), dict(target.state_dict()))
 
 
+# Decoders as the files have them, written out independently of the loader's table: ours, theirs
+SEPARABLE = {f"dilated.{i}.{j}.{k}": f"aspp_modules.{i + 1}.{kind}_conv.{part}"
+             for i in range(3) for j, kind in enumerate(("depthwise", "pointwise"))
+             for k, part in enumerate(("conv", "bn"))}
+ASPP = {"point.0": "aspp_modules.0.conv", "point.1": "aspp_modules.0.bn"} | SEPARABLE
+ASPP |= {"bottleneck.0": "bottleneck.conv", "bottleneck.1": "bottleneck.bn"}
+DAFORMER = {f"fusion.{ours}": f"fuse_layer.{theirs}" for ours, theirs in ASPP.items()}
+DAFORMER |= {f"fusion.linears.{i}": f"embed_layers.{i}.proj" for i in range(4)}
+DAFORMER |= {"classifier": "conv_seg"}
+MLP = {"fusion.fuse": "linear_fuse.conv", "fusion.bn": "linear_fuse.bn",
+       "classifier": "linear_pred"}
+NVIDIA_MLP = MLP | {f"fusion.linears.{i}": f"linear_c{i + 1}.proj" for i in range(4)}
+DAFORMER_MLP = MLP | {f"fusion.linears.{i}": f"linear_c.{i}.proj" for i in range(4)}
+HUGGING_FACE_MLP = {"fusion.fuse": "linear_fuse", "fusion.bn": "batch_norm",
+                    "classifier": "classifier"}
+HUGGING_FACE_MLP |= {f"fusion.linears.{i}": f"linear_c.{i}.proj" for i in range(4)}
+ATTENTION = {"fusion.fuse": "fuse_layer.conv", "fusion.bn": "fuse_layer.bn",
+             "classifier": "conv_seg"}
+ATTENTION |= {f"fusion.linears.{i}": f"embed_layers.{i}.proj" for i in range(4)}
+
+
+def published_decoder(state, names, coarse_first=False):
+    """Our decoder's tensors under the names of a published file, decode_head. before each."""
+    other = {}
+    for key, value in state.items():
+        module, kind = key.rsplit(".", 1)
+        if key == "fusion.fuse.weight" and coarse_first:
+            value = torch.cat(value.chunk(4, 1)[::-1], 1)
+        other[f"decode_head.{names[module]}.{kind}"] = value
+    return other
+
+
+def random_segmenter(decoder, seed=0, channels=16, classes=5):
+    """Every tensor is random, BatchNorm's statistics too."""
+    torch.manual_seed(seed)
+    net = Segmenter("mit_b0", decoder, classes, channels)
+    for name, value in net.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 2)
+        elif value.is_floating_point() and not name.startswith("pixel_"):
+            value.add_(0.1 * torch.randn_like(value))
+    return net.eval()
+
+
+def published_file(net, layout, names, coarse_first=False):
+    backbone = layout(net.backbone.state_dict())
+    backbone = backbone.get("state_dict", backbone)
+    state = {}
+    for key, value in backbone.items():
+        if key.split(".")[0] not in ("backbone", "segformer"):
+            key = f"backbone.{key}"
+        if "classifier" not in key:
+            state[key] = value
+    return state | published_decoder(net.decoder.state_dict(), names, coarse_first)
+
+
+@pytest.mark.parametrize("decoder, layout, names, coarse_first", [
+    ("daformer", dict, DAFORMER, False), ("daformer", mmseg_layout, DAFORMER, False),
+    ("segformer", dict, NVIDIA_MLP, True), ("segformer", dict, DAFORMER_MLP, False),
+    ("segformer", mmseg_layout, NVIDIA_MLP, True),
+    ("segformer", hugging_face_layout, HUGGING_FACE_MLP, True)])
+def test_published_segmenters_give_the_same_logits(decoder, layout, names, coarse_first, tmp_path):
+    net = random_segmenter(decoder)
+    state = published_file(net, layout, names, coarse_first)
+    if "decode_head.linear_pred.weight" in state:  # mmseg's base class makes one that is not used
+        state |= {"decode_head.conv_seg.weight": torch.zeros(5, 128, 1, 1),
+                  "decode_head.conv_seg.bias": torch.zeros(5)}
+    torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "net.pth")
+    loaded = model.load(tmp_path / "net.pth", "mit_b0", decoder, list("abcde"))
+    assert loaded.classes == tuple("abcde") and not loaded.training
+    image = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        assert (loaded(image).logits - net(image).logits).abs().max() <= 1e-5
+
+    # Strictly: what is missing or does not belong there is named
+    first = next(key for key in state if "decode_head" in key)
+    less = {key: value for key, value in state.items() if key != first}
+    one = torch.ones(1)
+    words = {"unexpected 1 .decoder.neck.weight": state | {"decode_head.neck.weight": one},
+             "unexpected 1 .backbone.mic.weight": state | {"mic.weight": one},
+             "missing 1 .decoder": less}
+    for said, wrong in words.items():
+        torch.save(wrong, tmp_path / "wrong.pth")
+        refused_by(CheckpointError, f"wrong.pth: .*{said}", model.load, tmp_path / "wrong.pth",
+                   "mit_b0", decoder, list("abcde"))
+
+
+def test_a_file_of_three_networks_holds_student_and_teacher(tmp_path):
+    nets = {"model": 0, "ema_model": 1, "imnet_model": 2}
+    state = {}
+    for copy_name, seed in nets.items():
+        nets[copy_name] = random_segmenter("daformer", seed)
+        for key, value in published_file(nets[copy_name], dict, DAFORMER).items():
+            state[f"{copy_name}.{key}"] = value
+    torch.save({"state_dict": state}, tmp_path / "mic.pth")
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\n")
+    image = torch.rand(1, 3, 64, 64)
+    for weights, copy_name in (("student", "model"), ("teacher", "ema_model")):
+        loaded = model.load(tmp_path / "mic.pth", "mit_b0", "daformer",
+                            str(tmp_path / "names.txt"), weights=weights)
+        assert loaded.classes == tuple("abcde")
+        with torch.no_grad():
+            assert torch.equal(loaded(image).logits, nets[copy_name](image).logits)
+
+
+def test_init_takes_a_published_segmenters_backbone_and_its_decoder_where_it_fits(tmp_path, capsys):
+    student, teacher = random_segmenter("daformer", 0), random_segmenter("daformer", 1)
+    state = {}
+    for copy_name, net in (("model", student), ("ema_model", teacher)):
+        for key, value in published_file(net, dict, DAFORMER).items():
+            state[f"{copy_name}.{key}"] = value
+    torch.save({"state_dict": state}, tmp_path / "mic.pth")
+    fits, other = random_segmenter("daformer", 2), random_segmenter("segformer", 3)
+    before = {name: value.clone() for name, value in other.decoder.state_dict().items()}
+    load_backbone(fits, tmp_path / "mic.pth")
+    assert "mic.pth: its decoder is taken too" in capsys.readouterr().err
+    assert same_tensors(dict(fits.state_dict()), dict(student.state_dict()))
+    load_backbone(other, tmp_path / "mic.pth")
+    assert "mic.pth: its decoder is left out" in capsys.readouterr().err
+    assert same_tensors(dict(other.backbone.state_dict()), dict(student.backbone.state_dict()))
+    assert same_tensors(dict(other.decoder.state_dict()), before)
+
+
+def test_hrdas_two_decoders_have_our_names():
+    """The second, which weighs the scales, is SegFormer's with one convolution for the fusion."""
+    decoder = random_segmenter("daformer").decoder.state_dict()
+    attention = random_segmenter("segformer").decoder.state_dict()
+    state = {}
+    parts = ("head", decoder, DAFORMER), ("scale_attention", attention, ATTENTION)
+    for part, ours, names in parts:
+        for key, value in published_decoder(ours, names).items():
+            state[f"model.{key.replace('decode_head', f'decode_head.{part}')}"] = value
+    wanted = {f"decoder.{name}": value for name, value in decoder.items()}
+    wanted |= {f"attention.{name}": value for name, value in attention.items()}
+    found = model.published_to_ours(model.split_copies(state)["student"])
+    assert same_tensors(found, wanted)
+
+
+def test_a_segmenter_of_transformers_is_evaluated_as_it_is_saved(tmp_path):
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: its SegFormer not compared")
+    model.import_optional("torchvision")  # which transformers imports too
+    torch.manual_seed(0)
+    theirs = transformers.SegformerForSemanticSegmentation(
+        transformers.SegformerConfig(num_labels=5, decoder_hidden_size=32)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    ours = model.load(path, "mit_b0", "segformer", list("abcde"))
+    image = torch.rand(2, 3, 96, 160)
+    mean = torch.tensor(MixTransformer.mean).view(1, 3, 1, 1)
+    std = torch.tensor(MixTransformer.std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        logits = theirs((image - mean) / std).logits
+        wanted = F.interpolate(logits, (96, 160), mode="bilinear", align_corners=False).softmax(1)
+        assert (evaluation.predict(ours, image) - wanted).abs().max() <= 1e-4
+
+    spec = make_folder(tmp_path / "d", 2, (160, 96), 5)
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\ne\n")
+    evaluation.main([str(path), "--backbone", "mit_b0", "--decoder", "segformer", "--classes",
+                     str(names), "--data", spec, "--json", str(tmp_path / "s.json"), "--device",
+                     "cpu"])
+    total = torch.zeros(5, 5, dtype=torch.int64)
+    for item in map(data.open_dataset(spec, "val", list("abcde")).__getitem__, range(2)):
+        with torch.no_grad():
+            logits = theirs((item["image"][None] / 255 - mean) / std).logits
+        logits = F.interpolate(logits, (96, 160), mode="bilinear", align_corners=False)
+        total += evaluation.confusion(logits.argmax(1), item["label"][None], 5)
+    found = torch.tensor(json.loads((tmp_path / "s.json").read_text())["confusion"])
+    assert (found - total).abs().sum() <= 2e-4 * total.sum()  # two near-equal logits may swap
+
+
+def test_a_published_segmenter_needs_its_three_names(tmp_path):
+    net = random_segmenter("segformer")
+    torch.save(published_file(net, dict, NVIDIA_MLP, True), tmp_path / "net.pth")
+    torch.save(net.backbone.state_dict(), tmp_path / "mit.pth")
+    save_checkpoint(tmp_path / "last.pt", tiny_checkpoint())
+    names = list("abcde")
+    for words, *arguments in (
+            ("net.pth: not one of our checkpoints.*name backbone, decoder and classes", "net.pth"),
+            ("needs backbone, decoder and classes", "net.pth", "mit_b0"),
+            ("swin with segformer is no published", "net.pth", "swin", "segformer", names),
+            ("mit_b0 with aspp is no published", "net.pth", "mit_b0", "aspp", names),
+            ("other shapes .*classifier.*5, 16.* for .3, 16", "net.pth", "mit_b0", "segformer",
+             list("abc")),
+            ("missing .*backbone", "net.pth", "mit_b2", "segformer", names),
+            ("mit.pth: holds no decoder.*--init", "mit.pth", "mit_b0", "segformer", names),
+            ("last.pt: says itself what it is", "last.pt", "mit_b0", "segformer", names),
+            ("net.pth: holds no teacher", "net.pth", "mit_b0", "segformer", names, "teacher")):
+        path = tmp_path / arguments[0]
+        refused_by(CheckpointError, words, model.load, path, *arguments[1:])
+    with pytest.raises(DataError, match="cityscapes20"):
+        model.load(tmp_path / "net.pth", "mit_b0", "segformer", "cityscapes20")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_no_file_of_weights_is_one_plain_line(suffix, tmp_path):
+    """Each line says what the file is; nothing of it runs, no escape code reaches the terminal."""
+    path = tmp_path / f"net{suffix}"
+    state = {"a": torch.zeros(2000)}
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        model.import_optional("safetensors.torch").save_file(state, path)
+    whole = path.read_bytes()
+    cases = {"the file is empty": b"", "text, such as a web page": b"<!DOCTYPE html>\n<html>busy",
+             "text, such as a web page,": b"Entry not found", "git-lfs": b"version https://git-lfs."
+             b"github.com/spec/v1\noid sha256:12\nsize 9\n", "cut off": whole[:len(whole) // 2]}
+    if suffix == ".pth":
+        legacy, module, array, other = io.BytesIO(), io.BytesIO(), io.BytesIO(), io.BytesIO()
+        state = {"a": torch.zeros(1), "args": argparse.Namespace(lr=1)}
+        torch.save(state, legacy, _use_new_zipfile_serialization=False)
+        torch.save(torch.nn.Linear(2, 2), module)
+        torch.save({"a": torch.zeros(1), "best": np.float64(1)}, array)
+        pickle.dump({"a": np.zeros(2)}, other)
+        cases |= {"pickled argparse.Namespace": legacy.getvalue(),
+                  "pickled torch.nn.modules.linear.Linear": module.getvalue(),
+                  "pickled numpy._core.multiarray.scalar": array.getvalue(),
+                  "not by torch.save": other.getvalue()}
+    for words, content in cases.items():
+        path.write_bytes(content)
+        for call, *arguments in ((load_backbone, MixTransformer("mit_b0"), path),
+                                 (model.load, path, "mit_b0", "segformer", ["a", "b"])):
+            with pytest.raises(WeightsError) as caught:
+                call(*arguments)
+            text = str(caught.value)
+            assert words in text and path.name in text and text.isprintable(), text
+    assert "text, such as a web page" in model.why_unreadable(put_text(path), ValueError())
+    with pytest.raises(MemoryError):
+        model.why_unreadable(path, MemoryError())
+
+
+def put_text(path):
+    path.write_text("<html>")
+    return path
+
+
 def test_wrong_weights_are_refused_by_name(tmp_path):
     state = MixTransformer("mit_b0").state_dict()
     broken = {key: value for key, value in state.items() if key != "norm2.bias"}
@@ -3958,6 +4435,46 @@ def test_timm_weights_by_name_and_in_order(tmp_path, capsys):
     assert net.pixel_mean.flatten().tolist() == pytest.approx([0.5] * 3)  # its own, not ImageNet's
 
 
+def test_dinov2_files_load_as_published(tmp_path):
+    torch.manual_seed(0)
+    full = model.import_optional("timm").create_model(
+        "vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True).eval()
+    published = full.state_dict() | {"mask_token": torch.zeros(1, 384)}  # its one other name
+    torch.save(published, tmp_path / "dinov2.pth")
+    net = Segmenter("timm:vit_small_patch14_dinov2", "segformer", 3, 8).eval()
+    load_backbone(net, tmp_path / "dinov2.pth")
+    image = torch.rand(1, 3, 112, 154)
+    with torch.no_grad():
+        wanted = full.forward_features((image - net.pixel_mean) / net.pixel_std)[:, 1:]
+        found = net.encode(image)[-1].flatten(2).transpose(1, 2)  # (B,C,h,w) -> (B,N,C)
+        found = full.norm(found)  # maps are those before the last norm
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_openclip_files_load_as_published(tmp_path):
+    open_clip = model.import_optional("open_clip")
+    torch.manual_seed(0)
+    tower = open_clip.CLIP(64, {"image_size": 224, "patch_size": 16, "width": 256, "layers": 10,
+                                "head_width": 64},
+                           {"context_length": 8, "vocab_size": 9, "width": 64, "heads": 1,
+                            "layers": 1}).eval()
+    torch.save({f"module.{name}": value for name, value in tower.state_dict().items()},
+               tmp_path / "openclip.pth")
+    net = Segmenter("timm:vit_xsmall_patch16_clip_224", "segformer", 3, 8).eval()
+    load_backbone(net, tmp_path / "openclip.pth")
+    image = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        pixels = (image - net.pixel_mean) / net.pixel_std
+        theirs = tower.visual.forward_intermediates(pixels, intermediates_only=True)
+        wanted = theirs["image_intermediates"]
+        found = net.encode(image)
+    for ours, block in zip(found, net.backbone.net.feature_info.out_indices, strict=True):
+        assert (ours - wanted[block]).abs().max() <= 1e-5 * wanted[block].abs().max()
+    swapped = {name: value for name, value in tower.state_dict().items() if "ln_1" not in name}
+    torch.save(swapped, tmp_path / "less.pth")
+    refused_by(WeightsError, "less.pth: not the weights", load_backbone, net, tmp_path / "less.pth")
+
+
 @pytest.mark.parametrize("small, large", [
     ("resnet18", "resnet34"), ("vit_tiny_patch16_224", "deeper")])
 def test_weights_of_a_deeper_model_are_refused(small, large, tmp_path):
@@ -4009,7 +4526,8 @@ def test_dilated_convolution_by_sub_images_equals_torch(size, dilation):
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (33, 65), (64, 96)])
 def test_any_image_size(size):
     grid = tuple(-(-side // 4) for side in size)
-    for names in ("mit_b0 segformer", "mit_b0 daformer", "timm:tf_efficientnet_lite0 segformer"):
+    for names in ("mit_b0 segformer", "mit_b0 daformer", "timm:tf_efficientnet_lite0 segformer",
+                  "timm:convnext_atto segformer"):
         backbone, decoder = names.split()
         out = Segmenter(backbone, decoder, 5, 16).eval()(torch.rand(2, 3, *size))
         assert out.logits.shape == (2, 5, *grid) and out.features.shape == (2, 16, *grid)
@@ -6770,6 +7288,19 @@ def apply_example(block, folder):
             path.write_text(text.replace(old, new))
         else:
             path.write_text(text + "\n\n" + new)
+
+
+def test_a_trained_network_in_six_lines_as_readme_shows_it(tmp_path):
+    block = re.search(r"```python\n(.*?)```", (Path(HERE) / "README.md").read_text(), re.S)[1]
+    assert block.count("\n") == 6
+    (tmp_path / "out").mkdir()
+    made_checkpoint(tmp_path / "out" / "last.pt")
+    put(tmp_path / "photo.jpg", np.random.default_rng(0).integers(0, 256, (48, 64, 3)))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, *sys.path])}
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() in (["road"], ["sky"], ["own", "thing"])
 
 
 def test_a_new_loss_in_four_places_as_readme_shows_it(small_run, tmp_path):
