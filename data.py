@@ -509,12 +509,13 @@ VISTAS_IDS = Table(dict.fromkeys(range(66)) | {
 LOVEDA_IDS = Table(dict(enumerate((
     None, "background", "building", "road", "water", "barren", "forest", "agricultural"))))
 
-# size: the published (W,H), None for that of each file. layouts: tuples of an image glob and the
+# size: the published (W,H), None for that of each file; detail_size: that of training at several
+# resolutions (HRDA), None where it is the same. layouts: tuples of an image glob and the
 # label paths to try, in which a star is what the star of the same rank matched in the image's path.
 # splits: other words for {split}. Files that are named *labelTrainIds* hold TRAIN_IDS, whatever the
 # data set.
 # Tried on real files: camvid, in ids. The others are built to their publishers' descriptions.
-Published = namedtuple("Published", "size ids layouts splits", defaults=({},))
+Published = namedtuple("Published", "size ids layouts splits detail_size", defaults=({}, None))
 
 _LOVEDA_SPLITS = {"train": "Train", "val": "Val", "test": "Test"}
 
@@ -528,24 +529,25 @@ SETS = {
     "cityscapes": Published((1024, 512), LABEL_IDS, [
         ("leftImg8bit/{split}/*/*_leftImg8bit.png",
          "gtFine/{split}/*/*_gtFine_labelIds.png",
-         "gtFine/{split}/*/*_gtFine_labelTrainIds.png")]),
+         "gtFine/{split}/*/*_gtFine_labelTrainIds.png")], detail_size=(2048, 1024)),
     "foggycityscapes": Published((1024, 512), LABEL_IDS, [
         ("leftImg8bit_foggy/{split}/*/*_leftImg8bit_foggy_beta_0.02.png",
          "gtFine/{split}/*/*_gtFine_labelIds.png",
          "gtFine/{split}/*/*_gtFine_labelTrainIds.png")]),
     "gta": Published((1280, 704), GTA_IDS, [
-        ("images/*.png", "labels/*.png")]),
+        ("images/*.png", "labels/*.png")], detail_size=(2560, 1408)),
     "synthia": Published((1280, 760), SYNTHIA_IDS, [
-        ("RGB/*.png", "GT/LABELS/*.png")]),
+        ("RGB/*.png", "GT/LABELS/*.png")], detail_size=(2560, 1520)),
     "urbansyn": Published((1024, 512), URBANSYN_IDS, [
         ("rgb/rgb_*.png", "ss/ss_*.png")]),
     "synscapes": Published((1440, 720), LABEL_IDS, [
         ("img/rgb/*.png", "img/class/*.png")]),
     "acdc": Published((960, 540), TRAIN_IDS, [
-        ("rgb_anon/**/{split}/**/*_rgb_anon.png", "gt/**/{split}/**/*_gt_labelTrainIds.png")]),
+        ("rgb_anon/**/{split}/**/*_rgb_anon.png", "gt/**/{split}/**/*_gt_labelTrainIds.png")],
+        detail_size=(1920, 1080)),
     "darkzurich": Published((960, 540), TRAIN_IDS, [
         ("rgb_anon/{split}/night/**/*_rgb_anon.png",
-         "gt/{split}/night/**/*_gt_labelTrainIds.png")]),
+         "gt/{split}/night/**/*_gt_labelTrainIds.png")], detail_size=(1920, 1080)),
     "bdd100k": Published((1280, 720), TRAIN_IDS, [
         ("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
         ("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")]),
@@ -1358,7 +1360,7 @@ def _in_processes(task, items, text):
 # ---------------------------------------------------------------- the data set
 
 def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False, ids="classes",
-                 antialias=True):
+                 antialias=True, detail=False):
     """
     Data set of {"image": uint8 (3,H,W) tensor, "label": uint8 (h,w) tensor or None, "name": str}.
 
@@ -1371,7 +1373,8 @@ def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False
     images may lack a label, and are then served with one of 255. ids: what the values of own masks
     mean where their SPEC has no IDS: "classes", positions in these, or what the file says of which
     these are; another file; None, which makes such masks an error. antialias: see resize_image;
-    without it files are not cached. Raises DataError at once for what file names tell, and at
+    without it files are not cached. detail: the published size is that of training at several
+    resolutions, where there is one. Raises DataError at once for what file names tell, and at
     reading for what is wrong in a file.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
@@ -1380,7 +1383,7 @@ def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False
     if classes is None:
         classes = default_classes(specs[0])
     names = class_names(classes)
-    how = names, size, cache, partial, ids, antialias
+    how = names, size, cache, partial, ids, antialias, detail
     parts = [SegmentationDataset(one, split, *how) for one in specs]
     return parts[0] if len(parts) == 1 else Pool(parts, partial)
 
@@ -1412,12 +1415,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, spec, split, classes, size, cache, partial=False, ids="classes",
-                 antialias=True):
+                 antialias=True, detail=False):
         self.spec = spec
         self.split = split
         self.classes = classes
         self.partial = partial
         self.antialias = antialias
+        self.detail = detail
         self.notes = []
         self.no_labels = ""  # says where labels were looked for in vain
         self.left_out = []
@@ -1469,6 +1473,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if self.kind in SETS:
             self.ids = SETS[self.kind].ids
             self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
+            if self.detail:
+                return SETS[self.kind].detail_size or SETS[self.kind].size
             return SETS[self.kind].size
         self._set_own_ids(spec.ids or ids)
         self.train_ids = spec.ids is None and self.ids.kind == "position"
@@ -2488,17 +2494,44 @@ def class_mix(source, source_label, target, target_label, target_weight, present
     return image, label, weight, mask[:, None]
 
 
-def block_mask(batch, size, block, ratio, generator, shard=(0, 1)):
+def detail_corner(crop, side, generator, cell=16):
+    """
+    (top, left) of a detail crop of side x side pixels in a crop, the same for the joint batch: each
+    uniform over the multiples of `cell` from 0 to crop - side. None, without a draw, if side is 0.
+
+    Source: HRDA (Hoyer et al., ECCV 2022), whose code takes multiples of 8 and never the last one.
+    Here cells of contrasts (16 pixels) lie wholly inside or outside.
+    """
+    if not side:
+        return None
+    places = (crop - side) // cell + 1
+    top, left = torch.randint(places, (2,), generator=generator).tolist()
+    return top * cell, left * cell
+
+
+def _whole_cells(first, length, cells, whole):
+    """Slice of those of `cells` cells along a side of `whole` pixels that lie in first..+length."""
+    return slice(-(-first * cells // whole), (first + length) * cells // whole)
+
+
+def block_mask(batch, size, block, ratio, generator, shard=(0, 1), corner=None, side=0):
     """
     1 (keep) or 0 (hide) per block, float32 (B,1,H,W). size (H,W).
 
     There are round(H/block) x round(W/block) cells, kept where u > ratio. In each image the cell of
-    the largest u is kept too: nothing can be learned from an image that is hidden whole.
+    the largest u is kept too: nothing can be learned from an image that is hidden whole. The same
+    holds for the detail crop of `side` pixels at the corner (top, left), if there is one: of the
+    cells that lie wholly in it, which must be one at least, that of the largest u is kept.
     Source: MIC (Hoyer et al., CVPR 2023), section 3.2.
     """
     rows, columns = [max(1, round(side / block)) for side in size]
     u = uniform((batch, 1, rows, columns), generator, shard)
     cells = (u > ratio) | (u == u.amax((2, 3), keepdim=True))
+    if corner:
+        top, left = corner
+        box = np.s_[..., _whole_cells(top, side, rows, size[0]),
+                    _whole_cells(left, side, columns, size[1])]
+        cells[box] |= u[box] == u[box].amax((2, 3), keepdim=True)
     return F.interpolate(cells.float(), size=tuple(size))  # nearest: (B,1,h,w) -> (B,1,H,W)
 
 

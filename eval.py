@@ -47,16 +47,11 @@ from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, 
                   majority_label, open_dataset, overlay, palette, parse_size, read_colours,
                   read_image, resize_image, save_ids, walk, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags,
-                   is_out_of_memory, load, open_checkpoint, reason_of, upsample_pseudo_label,
-                   write_exported)
+                   is_out_of_memory, load, open_checkpoint, reason_of, starts,
+                   upsample_pseudo_label, write_exported)
 
 # --------------------------------------------------------------------------------------------------
 # Prediction
-
-
-def starts(length, window, stride):
-    """First pixels of the windows along one side; the last one is shifted back to stay inside."""
-    return [*range(0, length - window, stride), length - window]
 
 
 def head_logits(model, image, head):
@@ -376,10 +371,11 @@ class Cells(NamedTuple):
 def accumulate_cells(model, dataset, head, centroids=None, known=None):
     """Cells of a labelled data set in one decoder's features.
 
-    Features of a whole image are averaged over 2 x 2 positions (stride 8 where they have 4) and
-    scaled to length 1; such a cell counts where one class covers 75 % of it. centroids: unit
-    vectors (K,C) of another domain, to count hits; `known` (K,) is 0 for a class that has none
-    there. Raises DataError where no cell has a class.
+    Features of a whole image are averaged over 2 x 2 positions (stride 8 where they have 4, 16
+    where the network sees the image at half its size too) and scaled to length 1; such a cell
+    counts where one class covers 75 % of it. centroids: unit vectors (K,C) of another domain, to
+    count hits; `known` (K,) is 0 for a class that has none there. Raises DataError where no cell
+    has a class.
     """
     K = len(dataset.classes)
     sums, second = 0, 0  # C is known from the first features
@@ -782,9 +778,11 @@ def submit(model, dataset, folder, window=None, flip=False, head="plain"):
 # interval is a little too wide.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
          2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-# What has to be the same in all runs of one table: flags, and what read_run adds to them.
-COMPARABLE = ("target", "val", "classes", "size", "crop", "batch", "steps", "backbone", "decoder",
-              "channels", "init", "slide", "images per step", "validation images")
+# What has to be the same in all runs of one table: flags, and what read_run adds to them. Size, crop
+# and batch need not be: labels are scored at their own size, and rows at one and at several
+# resolutions differ in all three.
+COMPARABLE = ("target", "val", "classes", "steps", "backbone", "decoder", "channels", "init",
+              "slide", "validation images")
 # Flags that may differ within a row: the seed, and those that change no number. The number of
 # processes counts by the images per step.
 FREE = {"seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
@@ -1594,10 +1592,11 @@ def write_network(args, checkpoint, model):
     print(f"classes: {', '.join(model.classes)}")
 
 
-def open_data(args, flags, classes, size):
+def open_data(args, flags, classes, size, detail):
     """The data sets (to predict, --alignment, --adabn), None where one is not asked for; notes.
 
-    flags: those of the run. All files that will be scored are checked. Raises DataError.
+    flags: those of the run; size, detail: as of open_dataset. All files that will be scored are
+    checked. Raises DataError.
     """
     # What the values of own masks mean that have no IDS: positions in the classes, or what the file
     # of --classes says. Where the classes came from IDS or a file that is gone, nothing says it.
@@ -1606,7 +1605,7 @@ def open_data(args, flags, classes, size):
         ids = "classes"
     elif ids != "classes" and not Path(ids or "").is_file():
         ids = None
-    how = {"ids": ids, "antialias": flags.get("antialias", True)}
+    how = {"ids": ids, "antialias": flags.get("antialias", True), "detail": detail}
     dataset = source = target = None
     checked = []
     if not (args.images or args.export):
@@ -1652,13 +1651,14 @@ def run(args):
     flags = checkpoint["flags"]
     classes = model.classes
     size = args.size or flags["size"]
+    detail = model.detail > 0  # several resolutions have published sizes of their own
     slide = flags.get("slide") if args.slide is None else args.slide
     how = {"window": flags["crop"] if slide else None, "flip": args.flip, "head": args.head}
     colors = palette(classes)
     if args.palette:
         colors = read_colours(args.palette, classes)
 
-    dataset, source, target, notes = open_data(args, flags, classes, size)
+    dataset, source, target, notes = open_data(args, flags, classes, size, detail)
     if target:
         model = adapt_batchnorm(model, target)
     if args.export:

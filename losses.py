@@ -123,6 +123,13 @@ def _one_hot(label, num_classes):
     return (label[:, None] == torch.arange(num_classes, device=label.device)).float()
 
 
+def _anchors(label):
+    """How many cells of labels (N,) have a positive and a negative, a mean over the processes."""
+    count = _one_hot(label, IGNORE).sum(0)  # (255,)
+    counted = (count * ((count > 1) & (count < count.sum()))).sum()
+    return mean_over_ranks(counted).clamp(min=1e-6)
+
+
 def cluda(rows, label, weight=None, tau=0.1):
     """The mean contrast among the pixels of both domains (CLUDA, Vayyat et al., 2022).
 
@@ -138,9 +145,44 @@ def cluda(rows, label, weight=None, tau=0.1):
     value = pixel_nce(
         rows, rows, label, label, weight, weight, tau, "per_positive", exclude_self=True
     )
-    count = _one_hot(label, IGNORE).sum(0)  # (255,)
-    counted = (count * ((count > 1) & (count < count.sum()))).sum()
-    return value.sum() / mean_over_ranks(counted).clamp(min=1e-6)
+    return value.sum() / _anchors(label)
+
+
+def cluda_two(rows, detail, label, gate, window, weight=None, tau=0.1):
+    """CLUDA's learned-weighted contrast of two resolutions (Vayyat et al., 2022), as rebuilt.
+
+    A cell of the context that lies in the detail crop is contrasted twice: with the context's cells
+    (R, a row of `cluda`) and with the crop's detail cells (T). Its gate q weighs the two, q * R +
+    (1 - q) * T; outside of the crop it is R alone. The mean is over the cells that cluda counts;
+    with q = 1 the value is cluda's. A learned gate falls where T is the smaller of the two, and
+    nothing else holds it: watch its mean.
+
+    rows: unit float (B,h,w,C), the context's cells; detail: unit float (B,a,b,C), the same cells of
+    the crop seen at full size; both with gradient. label: int (B,h,w), 255 = takes no part; gate:
+    float (B,a,b), from 0 to 1; window: index of the crop in (B,h,w), in cells; weight: float
+    (B,h,w), a pair weighs the product; tau: temperature. The cell at the same place is nobody's
+    key at either resolution.
+
+    The released code (no temperature, weight 1) differs in what are taken for its faults: with two
+    images rows meet labels of other cells, 255 is a class, road counts as outside of the crop, and
+    there the missing detail enters as keys of zeros, which drive the gate. It gates a pair by q_i *
+    q_j; here by the anchor's q_i, which needs no gradient through keys' weights.
+    """
+    if weight is None:
+        weight = torch.ones(label.shape, device=label.device)
+
+    def contrast(anchors, keys, where):
+        y, w = label[where].flatten(), weight[where].flatten()  # (B,a,b) -> (n,)
+        values = pixel_nce(
+            anchors.flatten(0, 2), keys.flatten(0, 2), y, y, w, w, tau, "per_positive",
+            exclude_self=True
+        )
+        return values.view(anchors.shape[:3])  # (n,) -> (B,a,b)
+
+    own = contrast(rows, rows, ...)  # R, (B,h,w)
+    across = contrast(rows[window], detail, window)  # T, (B,a,b)
+    total = own.sum() + ((1 - gate) * (across - own[window])).sum()
+    return total / _anchors(label.flatten())
 
 
 @without_autocast

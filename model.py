@@ -52,17 +52,22 @@ from torch.utils.checkpoint import checkpoint
 from data import DataError, Parser, cache_folder, class_names, fail, interrupted, read_lines
 from kernels import text_correlation, upsample_pseudo_label  # the second for train.py and eval.py
 
-# What a Segmenter gives: logits (B,K,h,w), features (B,C,h,w), pyramid, a list of (B,C_i,h_i,w_i)
-Output = namedtuple("Output", "logits features pyramid")
+# What a Segmenter gives: logits (B,K,h,w), features (B,C,h,w), pyramid, a list of (B,C_i,h_i,w_i).
+# After a pass with a detail crop also the crop's own Output, and where it was cut out: window, the
+# index of the crop in maps (B,H,W) of pixels. Both are None at one resolution.
+Output = namedtuple("Output", "logits features pyramid detail window", defaults=(None, None))
 
 
 def joined(outputs):
-    """The Output of a whole batch, from a list of Outputs of its parts."""
+    """The Output of a whole batch, from a list of Outputs of its parts, all with one window."""
     if len(outputs) == 1:
         return outputs[0]
-    logits, features, pyramids = zip(*outputs)
+    logits, features, pyramids, details, windows = zip(*outputs)
     pyramid = [torch.cat(maps) for maps in zip(*pyramids)]
-    return Output(torch.cat(logits), torch.cat(features), pyramid)
+    detail = None
+    if details[0] is not None:
+        detail = joined(details)
+    return Output(torch.cat(logits), torch.cat(features), pyramid, detail, windows[0])
 
 
 class WeightsError(ValueError):
@@ -788,6 +793,27 @@ class DenseLanguageGuidance(nn.Module):
 # The network as a whole
 
 
+def starts(length, window, stride):
+    """First pixels of the windows along one side; the last one is shifted back to stay inside."""
+    return [*range(0, length - window, stride), length - window]
+
+
+def mean_of_windows(logits, corners, size):
+    """Logits of windows laid over each other: their mean (B,K,*size), and how many there were.
+
+    logits: float (n*B,K,h,w), the windows of all B images one after the other; corners: the n top
+    left cells, (top, left). Where there is no window the mean is 0. count: float (*size).
+    """
+    height, width = logits.shape[2:]
+    parts = logits.chunk(len(corners))  # (n*B,K,h,w) -> n of (B,K,h,w)
+    total = logits.new_zeros(*parts[0].shape[:2], *size)
+    count = logits.new_zeros(size)
+    for (top, left), part in zip(corners, parts):
+        total[..., top:top + height, left:left + width] += part
+        count[top:top + height, left:left + width] += 1
+    return total / count.clamp(min=1), count
+
+
 class Segmenter(nn.Module):
     """A backbone and a decoder; owns the pixel statistics, so that callers pass RGB in [0,1].
 
@@ -800,12 +826,16 @@ class Segmenter(nn.Module):
     pretrained  ask timm for the hub's weights (network)
     projection  add .projection, rows (N,C) -> (N,C), through which T2S-DA sees the features
     stages      add .stage_projection, through which SePiCo sees the encoder
+    detail      two resolutions (HRDA): the side, in pixels, of the crops that are seen at full size
+                beside the whole image at half of it; 0: one resolution. See two_scales
+    gate        add .gate, a decoder with one output, which weighs CLUDA's contrast with detail
 
-    Raises ValueError on unknown names.
+    Raises ValueError on unknown names, and on a detail that is no whole number of cells.
     """
 
     def __init__(self, backbone="mit_b0", decoder="segformer", num_classes=19, channels=256,
-                 language=None, text=None, pretrained=False, projection=False, stages=False):
+                 language=None, text=None, pretrained=False, projection=False, stages=False,
+                 detail=0, gate=False):
         super().__init__()
         if decoder not in FUSIONS:
             raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(FUSIONS)}")
@@ -842,8 +872,33 @@ class Segmenter(nn.Module):
         self.stage_projection = None
         if stages:
             self.stage_projection = StageProjection(inputs)
+
+        # Both are SegFormer's decoder on the context's maps, whatever --decoder is (HRDA, CLUDA)
+        self.detail = detail
+        self.attention = None
+        self.gate = None
+        if detail:
+            self.check_detail()
+            self.attention = Decoder("segformer", inputs, channels, num_classes)
+        if gate:
+            self.gate = Decoder("segformer", inputs, channels, 1)
         self.register_buffer("pixel_mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(self.backbone.std).view(1, 3, 1, 1))
+
+    def check_detail(self):
+        """Raise WeightsError, a ValueError, where a detail crop is no whole number of cells.
+
+        A cell of the context is as wide as two of the detail; corners are multiples of 16.
+        """
+        name = self.backbone.name
+        if self.stride not in (2, 4, 8, 16, 32):
+            raise WeightsError(f"--detail: the finest maps of {name} have a stride of "
+                               f"{self.stride} pixels, it must be a power of two; take another "
+                               "backbone")
+        for step in (2 * self.stride, self.backbone.multiple):
+            if self.detail % step:
+                raise WeightsError(f"--detail: a crop of {self.detail} pixels is no multiple of "
+                                   f"{step}, as {name} needs it; take another --crop")
 
     def compilable(self):
         """The modules that torch.compile takes whole, whatever the recipe: the backbone and the
@@ -879,15 +934,100 @@ class Segmenter(nn.Module):
             return F.pad(maps, (0, w - maps.shape[3], 0, h - maps.shape[2]))
         return maps[..., :h, :w]
 
-    def forward(self, x, head="plain"):
+    def forward(self, x, head="plain", corner=None):
         """x: float (B,3,H,W), RGB in [0,1]; head: plain | language | None -> Output.
 
         logits (B,K,h,w), h = ceil(H/stride); features of that decoder on the same grid; pyramid of
-        the backbone. None: no decoder runs, and there is the pyramid alone. Raises ValueError where
-        there is no such head.
+        the backbone. None: no decoder runs, and there is the pyramid alone. With two resolutions
+        features and pyramid are those of the image at half its size, and corner, (top, left), is
+        that of the one detail crop; None: crops cover the image. Raises ValueError where there is
+        no such head, and on a corner between two cells.
         """
         if head not in (*self.heads, None):
             raise ValueError(f"this network has no {head!r} head")
+        if corner and any(side % self.stride for side in corner):
+            raise ValueError(f"the corner {corner} is no multiple of the stride, {self.stride}")
+        if self.detail and head is not None:
+            return self.two_scales(x, head, corner)
+        return self.one_scale(self.context(x), head)
+
+    def context(self, x):
+        """What the network sees of an image (B,3,H,W) as a whole.
+
+        With two resolutions that is half its size, H and W are even: the mean of 2 x 2 pixels,
+        which is what bilinear interpolation without antialiasing gives.
+        """
+        if self.detail:
+            return F.avg_pool2d(x, 2)  # (B,3,H,W) -> (B,3,H/2,W/2)
+        return x
+
+    def cell(self):
+        """Side, in pixels of the image, of a cell of the context's finest maps."""
+        return 2 * self.stride if self.detail else self.stride
+
+    def two_scales(self, x, head="plain", corner=None):
+        """An image at half its size and crops of it at full size, fused: HRDA, Hoyer et al., 2022.
+
+        One crop of 1024 from disk to gradient: data.Crops cuts it out of a frame of 2048 x 1024 and
+        train.py draws a corner, say (256, 128). The mean of 2 x 2 pixels makes the context, 512 x
+        512; the square of 512 at the corner is the detail, cut out and not scaled. The same
+        backbone and decoder see one after the other, in two batches for BatchNorm. Each gives
+        logits of 128 x 128: a cell of the context covers 8 x 8 pixels of the crop, one of the
+        detail 4 x 4. From the context's maps the attention says how much to trust the detail, one
+        number from 0 to 1 for each class and cell, about 0.5 at the start. Context and attention
+        are upsampled to 256 x 256, the grid of the crop's cells; there the detail takes rows 64 to
+        191 and columns 32 to 159. Outside of them the context speaks alone, inside it is attention
+        * detail + the rest * context. A kernel takes the last step to 1024 x 1024 labels: this
+        loss counts 0.9, that of the detail's own logits on its 512 x 512 labels 0.1. Backward runs
+        through both passes into the one backbone, and through the context's maps into the
+        attention. Teacher and evaluation have no corner: nine details, 256 pixels apart, cover the
+        crop in one batch, and where they overlap their logits are averaged.
+
+        x, head, corner: see forward; corner a multiple of the stride. Sides of an image that are no
+        multiple of two strides get a mean-coloured rim, which is cut off again; sides below
+        `detail` are taken whole. The fused logits are float32.
+
+        HRDA masks the attention before it is upsampled, so that the weights of a cell beside the
+        detail sum to 1 - attention / 4; here they sum to 1, and inside the crop a pixel gets in
+        training what it gets in evaluation.
+        """
+        height, width = x.shape[2:]
+        cell = self.cell()
+        right, below = -width % cell, -height % cell
+        if right or below:
+            x = F.pad(x - self.pixel_mean, (0, right, 0, below)) + self.pixel_mean
+
+        # where the crops are: (top, left) of each, and the index that cuts it out
+        H, W = x.shape[2:]
+        h, w = min(self.detail, H), min(self.detail, W)
+        corners = [corner]
+        if corner is None:
+            step = self.detail // 2
+            corners = list(itertools.product(starts(H, h, step), starts(W, w, step)))
+        boxes = []
+        for top, left in corners:
+            boxes.append((..., slice(top, top + h), slice(left, left + w)))
+
+        # one batch of whole images, one of all n crops, (n*B,3,h,w)
+        context = self.one_scale(self.context(x), head)
+        detail = self.one_scale(torch.cat([x[box] for box in boxes]), head)
+
+        # all in float32 on the grid of the whole image: (B,K,H/stride,W/stride)
+        low = context.logits.float()  # (B,K,H/cell,W/cell)
+        attention = self.attention(context.pyramid)[0].float().sigmoid()
+        attention = attention[..., :low.shape[2], :low.shape[3]]
+        size = (H // self.stride, W // self.stride)
+        cells = [(top // self.stride, left // self.stride) for top, left in corners]
+        sharp, count = mean_of_windows(detail.logits.float(), cells, size)
+        change = resize(attention, size) * sharp - resize(attention * low, size)
+        logits = resize(low, size) + (count > 0) * change
+        logits = logits[..., :math.ceil(height / self.stride), :math.ceil(width / self.stride)]
+        if corner is None:
+            return Output(logits, context.features, context.pyramid)
+        return Output(logits, context.features, context.pyramid, detail, boxes[0])
+
+    def one_scale(self, x, head="plain"):
+        """forward() at the image's own resolution."""
         pyramid = self.encode(x)
         if head is None:
             return Output(None, None, pyramid)
@@ -1546,7 +1686,7 @@ def in_order(state, full, name, path):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: dicts of tensors and plain Python values
 
-CONTRAST_HEADS = re.compile(r"(?:module\.|_orig_mod\.)*(?:stage_)?projection\.")
+CONTRAST_HEADS = re.compile(r"(?:module\.|_orig_mod\.)*(?:(?:stage_)?projection|gate)\.")
 CHECKPOINT_KEYS = ("flags", "classes", "student", "teacher", "optimizer", "step", "versions")
 
 
@@ -1697,7 +1837,8 @@ def fit_heads(state, student, before, classes):
     Optional heads the network lacks are dropped, new ones keep their fresh weights. The text bank
     comes from --text. before, classes: see fit_classes.
     """
-    optional = ("projection.", "stage_projection.", "language_decoder.", "text.", "guidance.")
+    optional = ("projection.", "stage_projection.", "language_decoder.", "text.", "guidance.",
+                "attention.", "gate.")
     own = student.state_dict()
     state = fit_classes(state, student, before, classes)
     fitted = {name: value for name, value in own.items() if name.startswith(optional)}
@@ -1776,6 +1917,7 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
         flags["channels"],
         flags.get("language"),
         checkpoint_bank(checkpoint),
+        detail=round(flags.get("detail", 0) * flags.get("crop", 0)),
     )
     load_weights(net, state, path)
     net.classes = tuple(checkpoint["classes"])

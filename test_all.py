@@ -905,6 +905,52 @@ def test_block_mask():
     assert left.tolist() == [256.0] * 3
 
 
+@pytest.mark.parametrize("crop, side, block, places", [
+    (64, 32, 8, 3), (128, 64, 16, 5), (96, 48, 10, 4), (1024, 512, 64, 33)])
+def test_a_detail_crop_always_has_a_visible_block(crop, side, block, places):
+    g, corners = generator(3), set()
+    for draw in range(200):
+        corner = data.detail_corner(crop, side, g)
+        corners.add(corner)
+        top, left = corner
+        if crop < 1000 or draw < 5:
+            keep = data.block_mask(3, (crop, crop), block, 1.0, g, corner=corner, side=side)
+            kept = keep[..., top:top + side, left:left + side].sum((1, 2, 3))
+            # one whole block; the largest u of the whole crop may lie there too
+            least = (crop // round(crop / block)) ** 2
+            assert kept.min() >= least and keep.sum((1, 2, 3)).max() < 4 * (block + 2) ** 2
+    for axis in (0, 1):
+        found = {corner[axis] for corner in corners}
+        assert found <= set(range(0, crop - side + 1, 16))
+        assert places > 10 or found == set(range(0, crop - side + 1, 16))  # the last one too
+    assert all(isinstance(number, int) for corner in corners for number in corner)
+    if places > 10:
+        assert len(corners) > 150 and max(corners)[0] > 480
+
+
+def test_detail_corners_are_drawn_only_where_there_is_a_detail():
+    g = generator(1)
+    before = g.get_state()
+    assert data.detail_corner(64, 0, g) is None and torch.equal(g.get_state(), before)
+    assert data.detail_corner(64, 64, g) == (0, 0)
+    # every process draws the same for the joint batch
+    first, second = (data.detail_corner(128, 64, generator(1)) for _ in range(2))
+    assert first == second
+    a, b = generator(2), generator(2)
+    plain = data.block_mask(2, (64, 64), 8, 0.7, a)
+    boxed = data.block_mask(2, (64, 64), 8, 0.7, b, corner=(16, 16), side=32)
+    assert torch.equal(a.get_state(), b.get_state()) and (boxed >= plain).all()
+
+
+@pytest.mark.parametrize("spec, size, detail", [
+    ("cityscapes", (1024, 512), (2048, 1024)), ("gta", (1280, 704), (2560, 1408)),
+    ("synthia", (1280, 760), (2560, 1520)), ("acdc", (960, 540), (1920, 1080)),
+    ("darkzurich", (960, 540), (1920, 1080)), ("camvid", (480, 360), None)])
+def test_published_sizes_at_several_resolutions(spec, size, detail):
+    row = data.SETS[spec]
+    assert (row.size, row.detail_size) == (size, detail)
+
+
 def test_draws_do_not_depend_on_the_number_of_processes():
     *inputs, weight = mix_inputs()
     source, present = inputs[0], data.present_classes(inputs[1], 19)
@@ -3474,6 +3520,9 @@ def test_table_refuses_what_it_cannot_compare(tmp_path, capsys):
                        (tmp_path / "text", "no start event")):
         refused(lambda: evaluation.table([one, bad]), bad, words)
     refused(lambda: evaluation.table([one], "two"), "--against 'two': no such row; there are: one")
+    # rows of one and of several resolutions stand in one table
+    hrda = made_log(tmp_path / "hrda-0", 0, 44, 45, size=[48, 36], crop=32, batch=1, detail=0.5)
+    assert "| hrda |" in evaluation.table([one, hrda], "one")
     sources = [made_log(tmp_path / f"source{i}", 0, 40, None, 42, "source") for i in (1, 2)]
     refused(lambda: evaluation.table([one, *sources]), "source1, source2", "--against")
     evaluation.table([one, *sources], "source1")
@@ -3640,6 +3689,42 @@ def test_alignment_sees_collapse():
     assert [point["distance"], point["margin"]] == pytest.approx([0, 0], abs=1e-9)
     assert point["ratio"] is point["effective_rank"] is None
     assert point["nearest_class_accuracy"] == pytest.approx(100 / 3)
+
+
+def test_evaluation_at_two_resolutions():
+    net, image = detailed_net(classes=19), torch.rand(1, 3, 64, 96)
+    whole = evaluation.predict(net, image)
+    assert torch.equal(evaluation.predict(net, image, window=96), whole)  # the image is the window
+    up = F.interpolate(net(image).logits, (64, 96), mode="bilinear").softmax(1)
+    torch.testing.assert_close(whole, up)
+    slid = evaluation.predict(net, image, window=64)  # context and details of each window of 64
+    parts = [net(image[..., left:left + 64]).logits for left in (0, 32)]
+    parts = [F.interpolate(part, (64, 64), mode="bilinear") for part in parts]
+    middle = ((parts[0][..., 32:] + parts[1][..., :32]) / 2).softmax(1)
+    torch.testing.assert_close(slid[..., 32:64], middle)
+    assert not torch.allclose(slid, whole, atol=1e-3)
+
+    images = MadeImages(n=2, names=NAMES19, size=(64, 96))
+    one = evaluation.accumulate_cells(net, SixteenWide(images), "plain")
+    assert one.count.sum() == 2 * 4 * 6  # cells of 16 x 16 pixels
+    adapted = evaluation.adapt_batchnorm(net, images, 2, 2)
+    norm = adapted.decoder.fusion.bn
+    assert norm.num_batches_tracked == 2  # one batch of contexts, one of details
+    assert adapted.attention.fusion.bn.num_batches_tracked == 1
+
+
+class SixteenWide:
+    """The images with labels of the same size, in squares of 16 pixels."""
+
+    def __init__(self, images):
+        self.images, self.classes, self.spec, self.split = images, images.classes, "made", "val"
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        label = torch.randint(0, 19, (4, 6), generator=generator(i)).byte()
+        return self.images[i] | {"label": label.repeat_interleave(16, 0).repeat_interleave(16, 1)}
 
 
 def test_alignment_of_absent_classes_and_wrong_input():
@@ -4625,6 +4710,225 @@ def test_batchnorm_is_averaged_and_a_layer_that_never_ran_is_the_students():
     assert torch.equal(student.pixel_std, busy.pixel_std)
 
 
+# --------------------------------------------------------------------------------------------------
+# model.py: two resolutions
+
+
+def detailed_net(detail=32, classes=3, seed=0, backbone="mit_b0", **options):
+    """A network of two resolutions in eval mode, its attention other in each cell."""
+    torch.manual_seed(seed)
+    net = Segmenter(backbone, "segformer", classes, 8, detail=detail, **options).eval()
+    with torch.no_grad():
+        net.attention.classifier.weight.normal_(std=3.0)
+        net.decoder.classifier.weight.normal_(std=1.0)
+    return net
+
+
+def attend(net, bias):
+    """The network with an attention that is the same everywhere."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        net.attention.classifier.weight.zero_()
+        net.attention.classifier.bias.fill_(bias)
+    return net
+
+
+def window_corners(size, detail):
+    """The corners of half-overlapping windows of a side that cover an image, one by one."""
+    corners = []
+    for side in size:
+        window, first, along = min(detail, side), 0, []
+        while first + window < side:
+            along.append(first)
+            first += detail // 2
+        corners.append([*along, side - window])
+    return list(itertools.product(*corners))
+
+
+def plain_two_scales(net, x, corners, copied=True):
+    """HRDA's fusion in float64, cell by cell, with the mask after the upsampling: logits (B,K,h,w).
+
+    A cell is a square of 4 x 4 pixels; net is of stride 4, x of sides that are multiples of 8.
+    """
+    if copied:
+        net = copy.deepcopy(net).double()
+    x = x.double()
+    pyramid = net.encode(F.interpolate(x, scale_factor=0.5, mode="bilinear"))
+    z, a = net.decoder(pyramid)[0], net.attention(pyramid)[0].sigmoid()
+    h, w = (side // 8 for side in x.shape[2:])
+    z, a = z[..., :h, :w], a[..., :h, :w]  # without the rim of images below 32 pixels
+    up_z, up_a, up_az = (F.interpolate(m, scale_factor=2, mode="bilinear") for m in (z, a, a * z))
+    height, width = (min(net.detail, side) for side in x.shape[2:])
+    seen = {}
+    for top, left in corners:
+        v = net.decoder(net.encode(x[..., top:top + height, left:left + width]))[0]
+        for i, j in itertools.product(range(height // 4), range(width // 4)):
+            seen.setdefault((top // 4 + i, left // 4 + j), []).append(v[..., i, j])
+    columns = []
+    for i, j in itertools.product(range(2 * h), range(2 * w)):
+        fused = up_z[..., i, j]
+        if (i, j) in seen:
+            mean = sum(seen[i, j]) / len(seen[i, j])
+            fused = fused + up_a[..., i, j] * mean - up_az[..., i, j]
+        columns.append(fused)
+    return torch.stack(columns, 2).view(*z.shape[:2], 2 * h, 2 * w)
+
+
+@pytest.mark.parametrize("size, corner", [
+    ((64, 64), (16, 32)), ((64, 64), None), ((32, 32), None), ((64, 96), (32, 64)),
+    ((40, 104), None), ((24, 48), None)])
+def test_two_resolutions_are_fused_as_the_equation_says(size, corner):
+    net, x = detailed_net(), torch.rand(2, 3, *size)
+    out = net(x, corner=corner)
+    corners = [corner] if corner else window_corners(size, 32)
+    assert out.logits.dtype == torch.float32
+    torch.testing.assert_close(
+        out.logits, plain_two_scales(net, x, corners).float(), rtol=1e-5, atol=1e-5)
+    context = net.one_scale(F.interpolate(x, scale_factor=0.5, mode="bilinear"))
+    assert torch.equal(out.features, context.features)
+    assert all(map(torch.equal, out.pyramid, context.pyramid))
+    if corner is None:
+        assert out.detail is None and out.window is None
+    else:
+        box = x[..., corner[0]:corner[0] + 32, corner[1]:corner[1] + 32]
+        assert torch.equal(x.movedim(1, 0)[:, out.window[0]][(..., *out.window[1:])].movedim(0, 1),
+                           box)
+        assert torch.equal(out.detail.logits, net.one_scale(box).logits)
+
+
+def test_full_attention_is_the_detail_and_none_is_the_context():
+    net, x, box = detailed_net(), torch.rand(2, 3, 64, 96), (..., slice(4, 12), slice(8, 16))
+    context = net.one_scale(net.context(x)).logits
+    context = F.interpolate(context, scale_factor=2, mode="bilinear")
+    detail = net.one_scale(x[..., 16:48, 32:64]).logits
+    full, half, nothing = (attend(net, bias)(x, corner=(16, 32)).logits for bias in (50, 0, -50))
+    torch.testing.assert_close(full[box], detail)  # its rim too
+    torch.testing.assert_close(half[box], (detail + context[box]) / 2)
+    torch.testing.assert_close(nothing, context)
+    outside = torch.ones_like(full, dtype=torch.bool)
+    outside[box] = False
+    for logits in (full, half, net(x, corner=(16, 32)).logits):  # whatever the attention
+        assert torch.equal(logits[outside], context[outside])
+    # where windows cover the image: their mean
+    total, count = torch.zeros_like(context), torch.zeros(16, 24)
+    for top, left in window_corners((64, 96), 32):
+        cells = (..., slice(top // 4, top // 4 + 8), slice(left // 4, left // 4 + 8))
+        total[cells] += net.one_scale(x[..., top:top + 32, left:left + 32]).logits
+        count[cells] += 1
+    assert sorted(set(count.flatten().tolist())) == [1, 2, 4]
+    torch.testing.assert_close(attend(net, 50)(x).logits, total / count)
+    torch.testing.assert_close(attend(net, -50)(x).logits, context)
+
+
+@pytest.mark.parametrize("size", [(63, 97), (37, 32), (20, 24), (1, 1), (64, 64)])
+def test_two_resolutions_take_any_image(size):
+    net, x = detailed_net(), torch.rand(2, 3, *size)
+    height, width = size
+    grid = (-(-height // 4), -(-width // 4))
+    out = net(x)
+    assert out.logits.shape == (2, 3, *grid)
+    padded = F.pad(x - net.pixel_mean, (0, -width % 8, 0, -height % 8)) + net.pixel_mean
+    torch.testing.assert_close(out.logits, net(padded).logits[..., :grid[0], :grid[1]])
+    both = net.train()(x)  # nothing of an image below 32 pixels is one value a channel
+    assert torch.isfinite(both.logits).all()
+
+
+def test_the_context_is_half_the_image():
+    net, x = detailed_net(), torch.rand(2, 3, 64, 48)
+    half = F.interpolate(x, scale_factor=0.5, mode="bilinear")
+    torch.testing.assert_close(net.context(x), half, rtol=0, atol=1e-7)
+    assert Segmenter("mit_b0", "segformer", 3, 8).context(x) is x
+
+
+@pytest.mark.parametrize("backbone", ["mit_b0", "timm:tf_efficientnet_lite0"])
+def test_detail_moves_with_the_image(backbone):
+    net, image = detailed_net(backbone=backbone), torch.rand(1, 3, 112, 112)
+    one, two = (net(image[..., shift:shift + 96, shift:shift + 96], corner=(48 - shift, 32 - shift))
+                for shift in (0, 16))
+    assert torch.equal(one.detail.logits, two.detail.logits)
+    full = attend(net, 50)
+    one, two = (full(image[..., shift:shift + 96, shift:shift + 96],
+                     corner=(48 - shift, 32 - shift)).logits for shift in (0, 16))
+    torch.testing.assert_close(one[..., 12:20, 8:16], two[..., 8:16, 4:12])
+
+
+def test_attention_is_hrdas_head():
+    """530,707 parameters were counted in the released code's head for MiT-B1 to B5, 19 classes."""
+    with torch.device("meta"):
+        head = model.Decoder("segformer", (64, 128, 320, 512), 256, 19)
+    assert sum(p.numel() for p in head.parameters()) == 530_707
+    torch.manual_seed(0)
+    net = Segmenter("mit_b0", "daformer", 19, 16, detail=32)
+    assert isinstance(net.attention.fusion, model.SegFormerFusion)
+    with torch.no_grad():
+        share = net.attention(net.encode(torch.rand(2, 3, 64, 64)))[0].sigmoid()
+    assert (share - 0.5).abs().max() < 0.1
+    # the rest of the network begins as it does without
+    torch.manual_seed(0)
+    alone = Segmenter("mit_b0", "daformer", 19, 16).state_dict()
+    found = net.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in alone.items())
+    assert {name.split(".")[0] for name in found if name not in alone} == {"attention"}
+
+
+def test_passes_with_one_corner_are_joined():
+    net = detailed_net(gate=True)
+    x = torch.rand(4, 3, 64, 64)
+    whole, parts = net(x, corner=(16, 0)), [net(x[i:i + 2], corner=(16, 0)) for i in (0, 2)]
+    both = model.joined(parts)
+    assert both.window == whole.window and both.detail.window is None
+    for got, wanted in zip((both, both.detail), (whole, whole.detail)):
+        torch.testing.assert_close(got.logits, wanted.logits)
+        torch.testing.assert_close(got.features, wanted.features)
+        torch.testing.assert_close(got.pyramid, wanted.pyramid)
+    plain = Segmenter("mit_b0", "segformer", 3, 8).eval()
+    assert model.joined([plain(x[:2]), plain(x[2:])]).detail is None
+
+
+@pytest.mark.parametrize("backbone, detail, words", [
+    ("timm:vit_small_patch14_dinov2", 112, "a stride of 14 pixels"),
+    ("mit_b0", 20, "multiple of 8"), ("timm:vit_tiny_patch16_224", 48, "multiple of 32")])
+def test_details_of_broken_cells_are_refused(backbone, detail, words):
+    make = functools.partial(Segmenter, backbone, "segformer", 3, 8, detail=detail)
+    refused_by(ValueError, words, make)
+
+
+def test_wrong_corners_are_refused():
+    refused_by(ValueError, "is no multiple of the stride", detailed_net(),
+               torch.rand(1, 3, 64, 64), "plain", (18, 16))
+
+
+def test_checkpoints_of_one_and_of_two_resolutions_meet(small_run, tmp_path):
+    """A network is built as the flags say; --init takes what both have, the rest stays fresh."""
+    argv = [*small_run, *"--crop 64 --steps 1 --val none --lr 0".split()]
+    for name, more in (("one", ""), ("two", "--detail 0.5 --cluda 0.1 --init ONE"),
+                       ("half", "--detail 0.5 --cluda 0.1 --gate half"), ("back", "--init TWO")):
+        for made in ("one", "two"):
+            more = more.replace(made.upper(), str(tmp_path / made / "last.pt"))
+        run_train([*argv, *more.split(), "--out", str(tmp_path / name)])
+    states = {name: load_checkpoint(tmp_path / name / "last.pt")
+              for name in ("one", "two", "half", "back")}
+    new = {name.split(".")[0] for name in states["two"]["student"]} - {"backbone", "decoder"}
+    assert new == {"attention", "gate", "pixel_mean", "pixel_std"}
+    assert "gate.classifier.bias" not in states["half"]["student"]
+    for a, b in (("one", "two"), ("two", "back")):
+        for name, value in states["one"]["student"].items():
+            if "running" not in name and "tracked" not in name:
+                assert torch.equal(states[a]["student"][name], states[b]["student"][name]), name
+    for name, state in states.items():
+        for weights in ("student", "teacher"):
+            net = model.build_segmenter(state, weights)
+            assert net.detail == (32 if name in ("two", "half") else 0)
+            assert net.gate is None  # it serves training alone
+    old = {key: value for key, value in states["one"]["flags"].items()
+           if key not in ("detail", "gate")}
+    assert model.build_segmenter(states["one"] | {"flags": old}).detail == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# model.py: checkpoints
+
+
 def test_heads_of_a_checkpoint_are_fitted_to_the_network():
     """Heads that the network lacks go, new ones stay as they are, the bank is the network's."""
     plain = Segmenter("mit_b0", "segformer", 3, 8).state_dict()
@@ -5250,6 +5554,91 @@ def test_cluda():
     assert leaf.grad[label < 2].abs().max() == 0
 
 
+def plain_cluda_two(rows, detail, label, weight, gate, box, tau):
+    """The contrast of two resolutions, one anchor at a time, in float64. box: (top, left, a, b)."""
+    rows, detail, gate = rows.double(), detail.double(), gate.double()
+    B, h, w = label.shape
+    top, left, a, b = box
+    total, counted = 0, 0
+
+    def row(anchor, keys, key_label, key_weight, at, y):
+        own, other = key_label == y, (key_label != y) & (key_label != 255)
+        own[at] = False
+        if not own.any() or not other.any():
+            return None
+        s = keys @ anchor / tau
+        terms = torch.logaddexp(s[own], s[other].logsumexp(0)) - s[own]
+        return (key_weight[own] * terms).mean()
+
+    crop = (slice(None), slice(top, top + a), slice(left, left + b))
+    for n, i, j in itertools.product(range(B), range(h), range(w)):
+        y = label[n, i, j]
+        if y == 255:
+            continue
+        here = (n * h + i) * w + j
+        near = row(rows[n, i, j], rows.flatten(0, 2), label.flatten(), weight.flatten(), here, y)
+        counted += near is not None
+        value = 0 if near is None else near
+        if top <= i < top + a and left <= j < left + b:
+            q = gate[n, i - top, j - left]
+            here = (n * a + i - top) * b + j - left
+            far = row(rows[n, i, j], detail.flatten(0, 2), label[crop].flatten(),
+                      weight[crop].flatten(), here, y)
+            value = q * value + (1 - q) * (0 if far is None else far)
+        total = total + weight[n, i, j] * value
+    return total / counted
+
+
+def cluda_two_inputs(seed=0):
+    """rows (2,4,5,6), detail (2,2,3,6), label, gate, weight; box: rows 1 and 2, columns 2 to 4."""
+    g = generator(seed)
+    label = torch.randint(0, 3, (2, 4, 5), generator=g)
+    label[0, 1, 2], label[1, 2, 3], label[0, 0, 0] = 255, 0, 255  # road, 0, is a class like others
+    gate, weight = torch.rand(2, 2, 3, generator=g), torch.rand(2, 4, 5, generator=g)
+    rows = unit(2 * 4 * 5, 6, seed=seed).view(2, 4, 5, 6)
+    return rows, unit(12, 6, seed=seed + 1).view(2, 2, 3, 6), label, gate, weight
+
+
+def test_cluda_of_two_resolutions():
+    rows, detail, label, gate, weight = cluda_two_inputs()
+    window = (slice(None), slice(1, 3), slice(2, 5))
+    results = []
+    for function in ("ours", "plain"):
+        leaves = [x.clone().requires_grad_() for x in (rows, detail, gate)]
+        if function == "ours":
+            loss = losses.cluda_two(*leaves[:2], label, leaves[2], window, weight, 0.2)
+        else:
+            loss = plain_cluda_two(*leaves[:2], label, weight, leaves[2], (1, 2, 2, 3), 0.2)
+        loss.backward()
+        results.append([loss.detach().double(), *(x.grad.double() for x in leaves)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    loss, by_rows, by_detail, by_gate = results[0]
+    assert by_gate[0, 0, 0] == 0 and by_gate.ne(0).sum() == 11  # 255 takes no part, road does
+    assert by_detail[0, 0, 0].abs().max() == 0 and by_rows[0, 0, 0].abs().max() == 0
+    # the gate's extremes: CLUDA at one resolution, and its control in between
+    flat = rows.flatten(0, 2), label.flatten(), weight.flatten()
+    one, half, zero = (
+        losses.cluda_two(rows, detail, label, torch.full_like(gate, q), window, weight, 0.2)
+        for q in (1, 0.5, 0))
+    torch.testing.assert_close(one, losses.cluda(*flat, 0.2))
+    torch.testing.assert_close(half, (one + zero) / 2)
+    assert (one - zero).abs() > 1e-3
+    # the other way round the images are the same batch; unlike the released code's rows
+    turned = losses.cluda_two(rows.flip(0), detail.flip(0), label.flip(0), gate.flip(0), window,
+                              weight.flip(0), 0.2)
+    torch.testing.assert_close(turned.double(), loss)
+    crossed = losses.cluda_two(rows, detail.flip(0), label, gate, window, weight, 0.2)
+    assert (crossed.double() - loss).abs() > 1e-3
+    unweighted = losses.cluda_two(rows, detail, label, gate, window, tau=0.2)
+    same = losses.cluda_two(rows, detail, label, gate, window, torch.ones(2, 4, 5), 0.2)
+    assert torch.equal(unweighted, same)
+    nothing = torch.full_like(label, 255)
+    leaf = rows.clone().requires_grad_()
+    zero = losses.cluda_two(leaf, detail, nothing, gate, window, weight, 0.2)
+    zero.backward()
+    assert zero == 0 and leaf.grad.abs().max() == 0
+
+
 def test_cells_keep_their_labels_in_a_batch():
     """The released code pairs features in the order (y, x, image) with labels in (image, y, x)."""
     net = Segmenter("mit_b0", "segformer", 5, 8)
@@ -5413,6 +5802,10 @@ daformer  1   0    0.005 0.01 0     0      0.1 0   0        0           0    0.9
 mic       1   1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
 lcmsm     1   1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     lcmsm    0.999
 cluda     1   0    0.005 0.01 0.1   0      0.1 0   0        0           0    0.968     None     0.999
+hrda      1   0    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
+mic_hrda  1   1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
+cluda_hrda 1  0    0.005 0.01 0.1   0      0.1 0   0        0           0    0.968     None     0.999
+lcmsm_hrda 1  1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     lcmsm    0.999
 sepico    1   0    0     0.01 0     1      100 0   0        0           0    0.968     None     0.999
 t2sda     1   0    0.005 0.01 0     0      0.1 0.1 0        0           0    0.968     None     0.999
 t2sda_dg  0   0    0.005 0.01 0     0      0.1 0.1 1        0           0    0.968     None     0.999
@@ -5426,6 +5819,7 @@ def test_recipes_have_the_values_of_their_papers():
     assert [row[0] for row in rows] == list(train.RECIPES)
     for recipe, *values in rows:
         flags = train.parse_flags(["--recipe", recipe, "--steps", "40000"])
+        assert flags.detail == (0.5 if recipe.endswith("hrda") else 0)
         for name, value in zip(names, values, strict=True):
             wanted = value if name == "language" else float(value)
             given = str(flags.language) if name == "language" else getattr(flags, name)
@@ -5445,16 +5839,22 @@ def test_typed_flags_override_the_recipe_and_the_others_follow():
                   mask_block=16, stop_at=1000, val="streets:shifted", labeled="0")
     assert wanted.items() <= vars(train.parse_flags(["--labeled", "00"])).items()
     assert not train.parse_flags("--recipe source --t2s 1 --target none".split()).adapts
+    for line, wanted in {
+            "--recipe cluda_hrda --crop 1024": dict(detail_side=512, mask_block=64, gate="learned"),
+            "--recipe cluda_hrda --gate half": dict(detail_side=64, mask_block=8, gate="half"),
+            "--recipe mic_hrda --crop 256 --detail 0.25": dict(detail_side=64, mask_block=16),
+            "--recipe cluda": dict(detail_side=0, mask_block=16, gate=None)}.items():
+        assert wanted.items() <= vars(train.parse_flags(line.split())).items(), line
 
 
 def test_help_names_every_flag_with_its_default():
     shown = run_train(["-h"]).stdout
     assert shown.count("\n") <= 120
     flags = re.split(r"\n  (?=--)", shown)[1:]
-    assert len(flags) == 51
+    assert len(flags) == 53
     for text in flags:
         assert "(default: " in " ".join(text.split()), text
-    assert len({text.split()[0].rstrip(",") for text in flags}) == 51
+    assert len({text.split()[0].rstrip(",") for text in flags}) == 53
     saved = {"--" + name.replace("_", "-") for name in train.parse_flags([]).saved}
     assert {text.split()[0].rstrip(",") for text in flags} == saved
 
@@ -5499,6 +5899,15 @@ WRONG_FLAGS = {  # command line: words of the message
     "--recipe source --mask-ratio 0.5": "--mask-ratio does nothing without --mask",
     "--recipe source --border 5 9": "--border does nothing without a target",
     "--eval-every 5 --val none": "--eval-every needs validation data",
+    "--gate half --cluda 0.1": "--gate does nothing without --cluda and --detail",
+    "--recipe hrda --gate learned": "--gate does nothing without --cluda and --detail",
+    "--detail 2": "--detail: 2: must be from 0 to 1",
+    "--detail 0.5 --crop 100": "--crop, 100, and its share, 50 pixels, must be multiples of 16",
+    "--detail 0.5 --crop 80": "--crop, 80, and its share, 40 pixels, must be multiples of 16",
+    "--detail 0.01": "--crop, 128, and its share, 1 pixels, must be multiples of 16",
+    "--detail 0.001": "--crop, 128, and its share, 0 pixels, must be multiples of 16",
+    "--recipe mic_hrda --mask-block 20": "--mask-block 20: with --detail at most a quarter of the",
+    "--recipe mic_hrda --detail 0.125": "--mask-block 8: with --detail at most a quarter of the",
     "--recipe oracle --target none": "takes its labels from --target, which is none",
 }
 
@@ -5753,6 +6162,194 @@ def test_class_mix_pastes_from_the_source_and_from_the_labelled_target(monkeypat
 
 
 # -------------------------------------------------------------------------------------------------
+# train.py: the step at several resolutions
+
+
+def plain_supervised(logits, label, weight=None):
+    """Weighted cross-entropy in float64, pixel by pixel, over the number of all pixels."""
+    full = F.interpolate(logits.double(), label.shape[1:], mode="bilinear").log_softmax(1)
+    total = 0
+    for n, y, x in itertools.product(*map(range, label.shape)):
+        if label[n, y, x] != 255:
+            one = -full[n, label[n, y, x].item(), y, x]
+            total = total + (one if weight is None else weight[n, y, x] * one)
+    return total / label.numel()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fused_and_detail_logits_are_supervised_nine_to_one(weighted):
+    g = generator(4)
+    logits = torch.randn(2, 3, 8, 8, generator=g, requires_grad=True)
+    sharp = torch.randn(2, 3, 4, 4, generator=g, requires_grad=True)
+    label = torch.randint(0, 3, (2, 32, 32), generator=g).byte()
+    label[:, 5:13, 3:20] = 255
+    weight = torch.rand(2, 32, 32, generator=g) if weighted else None
+    window = (..., slice(0, 16), slice(16, 32))
+    crop = weight[:, :16, 16:] if weighted else None
+    wanted = (0.9 * plain_supervised(logits, label, weight)
+              + 0.1 * plain_supervised(sharp, label[:, :16, 16:], crop))
+    wanted_gradients = torch.autograd.grad(wanted, (logits, sharp))
+    out = Output(logits, None, None, Output(sharp, None, None), window)
+    found = train.supervise(losses.cross_entropy, out, label, weight)
+    torch.testing.assert_close(found.double(), wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, (logits, sharp)), wanted_gradients)
+    one = train.supervise(losses.cross_entropy, Output(logits, None, None), label, weight)
+    assert torch.equal(one, losses.cross_entropy(logits, label, weight))
+
+
+def test_gradients_of_two_resolutions_equal_float64():
+    net, (source, _) = detailed_net(), step_inputs(2, 64)
+    exact = copy.deepcopy(net).double()
+    corner, box = (16, 32), (slice(None), slice(16, 48), slice(32, 64))
+    train.supervise(losses.cross_entropy, net(source.image, corner=corner), source.label).backward()
+
+    def mean(logits, label):  # of all pixels
+        full = F.interpolate(logits, label.shape[1:], mode="bilinear")
+        total = F.cross_entropy(full, label.long(), ignore_index=255, reduction="sum")
+        return total / label.numel()
+
+    fused = plain_two_scales(exact, source.image, [corner], copied=False)
+    detail = exact.one_scale(source.image.double()[..., 16:48, 32:64]).logits
+    (0.9 * mean(fused, source.label) + 0.1 * mean(detail, source.label[box])).backward()
+    scale = max(p.grad.abs().max() for p in exact.parameters())
+    assert scale > 1e-3
+    for (name, ours), theirs in zip(net.named_parameters(), exact.parameters(), strict=True):
+        difference = (ours.grad.double() - theirs.grad).abs().max()
+        assert difference < 1e-5 * scale, name
+    # the attention learns where the detail is, and up to one cell of the context around it
+    maps = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    net.attention.forward = lambda pyramid: (maps, None)
+    net(source.image, corner=corner).logits.square().sum().backward()
+    seen = maps.grad.abs().sum((0, 1)) > 0
+    around = torch.zeros(8, 8, dtype=torch.bool)
+    around[1:7, 3:] = True
+    assert seen[2:6, 4:].all() and not seen[~around].any()
+
+
+def test_pseudo_labels_of_two_resolutions():
+    net, (_, target) = detailed_net(), step_inputs(2, 64)
+    with torch.no_grad():
+        net.decoder.classifier.weight.mul_(0.3)
+    flags = train.parse_flags("--recipe hrda --crop 64 --threshold 0.6".split())
+    view, confidence, valid = train.pseudo_label(flags, net, target)
+    logits = plain_two_scales(net, target.image, window_corners((64, 64), 32))
+    shares = F.interpolate(logits, (64, 64), mode="bilinear").softmax(1)
+    certainty, label = shares.max(1)
+    torch.testing.assert_close(confidence.double(), certainty, rtol=1e-4, atol=1e-4)
+    top = shares.topk(2, 1).values
+    clear = (top[:, 0] - top[:, 1]) > 1e-4
+    assert clear.float().mean() > 0.99 and torch.equal(view.label[clear], label.byte()[clear])
+    q = (certainty >= 0.6).double().mean()
+    assert 0.05 < q < 0.95 and view.weight.unique().item() == pytest.approx(q.item(), abs=1e-3)
+
+
+def test_every_pass_has_a_detail_crop_of_its_own(monkeypatch):
+    line = "--recipe all --crop 64 --labeled 2 --warmup 0 --restyled 1 --mask-ratio 1"
+    flags = train.parse_flags([*line.split(), "--detail", "0.5"])
+    bank = made_bank()
+    net = detailed_net(language="dlg", text=bank, projection=True, gate=True)
+    networks, passes = networks_of(net), []
+    for name in ("student", "teacher"):
+        def note(module, args, options, name=name):
+            passes.append((name, options.get("corner")))
+        getattr(networks, name).register_forward_pre_hook(note, with_kwargs=True)
+    source, labeled, target = striped_inputs()
+    corners = {}
+    for seed in range(4):
+        passes.clear()
+        terms, views = one_step(flags, networks, source, labeled, target, seed=seed)
+        assert list(views) == ["source", "labeled", "mix", "mask", "restyled", "target"]
+        assert passes[0] == ("teacher", None)  # windows over the whole target
+        assert passes[1:-1] == [("student", view.corner) for name, view in views.items()
+                                if name != "target"]
+        assert passes[-1] == ("teacher", views["source"].corner)  # keys
+        assert views["labeled"].corner == views["source"].corner
+        for name in ("source", "mix", "mask", "restyled"):
+            corners.setdefault(name, []).append(views[name].corner)
+        # blocks of a 16th of the crop; though all are to be hidden, the detail crop shows one
+        top, left = views["mask"].corner
+        shown = (views["mask"].image != net.pixel_mean).any(1)
+        assert shown[:, top:top + 32, left:left + 32].sum((1, 2)).min() >= 16
+        assert shown.sum((1, 2)).max() <= 32
+    assert len({tuple(drawn) for drawn in corners.values()}) == 4
+    loss = sum(terms.values())
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in networks.student.parameters())
+
+
+def test_feature_distance_is_of_the_context():
+    flags = train.parse_flags("--recipe hrda --crop 128 --no-augment-source --fd 1".split())
+    net, (source, target) = detailed_net(detail=64), step_inputs(2, 128)
+    source.label[:, :, :64] = 1
+    imagenet = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in imagenet.parameters():
+            p.add_(0.05)
+    terms, _ = one_step(flags, networks_of(net, imagenet), source, None, target, things=[1])
+    # a network of one resolution that is given half of the image
+    half, plain = F.interpolate(source.image, scale_factor=0.5, mode="bilinear"), []
+    for one in (net, imagenet):
+        other = Segmenter("mit_b0", "segformer", 3, 8).eval()
+        other.backbone.load_state_dict(one.backbone.state_dict())
+        plain.append(other.encode(half)[-1])
+    cells = data.majority_label(source.label, (2, 2), 3)
+    assert (cells == 1).sum() == 4
+    torch.testing.assert_close(terms["fd"], losses.feature_distance(*plain, cells, [1]))
+
+
+def test_the_gate_weighs_the_cells_of_one_place(monkeypatch):
+    """Cells of context, detail, label and gate lie over each other; the gate moves no feature."""
+    flags = train.parse_flags("--recipe cluda_hrda --crop 64".split())
+    net, (source, _) = detailed_net(gate=True), step_inputs(2, 64)
+    net.num_classes = 16
+    view = source._replace(corner=(16, 32), weight=torch.rand(2, 64, 64))
+    place = torch.arange(16).view(4, 4)  # of a cell of 16 x 16 pixels
+    view.label.copy_(place.repeat_interleave(16, 0).repeat_interleave(16, 1).expand(2, 64, 64))
+    told = F.one_hot(place, 16).permute(2, 0, 1).float().expand(2, 16, 4, 4)
+    coarse, fine = (told.repeat_interleave(n, 2).repeat_interleave(n, 3) for n in (2, 4))
+    out = net(view.image, corner=view.corner)
+    out = out._replace(features=coarse, detail=out.detail._replace(features=fine[..., 4:12, 8:16]))
+    spy = Mock(wraps=losses.cluda_two)
+    monkeypatch.setattr(losses, "cluda_two", spy)
+    for gate in ("learned", "half"):
+        flags.gate = gate
+        net.gate.forward = lambda pyramid: (
+            torch.arange(64.0).view(1, 1, 8, 8).expand(2, 1, 8, 8) / 10, pyramid)
+        _, mean = train.contrast_within(flags, net, out, view)
+        rows, detail, label, weight_of, window, weight, tau = spy.call_args.args
+        assert torch.equal(rows[window], detail) and torch.equal(detail.argmax(-1), label[window])
+        assert torch.equal(label[0], place)
+        torch.testing.assert_close(weight, F.avg_pool2d(view.weight, 16))
+        wanted = F.avg_pool2d(torch.arange(64.0).div(10).sigmoid().view(1, 1, 8, 8), 2)
+        wanted = wanted[0, 0, 1:3, 2:4].expand(2, 2, 2)
+        if gate == "half":
+            wanted = torch.full((2, 2, 2), 0.5)
+        torch.testing.assert_close(weight_of, wanted)
+        torch.testing.assert_close(mean, wanted.mean())
+
+    # in a step: the learned gate has a gradient from the contrast alone, and none goes through it
+    found = {}
+    for gate in ("learned", "half"):
+        flags = train.parse_flags(f"--recipe cluda_hrda --crop 64 --gate {gate}".split())
+        net = detailed_net(gate=gate == "learned")
+        terms, _ = one_step(flags, networks_of(net), *[striped_inputs()[i] for i in (0, 1, 2)])
+        assert not terms["gate"].requires_grad and 0 < terms["gate"] < 1
+        found[gate] = terms["gate"].item()
+        terms["cluda"].backward()
+        if gate == "learned":
+            assert all(p.grad.abs().max() > 0 for p in net.gate.parameters())
+            net.zero_grad()
+            out = net(view.image, corner=view.corner)
+            sharp = out.detail._replace(features=out.detail.features.detach())
+            out = out._replace(features=out.features.detach(), detail=sharp)
+            view = striped_inputs()[0]._replace(corner=view.corner)
+            train.contrast_within(flags, net, out, view)[0].backward()
+            assert all(p.grad is None for p in net.backbone.parameters())
+            assert all(p.grad.abs().max() > 0 for p in net.gate.parameters())
+    assert found["half"] == 0.5 != found["learned"]
+
+
+# -------------------------------------------------------------------------------------------------
 # train.py: runs
 
 
@@ -5940,7 +6537,9 @@ def test_statistics_and_contrasts_stay_in_float32_under_autocast():
         assert torch.equal(losses.t2s(*inputs), exact)
 
 
-def test_resumed_run_equals_uninterrupted_bit_for_bit(small_run, tmp_path):
+@pytest.mark.parametrize("recipe", ["mic", "mic_hrda"])
+def test_resumed_run_equals_uninterrupted_bit_for_bit(recipe, small_run, tmp_path):
+    small_run += ["--recipe", recipe]
     straight, halves = str(tmp_path / "straight"), str(tmp_path / "halves")
     run_train([*small_run, "--out", straight])
     run_train([*small_run, "--out", halves, "--stop-at", "3"])
@@ -6365,6 +6964,22 @@ def test_recipes_run(recipe, small_run, tmp_path, monkeypatch):
     assert state["teacher"]["decoder.fusion.bn.running_var"].ne(1).all()  # of images
 
 
+@pytest.mark.parametrize("recipe", [
+    "source", "oracle --source target", "dacs", "hrda", "mic_hrda", "lcmsm_hrda --text stub",
+    "sepico", "t2sda", "semidavil --labeled 2 --text stub", "source --labeled 2 --dyce 0.5", "all"])
+def test_recipes_run_at_two_resolutions(recipe, small_run, tmp_path):
+    more = "--detail 0.5 --steps 2 --val none --dtype bf16 --target"
+    run_train([*small_run, *more.split(), small_run[5], "--recipe", *recipe.split()])
+    state = load_checkpoint(tmp_path / "out/last.pt")
+    for weights in ("student", "teacher"):
+        assert all(torch.isfinite(value).all() for value in state[weights].values())
+    before = model.Segmenter("mit_b0", "segformer", 3, 8, detail=16).attention.state_dict()
+    for name, value in before.items():
+        learned = state["student"][f"attention.{name}"]
+        if name != "fusion.bn.num_batches_tracked":
+            assert not torch.equal(learned, value), name
+
+
 @pytest.mark.parametrize("flags, terms", [
     ("t2sda --t2s 0", ["mix"]), ("mic --mask-ratio 1", ["mix", "mask"]),
     ("cluda --mix 0 --rcs 0", ["cluda"]), ("mic --mix 0 --threshold 1", ["mask"]),
@@ -6405,9 +7020,10 @@ import test_all, losses, model, train
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if world > 1:
     dist.init_process_group("gloo")
-flags = train.parse_flags("--recipe mic --threshold 0.4 --fd 1 --sepico 1 --tau 0.1".split())
+line = "--threshold 0.4 --fd 1 --sepico 1 --tau 0.1 --crop 64 --recipe"
+flags = train.parse_flags([*line.split(), sys.argv[3]])
 torch.manual_seed(0)
-net = model.Segmenter("mit_b0", "segformer", 3, 8, stages=True)
+net = model.Segmenter("mit_b0", "segformer", 3, 8, stages=True, detail=flags.detail_side)
 gaussians = losses.ClassGaussians(3, 512)
 with torch.no_grad():
     net.decoder.classifier.weight.normal_()
@@ -6436,11 +7052,12 @@ if world > 1:
 """
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
+@pytest.mark.parametrize("recipe", ["mic", "mic_hrda"])
+def test_two_processes_give_the_gradients_of_one(recipe, tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
     for launcher, out in (((sys.executable,), "one"), (TORCHRUN, "two")):
-        done = subprocess.run([*launcher, str(script), HERE, str(tmp_path / out)],
+        done = subprocess.run([*launcher, str(script), HERE, str(tmp_path / out), recipe],
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
@@ -6592,6 +7209,8 @@ CONTRASTS = {  # flags: terms
     "cluda": ["cluda"],
     "t2sda": ["t2s"],
     "t2sda --restyled 0.5 --mix 0": ["t2s", "restyled"],
+    "cluda_hrda": ["cluda"],
+    "cluda_hrda --gate half --sepico 0.1": ["cluda", "sepico"],
     "sepico --tau 0.2 --accum 2": ["sepico"],
     "t2sda_dg --target none": ["t2s", "restyled"],
     "mic --cluda 0.1 --t2s 0.1 --sepico 0.1 --language lcmsm --text stub":
@@ -6620,6 +7239,7 @@ def test_contrasts_train_and_resume(flags, small_run, tmp_path, monkeypatch):
         assert set(CONTRASTS[flags]) == terms & step.keys()
         assert ("t2s" in flags) == ("class_weights" in step)
         assert "contrast" in step["ms"]
+        assert ("gate" in step) == ("cluda_hrda" in flags)
     for name in CONTRASTS[flags]:
         assert any(step[name] > 0 for step in steps), name
     assert a["statistics"]["confidence.seen"].any() == ("t2s" in flags)
@@ -7054,6 +7674,11 @@ RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
     "lcmsm, learned vectors": "--recipe lcmsm --threshold 0.34 --text learned",
     "lcmsm, two processes": "2 x --recipe lcmsm --threshold 0.34 --text stub --batch 1",
     "cluda": "--recipe cluda --threshold 0.34",
+    "hrda": "--recipe hrda --threshold 0.34 --init MIT",
+    "mic_hrda, slide": "--recipe mic_hrda --threshold 0.34 --init MIT --slide",
+    "mic_hrda, two processes": "2 x --recipe mic_hrda --threshold 0.34 --batch 1",
+    "cluda_hrda": "--recipe cluda_hrda --threshold 0.34",
+    "lcmsm_hrda": "--recipe lcmsm_hrda --threshold 0.34 --text BANK",
     "t2sda": "--recipe t2sda --threshold 0.34 --warmup 2",
     "t2sda, control": "--recipe t2sda --threshold 0.34 --control",
     "t2sda, labels": "--recipe t2sda --threshold 0.34 --labeled 2 --restyled 0.5",

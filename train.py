@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -56,6 +57,12 @@ RECIPES = {
     "mic": DAFORMER | dict(mask=1.0),                      # Hoyer et al., CVPR 2023
     "lcmsm": DAFORMER | dict(mask=1.0, language="lcmsm"),  # Kim et al., Pattern Recognition 2024
     "cluda": DAFORMER | dict(cluda=0.1),                   # Vayyat et al., 2022, one resolution
+    # several resolutions: --crop is that of the context, at the images' full size
+    "hrda": DAFORMER | dict(detail=0.5),                   # Hoyer et al., ECCV 2022
+    "mic_hrda": DAFORMER | dict(mask=1.0, detail=0.5),     # Hoyer et al., CVPR 2023
+    "cluda_hrda": DAFORMER | dict(cluda=0.1, detail=0.5),  # learned weighting, as rebuilt
+    # our reconstruction: the code of LC-MSM at several resolutions was never released
+    "lcmsm_hrda": DAFORMER | dict(mask=1.0, language="lcmsm", detail=0.5),
     # Xie et al., TPAMI 2023. At its published temperature the contrast is nearly inert: the name
     # stands for the published method, --tau 0.1 for a contrast that is felt
     "sepico": dict(mix=1.0, rcs=0.01, sepico=1.0, tau=100.0),
@@ -143,7 +150,10 @@ def build_parser():
     a("--size", type=data.parse_size, metavar="WxH",
       help="every image is resized to it (default: the data set's published size)")
     a("--crop", type=between(1, 10**5, int), default=128, metavar="S",
-      help="side of the training crop, pixels; published: 512")
+      help="side of the training crop, pixels; published: 512, with --detail 1024")
+    a("--detail", type=share, default=0.0, metavar="SHARE",
+      help="several resolutions: the crop is seen at half its size, and a square of this share of "
+           "its side at full size; published: 0.5; 0: one resolution")
     a("--batch", type=between(1, 10**5, int), default=4, metavar="N",
       help="images per process of source, of target, and of labelled target; published: 2")
     a("--cache", metavar="DIR",
@@ -175,7 +185,8 @@ def build_parser():
     a("--mask", type=factor, default=0.0, metavar="X",
       help="weight of the consistency of masked images (MIC)")
     a("--mask-block", type=between(1, 10**5, int), metavar="S",
-      help="side of a masked block, pixels (default: 32 from crops of 512 on, else 16)")
+      help="side of a masked block, pixels (default: 32 from crops of 512 on, else 16; with "
+           "--detail a 16th of the crop)")
     a("--mask-ratio", type=share, default=0.7, metavar="R", help="share of blocks that are masked")
     a("--fd", type=factor, default=0.0, metavar="X",
       help="weight of the distance to ImageNet features on things; needs --init FILE or hub")
@@ -195,6 +206,9 @@ def build_parser():
       help="supervised loss balanced by class, on this share of the hardest pixels; 0: plain mean")
     a("--cluda", type=factor, default=0.0, metavar="X",
       help="weight of CLUDA's contrast among source and among mixed cells")
+    a("--gate", choices=("learned", "half"), metavar="G",
+      help="what weighs --cluda's contrast with cells of the context against that with cells of "
+           "the detail: learned, or half of each, its control (default: learned)")
     a("--sepico", type=factor, default=0.0, metavar="X",
       help="weight of SePiCo's contrast of source and target cells with Gaussians of the source "
            "classes, from step 3/40 of --steps on")
@@ -266,6 +280,10 @@ def parse_flags(argv=None):
         f.head_lr = 1.0 if f.init == "none" else 10.0
     if f.mask_block is None:
         f.mask_block = 32 if f.crop >= 512 else 16
+        if f.detail:
+            f.mask_block = f.crop // 16
+    if f.gate is None and f.cluda and f.detail:
+        f.gate = "learned"
     if f.stop_at is None:
         f.stop_at = f.steps
     if f.labeled.isdecimal():
@@ -280,11 +298,26 @@ def parse_flags(argv=None):
     asks_teacher = bool(f.t2s or f.sepico) and f.target != "none"
     f.adapts = bool(f.mix or f.mask or f.consistency or asks_teacher)
     f.doubt = 0.0 if f.dyce else 0.5  # power of T2S-DA's class weights; DyCE weighs classes already
+    f.detail_side = detail_side(f, parser)
 
     for message, wrong in contradictions(f, parser.get_default, all_labels).items():
         if wrong:
             parser.error(message)
     return f
+
+
+def detail_side(f, parser):
+    """Side of the detail crop, pixels, 0 at one resolution. Exits where it does not fit."""
+    side = round(f.detail * f.crop)
+    if not f.detail:
+        return 0
+    if f.crop % 16 or side % 16 or not side:
+        parser.error(f"--detail {f.detail:g}: --crop, {f.crop}, and its share, {side} pixels, must "
+                     "be multiples of 16")
+    if f.mask and f.mask_block > side / 4:
+        parser.error(f"--mask-block {f.mask_block}: with --detail at most a quarter of the detail "
+                     f"crop's {side} pixels: larger blocks can hide all that it shows")
+    return side
 
 
 def settle_data(f, parser):
@@ -379,6 +412,8 @@ def contradictions(f, default, all_labels):
         "--restyled does nothing without --t2s": f.restyled and not f.t2s,
         "--control does nothing without --cluda, --sepico or --t2s": f.control and not f.contrasts,
         "--tau does nothing without --cluda, --sepico or --t2s": typed("tau") and not f.contrasts,
+        "--gate does nothing without --cluda and --detail":
+            f.gate and not (f.cluda and f.detail),
         "--mask-ratio does nothing without --mask": typed("mask_ratio") and not f.mask,
         "--border does nothing without a target to adapt to": any(f.border) and not f.adapts,
         "--threshold does nothing without --mix, --mask or --consistency":
@@ -392,8 +427,9 @@ def contradictions(f, default, all_labels):
 
 # What the student looks at and what it should say there. image: float (B,3,S,S) in [0,1]; label:
 # uint8 (B,S,S), 255 is ignored; weight of each pixel's loss: float (B,S,S), None where all are 1.
-# A target comes without a label; its weight is bool then, False on padding.
-View = namedtuple("View", "image label weight", defaults=(None,))
+# A target comes without a label; its weight is bool then, False on padding. corner: (top, left) of
+# the part that the student also sees at full size, None at one resolution.
+View = namedtuple("View", "image label weight corner", defaults=(None, None))
 
 # student, perhaps inside DDP's wrapper, and its frozen companions: the EMA teacher, and a copy with
 # ImageNet weights or None; running statistics of the contrasts, by class.
@@ -411,10 +447,20 @@ def augment(view, draw, each=False):
     return view._replace(image=data.strong_augment(view.image, *draw, each))
 
 
+def look_closely(view, f, draw):
+    """The view with a detail crop of its own, where there are several resolutions (HRDA)."""
+    return view._replace(corner=data.detail_corner(f.crop, f.detail_side, draw.generator))
+
+
 def hide(view, f, mean, draw):
-    """The view augmented, with --mask-ratio of its blocks painted in the mean colour (MIC)."""
+    """The view augmented, with --mask-ratio of its blocks painted in the mean colour (MIC).
+
+    Its detail crop, if there is one, is another than the view's, and not all of it is hidden.
+    """
+    view = look_closely(view, f, draw)
     size = view.image.shape[2:]
-    keep = data.block_mask(len(view.image), size, f.mask_block, f.mask_ratio, *draw)  # (B,1,S,S)
+    keep = data.block_mask(len(view.image), size, f.mask_block, f.mask_ratio, *draw, view.corner,
+                           f.detail_side)  # (B,1,S,S)
     keep = keep.to(view.image, non_blocking=True)
     view = augment(view, draw)
     return view._replace(image=view.image * keep + mean * (1 - keep))
@@ -429,10 +475,13 @@ def either(a, b, draw):
 
 
 def join(views):
-    """Several views as one, concatenated along the batch; their weights are left out."""
+    """Several views as one, concatenated along the batch; their weights are left out.
+
+    A detail crop is at one corner in all of them.
+    """
     images = [view.image for view in views]
     labels = [view.label for view in views]
-    return View(torch.cat(images), torch.cat(labels))
+    return View(torch.cat(images), torch.cat(labels), corner=views[0].corner)
 
 
 @torch.no_grad()
@@ -444,7 +493,7 @@ def pseudo_label(f, teacher, target):
     """
     size = target.image.shape[2:]
     head = "language" if f.lcmsm else "plain"
-    logits = teacher(target.image, head=head).logits
+    logits = teacher(target.image, head=head).logits  # no corner: details cover all of it
     label, confidence, share = model.upsample_pseudo_label(logits, size, f.threshold)
 
     top, bottom = f.border
@@ -460,6 +509,7 @@ def make_views(f, teacher, source, labeled, target, draw):
 
     target: as the teacher sees it, or None.
     """
+    source = look_closely(source, f, draw)
     views = {"source": source}
     donor = source  # whose classes ClassMix pastes
     pasted = None
@@ -476,6 +526,7 @@ def make_views(f, teacher, source, labeled, target, draw):
     # BatchNorm sees the target alone too; without one they join the source's
     if labeled:
         donor = either(source, labeled, draw)
+        labeled = labeled._replace(corner=source.corner)  # one loss for both
         views["labeled"] = labeled
         if f.augment_source:
             views["labeled"] = augment(labeled, draw)
@@ -488,7 +539,8 @@ def make_views(f, teacher, source, labeled, target, draw):
         present = mean_over_ranks(present) > 0  # (K,), in the joint batch
         image, label, weight, pasted = data.class_mix(
             donor.image, donor.label, target.image, target.label, target.weight, present, *draw)
-        views["mix"] = augment(View(image, label, weight), draw, each=True)
+        mixed = look_closely(View(image, label, weight), f, draw)
+        views["mix"] = augment(mixed, draw, each=True)
         pasted = pasted[:, 0]  # (B,1,S,S) -> (B,S,S)
 
     # MIC: hide blocks of the target; what is there has to follow from what surrounds them.
@@ -501,7 +553,7 @@ def make_views(f, teacher, source, labeled, target, draw):
         views["mask"] = hide(target, f, mean, draw)
 
     if f.t2s:
-        views["restyled"] = View(restyled, source.label)
+        views["restyled"] = look_closely(View(restyled, source.label), f, draw)
 
     # SePiCo: the augmented target with its pseudo-labels, which all count alike where they have a
     # weight at all
@@ -516,6 +568,21 @@ def true_labels(views, outs):
     names = [name for name in ("source", "labeled") if name in views]
     view = join([views[name] for name in names])
     return view, model.joined([outs[name] for name in names])
+
+
+def supervise(loss, out, *maps):
+    """The loss of a pass, 0-d; at several resolutions 0.9 of it on the fused logits and 0.1 on
+    those of the detail crop alone (HRDA).
+
+    loss: called with logits and maps; maps: labels, weights, each (B,S,S) or None.
+    """
+    value = loss(out.logits, *maps)
+    if out.detail is None:
+        return value
+    crops = []
+    for full in maps:
+        crops.append(None if full is None else full[out.window])  # (B,S,S) -> (B,D,D)
+    return 0.9 * value + 0.1 * loss(out.detail.logits, *crops)
 
 
 def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
@@ -535,21 +602,23 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     # 2. one pass of the student for each
     outs = {}
     for name, view in views.items():
-        outs[name] = nets.student(view.image, head=HEADS.get(name, "plain"))
+        head = HEADS.get(name, "plain")
+        outs[name] = nets.student(view.image, head=head, corner=view.corner)
         clock(name)
 
     # 3. terms: the supervised loss, on source and labelled target
     terms = {}
     known, out = true_labels(views, outs)
     if f.dyce:
-        terms["source"] = losses.dyce(out.logits, known.label, f.dyce)
+        hardest = functools.partial(losses.dyce, hardest=f.dyce)
+        terms["source"] = supervise(hardest, out, known.label)
     else:
-        terms["source"] = cross_entropy(out.logits, known.label)
+        terms["source"] = supervise(cross_entropy, out, known.label)
 
     # stay near to ImageNet's features of things (DAFormer)
     if nets.imagenet:
         with torch.no_grad():
-            reference = nets.imagenet.encode(known.image)[-1]
+            reference = nets.imagenet.encode(nets.imagenet.context(known.image))[-1]
         label = data.majority_label(known.label, reference.shape[2:], nets.teacher.num_classes)
         terms["fd"] = f.fd * losses.feature_distance(out.pyramid[-1], reference, label, things)
 
@@ -564,14 +633,14 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     for name, loss_weight in loss_weights.items():
         if name in views and loss_weight:
             view = views[name]
-            value = cross_entropy(outs[name].logits, view.label, view.weight)
+            value = supervise(cross_entropy, outs[name], view.label, view.weight)
             terms[name] = loss_weight * value
 
     # pixels of the ClassMix image that stay the target's, each trusted for itself (SemiDAViL)
     if f.consistency:
         trusted = confidence >= f.threshold
         stays = valid & ~pasted
-        value = losses.consistency(outs["mix"].logits, target.label, trusted, stays)
+        value = supervise(losses.consistency, outs["mix"], target.label, trusted, stays)
         terms["consistency"] = f.consistency * value
 
     clock("losses")
@@ -589,17 +658,27 @@ def unit_rows(rows):
     return F.normalize(rows.float(), dim=1, eps=1e-3)
 
 
+def cell_rows(net, features, grid):
+    """Features (B,C,h,w) as unit vectors, (N,C), one for each cell of a coarser grid.
+
+    They have gone through the network's projection head, where it has one. Cells come in the order
+    image, row, column.
+    """
+    pooled = F.adaptive_avg_pool2d(features, grid)  # (B,C,h,w)
+    return unit_rows(net.projection(pooled.permute(0, 2, 3, 1).flatten(0, 2)))  # -> (N,C)
+
+
 def cells(net, features, view):
     """The view in cells of 8 x 8 pixels: rows (N,C), label (N,), weight (N,).
 
-    Rows are unit vectors after the network's projection head, where it has one. The label of a
-    cell is the class that covers 75 % of it, else 255. Cells come in the order image, row, column.
+    With several resolutions a cell is 16 x 16 pixels, which are 8 x 8 of the context. Rows: see
+    cell_rows. The label of a cell is the class that covers 75 % of it, else 255.
     """
     net = getattr(net, "module", net)  # out of DDP's wrapper: the projection is not in forward()
-    grid = [max(1, side // 8) for side in view.label.shape[1:]]
+    cell = 16 if net.detail else 8
+    grid = [max(1, side // cell) for side in view.label.shape[1:]]
     label = data.majority_label(view.label, grid, net.num_classes)  # (B,S,S) -> (B,h,w)
-    pooled = F.adaptive_avg_pool2d(features, grid)  # (B,C,h,w)
-    rows = unit_rows(net.projection(pooled.permute(0, 2, 3, 1).flatten(0, 2)))  # -> (N,C)
+    rows = cell_rows(net, features, grid)
     weight = view.weight
     if weight is None:
         weight = torch.ones(view.label.shape, device=label.device)
@@ -613,18 +692,55 @@ def stage_cells(net, pyramid, view):
     In all else as cells().
     """
     net = getattr(net, "module", net)
-    h, w = [math.ceil(side / net.stride) for side in view.label.shape[1:]]
+    h, w = [math.ceil(side / net.cell()) for side in view.label.shape[1:]]
     projected = net.stage_projection(pyramid)[..., :h, :w]  # (B,C,h,w), without encode()'s rim
     label = data.majority_label(view.label, projected.shape[2:], net.num_classes)  # (B,h,w)
     rows = unit_rows(projected.permute(0, 2, 3, 1).flatten(0, 2))  # (B,C,h,w) -> (N,C)
     return rows, label.flatten()
 
 
+def contrast_within(f, net, out, view):
+    """CLUDA's contrast among the cells of one pass, 0-d, and the mean of its gate, 0-d.
+
+    At one resolution there is no gate, None.
+    """
+    rows, label, weight = cells(net, out.features, view)
+    if not f.detail:
+        return losses.cluda(rows, label, weight, f.tau), None
+
+    net = getattr(net, "module", net)
+    B, *shape = view.label.shape
+    h, w = [length // 16 for length in shape]
+    n = f.detail_side // 16  # cells of 16 x 16 pixels along the detail crop
+    top, left = [first // 16 for first in view.corner]
+    window = (slice(None), slice(top, top + n), slice(left, left + n))
+    detail = cell_rows(net, out.detail.features, (n, n))
+
+    gate = torch.full((B, n, n), 0.5, device=rows.device)
+    if f.gate == "learned":
+        # read from the context, without a gradient to it: the gate only weighs
+        maps = [level.detach() for level in out.pyramid]
+        gate = net.gate(maps)[0].float().sigmoid()
+        gate = gate[..., :out.features.shape[2], :out.features.shape[3]]  # without encode()'s rim
+        gate = F.adaptive_avg_pool2d(gate, (h, w))[:, 0][window]  # (B,1,S/8,S/8) -> (B,n,n)
+    value = losses.cluda_two(
+        rows.view(B, h, w, -1),
+        detail.view(B, n, n, -1),
+        label.view(B, h, w),
+        gate,
+        window,
+        weight.view(B, h, w),
+        f.tau,
+    )
+    return value, gate.detach().mean()
+
+
 def contrast_terms(f, step, nets, source, known, out, views, outs, said):
     """The contrasts, {name: 0-d tensor}, on what the passes have seen.
 
     Never on masked views, where a hidden cell shows nothing of its class. known, out: see
-    true_labels. said: the teacher's labels of the target and their confidence, or None.
+    true_labels. said: the teacher's labels of the target and their confidence, or None. "gate" is
+    no loss but a number to watch, without a gradient.
     """
     student, teacher, _, class_confidence, gaussians = nets
     started = not f.t2s or step >= f.warmup  # T2S-DA, and what is trained beside it, wait for it
@@ -634,7 +750,9 @@ def contrast_terms(f, step, nets, source, known, out, views, outs, said):
     # where features are to go: the teacher's of the clean source
     if f.t2s or f.sepico:
         with torch.no_grad(), model.frozen_statistics(teacher):
-            clean = teacher(source.image, head="plain" if f.t2s else None)
+            # one detail crop will do: keys are of the context
+            corner = views["source"].corner
+            clean = teacher(source.image, head="plain" if f.t2s else None, corner=corner)
             if f.t2s:
                 keys, key_label, _ = cells(teacher, clean.features, source)
             if f.sepico:
@@ -652,11 +770,13 @@ def contrast_terms(f, step, nets, source, known, out, views, outs, said):
 
     # CLUDA contrasts the cells of the source and of the ClassMix image, each with all others
     if f.cluda:
-        sides = [cells(student, out.features, known)]
+        passes = [(out, known)]
         if "mix" in views:
-            sides.append(cells(student, outs["mix"].features, views["mix"]))
-        value = sum(losses.cluda(*side, f.tau) for side in sides)
-        terms["cluda"] = live * f.cluda * value
+            passes.append((outs["mix"], views["mix"]))
+        values, gates = zip(*[contrast_within(f, student, *one) for one in passes])
+        terms["cluda"] = live * f.cluda * sum(values)
+        if f.detail:
+            terms["gate"] = sum(gates) / len(gates)
 
     # T2S-DA pulls restyled cells, and labelled target cells, to those of the clean source; classes
     # that the teacher doubts weigh more
@@ -763,7 +883,8 @@ Sets = namedtuple("Sets", "classes source target labeled val")
 
 def open_training_set(f, spec, classes, count=False, partial=False):
     """A training split. The first process renders streets and, with count, counts their classes."""
-    dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial, f.own_ids)
+    dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial, f.own_ids,
+                                detail=f.detail > 0)
     if f.cache and not dataset.cached:
         print0(f"note: --cache: {dataset.spec} has no common size and is read from its files each "
                "time; give --size WxH")
@@ -858,7 +979,8 @@ def open_sets(f):
             print0(f"note: {len(both)} of the {len(target)} target images are also images of the "
                    f"source, such as {both[0]}")
     if f.val != "none":
-        val = data.open_dataset(f.val, "val", classes, f.size, f.cache, ids=f.own_ids)
+        val = data.open_dataset(f.val, "val", classes, f.size, f.cache, ids=f.own_ids,
+                                detail=f.detail > 0)
         if not val.labeled:
             raise data.DataError(f"--val {words(f.val)}: has no labels; give a labelled set, or "
                                  f"none{val.no_labels}")
@@ -1004,6 +1126,8 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         pretrained=timm_hub,
         projection=bool(f.t2s),  # CLUDA contrasts the features themselves
         stages=bool(f.sepico),
+        detail=f.detail_side,
+        gate=f.gate == "learned",
     )
     if not begins:
         pass
@@ -1624,9 +1748,12 @@ class Run:
                 left_out = begins.setdefault("left_out", {})
                 left_out[f"{dataset.spec} {dataset.split}"] = dataset.left_out
         images = f" ({len(sets.source)} images)" if sets.source else ""
+        seen = f"crops of {f.crop}"
+        if f.detail:
+            seen += f" at half their size with details of {f.detail_side}"
         print0(f"{f.recipe}: {words(f.source)}{images} -> {words(f.target)}{labels}, "
                f"{len(sets.classes)} classes; {f.backbone} + {f.decoder}-{f.channels}; "
-               f"{WORLD} x {f.batch} crops of {f.crop}, {self.dtype_name} ({self.dtype_reason}); "
+               f"{WORLD} x {f.batch} {seen}, {self.dtype_name} ({self.dtype_reason}); "
                f"{self.about['device']}, torch {self.about['torch']}")
         if bank:
             rows = digest(bank.embeddings.numpy().tobytes())
