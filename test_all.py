@@ -3475,9 +3475,10 @@ def test_table_compares_what_was_scored_and_what_a_step_saw(tmp_path):
     one = made_log(tmp_path / "one-0", 0, 41, val="a", init="w", batch=2)
     for name, words, flags in (
             ("slid", "slide True instead of None", dict(slide=True)),
-            ("world", "images per step 4 instead of 2", dict(world=2)),
-            ("accum", "images per step 6 instead of 2", dict(accum=3)),
+            ("world/one-1", "images per step 4 instead of 2", dict(world=2)),
+            ("accum/one-1", "images per step 6 instead of 2", dict(accum=3)),
             ("elsewhere", "val b instead of a", dict(val="b"))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         other = made_log(tmp_path / name, 1, 1, **dict(val="a", init="w", batch=2) | flags)
         refused(lambda: evaluation.table([one, other]), other, words)
     evaluation.table([one, made_log(tmp_path / "same", 1, 1, val="a", init="w", batch=2, world=1)])
