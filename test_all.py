@@ -6298,6 +6298,20 @@ def test_feature_distance_is_of_the_context():
     torch.testing.assert_close(terms["fd"], losses.feature_distance(*plain, cells, [1]))
 
 
+def test_cells_of_two_resolutions_are_twice_as_wide():
+    net, image = detailed_net(projection=True, stages=True), torch.rand(2, 3, 48, 48)
+    label = torch.arange(36).view(6, 6).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    view = train.View(image, label.byte().expand(2, 48, 48) % 3)
+    out = net(image, head=None)  # no decoder, no detail: SePiCo's augmented target
+    assert out.logits is None and out.detail is None
+    assert all(map(torch.equal, out.pyramid, net(image, corner=(0, 0)).pyramid))
+    rows, found = train.stage_cells(net, out.pyramid, view)
+    assert rows.shape == (2 * 6 * 6, 512)  # 8 x 8 pixels, a cell of the context's finest maps
+    assert torch.equal(found, (torch.arange(36) % 3).repeat(2))
+    rows, found, _ = train.cells(net, net(image).features, view)
+    assert rows.shape == (2 * 3 * 3, 8) and len(found) == 18
+
+
 def test_the_gate_weighs_the_cells_of_one_place(monkeypatch):
     """Cells of context, detail, label and gate lie over each other; the gate moves no feature."""
     flags = train.parse_flags("--recipe cluda_hrda --crop 64".split())
@@ -7211,7 +7225,7 @@ CONTRASTS = {  # flags: terms
     "t2sda": ["t2s"],
     "t2sda --restyled 0.5 --mix 0": ["t2s", "restyled"],
     "cluda_hrda": ["cluda"],
-    "cluda_hrda --gate half --sepico 0.1": ["cluda", "sepico"],
+    "cluda_hrda --gate half": ["cluda"],
     "sepico --tau 0.2 --accum 2": ["sepico"],
     "t2sda_dg --target none": ["t2s", "restyled"],
     "mic --cluda 0.1 --t2s 0.1 --sepico 0.1 --language lcmsm --text stub":
