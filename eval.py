@@ -1369,6 +1369,9 @@ def export(model, checkpoint, path, head="plain"):
     CheckpointError where a network cannot be written so, or differs.
     """
     path = Path(path)
+    if model.detail and path.suffix != ".safetensors":
+        raise CheckpointError(f"--export {path}: how many details a network of two resolutions sees "
+                              "depends on the image, which no program holds; write .safetensors")
     part = str(path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}"))
     program = Program(copy.deepcopy(model).cpu(), head).eval()
     worst = 0.0
@@ -1423,6 +1426,9 @@ def build_parser():
     a("--decoder", metavar="D", help="of a published segmenter: segformer or daformer")
     a("--classes", metavar="C",
       help="of a published segmenter, in its order: cityscapes19, ... or a file of names")
+    a("--detail", type=int, metavar="PIXELS",
+      help="of a published segmenter: the side of its detail crops (default: HRDA's 512 where the "
+           "file has a scale attention)")
     a("--data", nargs="+", metavar="SPEC",
       help="data set, as in data.py, several are pooled (default: the run's validation data)")
     a("--split", default="val", choices=("train", "val", "test"), help="split of the data set")
@@ -1523,7 +1529,7 @@ def check_outputs(args):
 def open_network(path, weights, args, *published):
     """A checkpoint and its network on the device, in eval mode.
 
-    published: backbone, decoder and classes of a segmenter that is not ours.
+    published: backbone, decoder, classes and detail of a segmenter that is not ours.
     """
     checkpoint = open_checkpoint(path, *published)
     model = build_segmenter(checkpoint, weights, path).to(args.device)
@@ -1646,7 +1652,7 @@ def check_data(datasets, skip):
 def run(args):
     """The command line's work with a checkpoint; returns what went wrong on the way, or ''."""
     check_outputs(args)
-    published = args.backbone, args.decoder, args.classes
+    published = args.backbone, args.decoder, args.classes, args.detail
     checkpoint, model = open_network(args.checkpoint, args.weights, args, *published)
     flags = checkpoint["flags"]
     classes = model.classes

@@ -1932,37 +1932,39 @@ EXPORTED_FLAGS = ("recipe", "backbone", "decoder", "channels", "language", "size
                   "detail", "gate", "antialias")
 
 
-def load(path, backbone=None, decoder=None, classes=None, weights="student"):
+def load(path, backbone=None, decoder=None, classes=None, weights="student", detail=None):
     """A Segmenter in eval mode, with .classes, from any file that open_checkpoint takes.
 
     weights: "student" or "teacher". Raises CheckpointError, WeightsError, ValueError on unknown
     names, and DataError on classes that are none.
     """
-    checkpoint = open_checkpoint(path, backbone, decoder, classes)
+    checkpoint = open_checkpoint(path, backbone, decoder, classes, detail)
     return build_segmenter(checkpoint, weights, path)
 
 
-def open_checkpoint(path, backbone=None, decoder=None, classes=None):
+def open_checkpoint(path, backbone=None, decoder=None, classes=None, detail=None):
     """A dict as of load_checkpoint, from one of three kinds of files.
 
     A checkpoint of ours, or weights that eval.py exported as .safetensors, say themselves what they
     are. A published segmenter needs all three: backbone (mit_b0..mit_b5), decoder (segformer |
     daformer), classes (names in its order, or what data.class_names takes). Files of DAFormer, HRDA
-    and MIC hold a teacher too. Raises CheckpointError, WeightsError, and DataError on classes.
+    and MIC hold a teacher too. detail: the side of its detail crops in pixels, None: HRDA's 512
+    where the file has a scale attention. Raises CheckpointError, WeightsError, and DataError on classes.
     """
     named = [backbone, decoder, classes]
+    asked = [value for value in (*named, detail) if value is not None]
     checkpoint = None
     if str(path).endswith(".safetensors"):
         checkpoint = read_exported(path)
-    if named == [None, None, None]:
+    if not asked:
         return checkpoint or load_checkpoint(path)
     if checkpoint or is_checkpoint(path):
         raise CheckpointError(
-            f"{path}: says itself what it is; leave out backbone, decoder and classes"
+            f"{path}: says itself what it is; leave out backbone, decoder, classes and detail"
         )
     if None in named:
         raise CheckpointError(f"{path}: a published segmenter needs backbone, decoder and classes")
-    return published_checkpoint(path, backbone, decoder, classes)
+    return published_checkpoint(path, backbone, decoder, classes, detail)
 
 
 def segmenter_state(state):
@@ -1981,7 +1983,10 @@ def segmenter_state(state):
     return ours
 
 
-def published_checkpoint(path, backbone, decoder, classes):
+HRDA_DETAIL = 512  # pixels: the side of its published detail crops
+
+
+def published_checkpoint(path, backbone, decoder, classes, detail=None):
     """open_checkpoint for a published segmenter: MiT with SegFormer's or DAFormer's decoder."""
     if backbone not in MIT or decoder not in FUSIONS:
         raise CheckpointError(
@@ -2003,7 +2008,13 @@ def published_checkpoint(path, backbone, decoder, classes):
     flags |= {"channels": classifier.shape[1], "size": None, "crop": 512, "slide": False}
     flags |= {"antialias": False, "val": "none", "target": "none", "cache": None}
     if any(name.startswith("attention.") for name in student):
-        flags |= {"crop": 1024, "detail": 0.5}  # HRDA's
+        # HRDA's protocol: windows of twice the detail's side, as in its training
+        side = HRDA_DETAIL if detail is None else detail
+        flags |= {"crop": 2 * side, "detail": 0.5, "slide": True}
+        if side < 1:
+            raise CheckpointError(f"{path}: has a scale attention, which needs a detail of pixels")
+    elif detail:
+        raise CheckpointError(f"{path}: has no scale attention (HRDA's); leave out detail")
     names = classes
     if isinstance(classes, str):
         names = class_names(classes)

@@ -4349,6 +4349,70 @@ def test_hrdas_two_decoders_have_our_names():
     assert same_tensors(found, wanted)
 
 
+def published_hrda(net, decoders=("head", "scale_attention")):
+    """A network of two resolutions under the names of HRDA's files."""
+    state = dict(net.backbone.state_dict(prefix="backbone."))
+    parts = (net.decoder.state_dict(), DAFORMER), (net.attention.state_dict(), ATTENTION)
+    for part, (ours, names) in zip(decoders, parts):
+        for key, value in published_decoder(ours, names).items():
+            state[key.replace("decode_head", f"decode_head.{part}")] = value
+    return {f"model.{key}": value for key, value in state.items()}
+
+
+def test_hrdas_files_are_evaluated_as_published(tmp_path, capsys):
+    """Windows of twice the detail, half a window apart, on images at full size."""
+    torch.manual_seed(0)
+    net = Segmenter("mit_b0", "daformer", 19, 8, detail=32).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    path = tmp_path / "hrda.pth"
+    torch.save({"state_dict": published_hrda(net)}, path)
+    names = "mit_b0", "daformer", "cityscapes19"
+    assert model.load(path, *names).detail == 512
+    found, image = model.load(path, *names, detail=32), torch.rand(1, 3, 96, 128)
+    assert same_tensors(dict(found.state_dict()), dict(net.state_dict()))
+    assert torch.equal(found(image).logits, net(image).logits)
+
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3))
+    stem = "val/ulm/ulm_000000_000019"
+    shown = put(tmp_path / "leftImg8bit" / f"{stem}_leftImg8bit.png", noise)
+    put(tmp_path / "gtFine" / f"{stem}_gtFine_labelIds.png", np.full((96, 128), 7))
+    argv = [str(path), "--backbone", "mit_b0", "--decoder", "daformer", "--classes",
+            "cityscapes19", "--data", f"cityscapes:{tmp_path}", "--size", "128x96"]
+    evaluation.main([*argv, "--detail", "32", "--json", str(tmp_path / "s.json")])
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["slide"] is True
+    pixels = torch.from_numpy(np.array(Image.open(shown))).permute(2, 0, 1)[None] / 255
+    pred = evaluation.predict_labels(net, pixels, window=64)
+    assert scores["accuracy"] == pytest.approx(100 * (pred == 0).float().mean().item())
+    whole = evaluation.predict_labels(net, pixels)
+    assert (whole != pred).any()
+
+    opened = model.open_checkpoint(path, *names)["flags"]
+    assert (opened["crop"], opened["detail"], opened["slide"]) == (1024, 0.5, True)
+    # without the size an image is what HRDA reads: 2048 x 1024
+    real = evaluation.open_dataset
+    with pytest.MonkeyPatch.context() as patch:
+        spy = Mock(wraps=real)
+        patch.setattr(evaluation, "open_dataset", spy)
+        patch.setattr(evaluation, "evaluate", Mock(side_effect=DataError("far enough")))
+        capsys.readouterr()
+        eval_fails(capsys, argv[:-2], "far enough")
+    dataset = real(*spy.call_args.args, **spy.call_args.kwargs)
+    assert dataset.size == (2048, 1024)
+
+    torch.save(published_file(random_segmenter("daformer", 0, 16, 19), dict, DAFORMER),
+               tmp_path / "mic.pth")
+    save_checkpoint(tmp_path / "last.pt", tiny_checkpoint())
+    eval_fails(capsys, [tmp_path / "mic.pth", *argv[1:], "--detail", "512"],
+               "has no scale attention (HRDA's); leave out detail")
+    eval_fails(capsys, [*argv, "--detail", "0"], "needs a detail of pixels")
+    eval_fails(capsys, [*argv, "--detail", "20"], "a crop of 20 pixels is no multiple of 8")
+    eval_fails(capsys, [tmp_path / "last.pt", "--detail", "32"], "says itself what it is")
+    refused_by(CheckpointError, "write .safetensors", evaluation.export, net, {}, "net.pt2")
+
+
 def test_a_segmenter_of_transformers_is_evaluated_as_it_is_saved(tmp_path):
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed: its SegFormer not compared")
