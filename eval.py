@@ -896,12 +896,13 @@ def differences(run, other, names):
     for name in names:
         mine = flag_of(run, name)
         theirs = flag_of(other, name)
-        if run.inputs.get(name) and other.inputs.get(name):  # data may lie elsewhere
-            same = run.inputs[name] == other.inputs[name]
-            mine = f"{mine} (digest {run.inputs[name]})"
-            theirs = f"{theirs} (digest {other.inputs[name]})"
-        else:
-            same = mine == theirs
+        same = mine == theirs
+        if run.inputs.get(name) and other.inputs.get(name):  # what lies there counts, not where
+            alike = run.inputs[name] == other.inputs[name]
+            if same and not alike:
+                mine = f"{mine} (digest {run.inputs[name]})"
+                theirs = f"{theirs} (digest {other.inputs[name]})"
+            same = alike
         if not same:
             found.append(f"{name} {mine} instead of {theirs}")
     return ", ".join(found)

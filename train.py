@@ -1113,9 +1113,9 @@ def open_networks(f, classes, bank, device, checkpoint=None):
     --init, which may be gone, is read for the feature distance alone.
     """
     torch.manual_seed(f.seed)
-    begins = checkpoint is None or checkpoint.get("imagenet", True)
-    timm_hub = begins and f.init == "hub" and f.backbone.startswith("timm:")
-    ours = begins and f.init.endswith(".pt") and model.is_checkpoint(f.init)
+    reads = checkpoint is None or checkpoint.get("imagenet", True)
+    timm_hub = reads and f.init == "hub" and f.backbone.startswith("timm:")
+    ours = reads and f.init.endswith(".pt") and model.is_checkpoint(f.init)
     student = model.Segmenter(
         f.backbone,
         f.decoder,
@@ -1129,7 +1129,7 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         detail=f.detail_side,
         gate=f.gate == "learned",
     )
-    if not begins:
+    if not reads:
         pass
     elif ours:
         load_ours(student, classes, f.init)
@@ -1143,7 +1143,7 @@ def open_networks(f, classes, bank, device, checkpoint=None):
     teacher = model.teacher_mode(copy.deepcopy(student).requires_grad_(False))
 
     imagenet = None
-    if not begins:
+    if not reads:
         pass
     elif f.fd and (f.init == "none" or ours):
         print0("feature distance: off, it needs ImageNet weights to stay near to (--init FILE)")
@@ -1281,7 +1281,7 @@ def digest(text):
 
 
 def read_inputs(f, sets, labeled, bank):
-    """{flag: digest of what it names, or None} of the PLACES, wherever that lies.
+    """{flag: digest of what lies there} of the PLACES; what is no file or data stands for itself.
 
     labeled: names of the target images whose labels are used.
     """
@@ -1691,7 +1691,7 @@ class Run:
         classes = self.sets.classes
         if text := differing(refused, before, self.flags, classes, classes):
             raise model.CheckpointError(
-                f"{self.last} was trained with other data: {text}, and what lies there has other "
+                f"{self.last} was trained with other data: {text}, and that is not the same by "
                 "names, sizes or contents; give the same, or --out NEW")
         for name in other:
             if name in ("source", "target", "val"):
