@@ -1514,7 +1514,9 @@ def read_file(path):
     if os.path.isdir(path):
         raise WeightsError(f"{path}: a folder; give the file of weights in it")
     if not os.path.isfile(path):
-        raise WeightsError(f"{path}: no such weights file; give a file to --init, or hub, or none")
+        raise WeightsError(
+            f"{path}: no such weights file; check the path (--init also takes hub, none)"
+        )
     try:
         if str(path).endswith(".safetensors"):
             return import_optional("safetensors.torch").load_file(path)
@@ -1532,7 +1534,11 @@ def read_weights(path):
 
     Raises WeightsError.
     """
-    state = read_file(path)
+    return tensors_by_name(read_file(path), path)
+
+
+def tensors_by_name(state, path):
+    """The state dict in what a file holds; path, for the message. Raises WeightsError."""
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -1958,13 +1964,15 @@ def open_checkpoint(path, backbone=None, decoder=None, classes=None, detail=None
         checkpoint = read_exported(path)
     if not asked:
         return checkpoint or load_checkpoint(path)
-    if checkpoint or is_checkpoint(path):
+    content = checkpoint or read_file(path)
+    if isinstance(content, dict) and content.keys() >= set(CHECKPOINT_KEYS):
         raise CheckpointError(
             f"{path}: says itself what it is; leave out backbone, decoder, classes and detail"
         )
     if None in named:
         raise CheckpointError(f"{path}: a published segmenter needs backbone, decoder and classes")
-    return published_checkpoint(path, backbone, decoder, classes, detail)
+    state = tensors_by_name(content, path)
+    return published_checkpoint(path, state, backbone, decoder, classes, detail)
 
 
 def segmenter_state(state):
@@ -1986,16 +1994,17 @@ def segmenter_state(state):
 HRDA_DETAIL = 512  # pixels: the side of its published detail crops
 
 
-def published_checkpoint(path, backbone, decoder, classes, detail=None):
-    """open_checkpoint for a published segmenter: MiT with SegFormer's or DAFormer's decoder."""
+def published_checkpoint(path, state, backbone, decoder, classes, detail=None):
+    """open_checkpoint for the tensors of a published file: MiT, SegFormer's or DAFormer's decoder.
+    """
     if backbone not in MIT or decoder not in FUSIONS:
         raise CheckpointError(
             f"{path}: {backbone} with {decoder} is no published segmenter that is known; there are "
             f"{', '.join(MIT)} with {' or '.join(FUSIONS)}"
         )
     networks = {}
-    for network, state in split_copies(read_weights(path)).items():
-        networks[network] = segmenter_state(state)
+    for network, tensors in split_copies(state).items():
+        networks[network] = segmenter_state(tensors)
     student = networks.get("student", {})
     classifier = student.get("decoder.classifier.weight")
     if classifier is None:

@@ -4549,7 +4549,7 @@ def test_wrong_weights_are_refused_by_name(tmp_path):
              "extra.pth": (state | {"neck.weight": torch.zeros(1)}, "unexpected 1 .neck.weight"),
              "shape.pth": (broken | {"norm2.bias": torch.zeros(7)}, r"norm2.bias \(7,\) for \(64"),
              "other.pth": (MixTransformer("mit_b1").state_dict(), "other shapes"),
-             "page.pth": ("<html>", "cannot be read"), "absent.pth": (None, "no such"),
+             "page.pth": ("<html>", "cannot be read"), "absent.pth": (None, "no such weights file"),
              "page.safetensors": ("<html>", "cannot be read")}
     before = MixTransformer("mit_b0")
     for name, (content, words) in cases.items():
