@@ -325,7 +325,7 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, c
     """
     if not dataset.labeled:
         raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
-                        f"for pictures alone use --images{dataset.no_labels}")
+                        "for pictures alone use --images")
     names = dataset.classes
     if colors is None:
         colors = palette(names)
@@ -1621,10 +1621,10 @@ def open_data(args, flags, classes, size, detail):
             raise DataError(f"{args.checkpoint}: the run had no validation data; "
                             "give --data SPEC or --images PATH")
         dataset = open_dataset(spec, args.split, classes, size, flags["cache"], **how)
-        checked.append((dataset, dataset.labeled and not args.submit))
+        checked.append((dataset, not args.submit))
     if args.alignment:
         source = open_dataset(args.alignment, "val", classes, size, flags["cache"], **how)
-        checked.append((source, source.labeled))
+        checked.append((source, True))
     if args.adabn:
         target = open_dataset(args.adabn, "train", classes, size, flags["cache"], True, **how)
     skip = 0
@@ -1641,6 +1641,9 @@ def check_data(datasets, skip):
     """
     parts = []
     for dataset, labels in datasets:
+        if labels and not dataset.labeled:
+            raise DataError(f"{dataset.spec}: no labels in split {dataset.split}"
+                            f"{dataset.no_labels}; for pictures alone use --images")
         parts += [(part, labels) for part in dataset.parts]
     notes = leave_out_bad(parts, check_sets(parts, skip))
     for part, labels in parts:
