@@ -64,7 +64,7 @@ RECIPES = {
     # our reconstruction: the code of LC-MSM at several resolutions was never released
     "lcmsm_hrda": DAFORMER | dict(mask=1.0, language="lcmsm", detail=0.5),
     # Xie et al., TPAMI 2023. At its published temperature the contrast is nearly inert: the name
-    # stands for the published method, --tau 0.1 for a contrast that is felt
+    # stands for the published method; with --tau 1 the contrast is felt
     "sepico": dict(mix=1.0, rcs=0.01, sepico=1.0, tau=100.0),
     "t2sda": DAFORMER | dict(t2s=0.1),                     # after T2S-DA, Wang et al., 2023
     # its domain generalisation: no target image at all
