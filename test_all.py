@@ -4361,19 +4361,26 @@ def test_init_takes_a_published_segmenters_backbone_and_its_decoder_where_it_fit
     assert same_tensors(dict(other.decoder.state_dict()), before)
 
 
-def test_hrdas_two_decoders_have_our_names():
-    """The second, which weighs the scales, is SegFormer's with one convolution for the fusion."""
-    decoder = random_segmenter("daformer").decoder.state_dict()
-    attention = random_segmenter("segformer").decoder.state_dict()
-    state = {}
-    parts = ("head", decoder, DAFORMER), ("scale_attention", attention, ATTENTION)
+def test_hrdas_file_is_a_network_of_two_resolutions(tmp_path):
+    """Its second decoder, which weighs them, is SegFormer's with one convolution for the fusion."""
+    torch.manual_seed(0)
+    net = Segmenter("mit_b0", "daformer", 5, 16, detail=512).eval()
+    for value in net.state_dict().values():
+        if value.is_floating_point() and value.ndim > 0 and value.numel() != 3:
+            value.add_(0.1 * torch.rand_like(value))
+    state = {f"model.backbone.{key}": value for key, value in net.backbone.state_dict().items()}
+    parts = ("head", net.decoder, DAFORMER), ("scale_attention", net.attention, ATTENTION)
     for part, ours, names in parts:
-        for key, value in published_decoder(ours, names).items():
+        for key, value in published_decoder(ours.state_dict(), names).items():
             state[f"model.{key.replace('decode_head', f'decode_head.{part}')}"] = value
-    wanted = {f"decoder.{name}": value for name, value in decoder.items()}
-    wanted |= {f"attention.{name}": value for name, value in attention.items()}
-    found = model.published_to_ours(model.split_copies(state)["student"])
-    assert same_tensors(found, wanted)
+    torch.save({"state_dict": state}, tmp_path / "hrda.pth")
+    loaded = model.load(tmp_path / "hrda.pth", "mit_b0", "daformer", list("abcde"))
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        assert (loaded(image).logits - net(image).logits).abs().max() <= 1e-5
+    assert same_tensors(dict(loaded.state_dict()), dict(net.state_dict()))
+    with pytest.raises(CheckpointError, match="windows, as many as its size asks for"):
+        evaluation.export(loaded, tiny_checkpoint(), tmp_path / "hrda.pt2")
 
 
 def published_hrda(net, decoders=("head", "scale_attention")):
