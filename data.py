@@ -3637,8 +3637,7 @@ def _draw_vehicle(street, x, z, kind, ahead):
     rear = ahead > 0  # the end that is seen
     lit = street.sunshine(x, z - length / 2 - 0.5)  # metres: before its own shadow
 
-    parked = abs(x) > street.half
-    colours = _vehicle_colours(street, rear, lit, z, parked)
+    colours = _vehicle_colours(street, rear, lit, z, parked=abs(x) > street.half)
 
     def face(corners, rows, shape=_SQUARE):
         """Paints a face; corners: half widths across, height in metres, lengths from the rear."""

@@ -6809,6 +6809,13 @@ def test_a_damaged_source_checkpoint_costs_its_columns_alone(small_run, tmp_path
     assert result["source"] is None and result["teacher"]["miou"] > 0
 
 
+def test_without_validation_a_source_phase_shows_nothing(small_run, tmp_path):
+    run_train([*small_run, *"--steps 3 --source-steps 2 --val none".split()])
+    assert "mix" in events(tmp_path / "out", "step")[-1] and not events(tmp_path / "out", "result")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"source.pt", "last.pt", "log.jsonl", "panels"}
+
+
 def test_two_processes_share_a_source_phase_of_every_module(small_run, tmp_path):
     """DDP ends a run in which a step leaves a parameter without a gradient."""
     more = "--steps 4 --batch 1 --crop 64 --source-steps 2 --recipe lcmsm --text stub --mask-block 4"
