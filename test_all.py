@@ -2031,7 +2031,7 @@ def test_palettes_that_differ_are_a_problem_where_ids_are_read_by_index(tmp_path
     spec = make_masks(tmp_path / "d", COLOURS, write=save_colour_palette)
     Image.fromarray(np.full((18, 24, 3), COLOURS[2], np.uint8)).quantize().save(tmp_path / "d" / "masks" / "p01.png")
     argv = ["--source", spec, "--target", "none", "--val", "none", "--recipe", "source", "--steps", "1", "--crop", "16",
-            "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+            *TINY, "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     (tmp_path / "names.txt").write_text("road\ncar\nsky")
     done = run_train([*argv, "--classes", str(tmp_path / "names.txt")], check=False)
     assert done.returncode == 2 and "palettes in 3 masks" in done.stderr and not (tmp_path / "out").exists()
@@ -2046,7 +2046,7 @@ def test_bad_pairs_of_a_pooled_source_are_left_out(tmp_path):
     specs = [make_masks(tmp_path / name, (0, 1, 2), count, (32, 32)) for name, count in (("a", 3), ("b", 4))]
     (tmp_path / "a" / "images" / "p01.png").write_bytes(b"")
     argv = ["--source", *specs, "--target", specs[1], "--val", "none", "--recipe", "source", "--steps", "2", "--crop", "16",
-            "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--classes",
+            *TINY, "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--classes",
             str(tmp_path / "names.txt"), "--rcs", "0.01"]
     done = run_train(argv, check=False)
     assert done.returncode == 2 and "a/images/p01.png" in done.stderr and "--skip-bad 1" in done.stderr
