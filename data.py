@@ -7,7 +7,7 @@ Where pixels and labels come from, how they are sampled, and what is done to a b
                                         own data: a mask's value is a position in FILE
     python data.py folder:IMAGES:MASKS:IDS        own data: IDS says what the values are
 
-SPEC    streets | streets:shifted                 rendered
+SPEC    streets | streets:night | streets:shifted rendered
         camvid:DIR | cityscapes:DIR | gta:DIR | synthia:DIR | acdc:DIR | darkzurich:DIR | ...
                                                   as published, one row of SETS each
         folder:IMAGES[:MASKS[:IDS]]               files of the same name in two folders
@@ -573,7 +573,8 @@ STREETS_SEED = 0
 STREETS_SIZE = (256, 192)
 STREETS = {
     "streets": {"train": range(1500), "val": range(100_000, 100_100)},
-    "streets:shifted": {"train": range(200_000, 200_500), "val": range(300_000, 300_100)}}
+    "streets:shifted": {"train": range(200_000, 200_500), "val": range(300_000, 300_100)},
+    "streets:night": {"train": range(400_000, 400_500), "val": range(500_000, 500_100)}}
 
 
 # ---------------------------------------------------------------- finding files
@@ -1875,8 +1876,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if self.files is not None:
             self._store(i, *self._read(i))
             return
-        shifted = self.kind == "streets:shifted"
-        image, ids = render_street(STREETS_SEED, self.indices[i], shifted, self.size)
+        style = list(STREETS).index(self.kind)
+        image, ids = render_street(STREETS_SEED, self.indices[i], style, self.size)
         self._note(i, self.size, self.table[ids])
         self._items.write(i, image=image, label=ids)
 
@@ -2889,7 +2890,7 @@ def main(argv=None):
     print(f"contact sheet: {args.out}")
 
 
-# ---- the rendered streets: render_street(seed, index, shifted, size) -> image uint8 (H,W,3), label uint8 (H,W)
+# ---- the rendered streets: render_street(seed, index, style, size) -> image uint8 (H,W,3), label uint8 (H,W)
 #
 # A small world for the default commands, drawn with numpy and Pillow. How a picture comes to be:
 #
@@ -2902,21 +2903,26 @@ def main(argv=None):
 #                    Every shape goes onto image and label alike, and so the two always agree.
 #   5. _photograph   halves the size and adds what a camera adds: exposure, noise, blur, JPEG.
 #
+# At night the same world is lit by its lamps, shop windows and headlights (`lights`), some windows
+# are bright, and _photograph adds the glow around what shines, its reflections on a wet road, and a
+# veil in the colour of the lamps.
+#
 # World: metres. x points right from the middle of the street, y up from the ground, z ahead from
 # the camera. `side` is -1 for the left and 1 for the right. `line` is the distance from the middle
 # at which the pavement ends and the plots begin. The street is straight in this world; the camera's
 # projection bends it.
 #
 # Colours: palettes hold reflectances, 0..255 for red, green and blue. What is seen is a reflectance
-# times the light (between `shade` and `sun`), paler the farther it is (haze): _Street.tone.
+# times the light (between `shade` and `sun`), paler the farther it is (haze): _Street.tone. What
+# shines itself is seen as its palette has it: _Street.shine.
 #
 # Chance: all of it comes from one generator, started with (seed, index, number of the style). Draws
 # are made in the order of the code, some of them for things that are then left out. One draw more
 # or less makes other worlds, and with them other numbers in the README.
 #
-# Where to change what: light, weather, lens and colours of a style in _STYLES (a third style is a
-# third entry); shapes in _VEHICLES and _FIGURES; how many stand where in _FURNITURE (lamps, people,
-# signs); what lines a street in _DISTRICTS and _line_up.
+# Where to change what: light, weather, lens and colours of a style in _STYLES (another style is
+# another entry, and one of STREETS); shapes in _VEHICLES and _FIGURES; how many stand where in
+# _FURNITURE (lamps, people, signs); what lines a street in _DISTRICTS and _line_up.
 
 # Cityscapes train ids
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN = range(10)
@@ -2924,6 +2930,7 @@ SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(10, 19)
 KERB, PAINT = 19, 20  # materials of the ground only: labelled as sidewalk and road
 
 SUPERSAMPLING = 2  # canvas pixels for one pixel of the picture, along each side
+BEAM_REACH = 16.0  # metres at which 1/e of our headlights' light is left
 NEAR = 0.7  # metres: nothing is drawn that is nearer to the camera
 FAR = 110.0  # metres: end of the built street
 FOOT = 0.2  # metres: what stands on a foot reaches so far from its place
@@ -2936,6 +2943,7 @@ CROWNS = 8  # such pictures of each kind, leafy and bare
 # -- styles
 
 _DAY = dict(
+    night=False,  # whether lamps light the street in place of the sun
     camera_rise=0.0,  # metres above a driver's eyes
     sun_chance=0.6,  # share of the pictures with sun; the others are overcast
     sun_strength=(0.9, 1.1),
@@ -2946,8 +2954,10 @@ _DAY = dict(
     visibility=(120, 300, 800),  # metres at which 1/e of a colour is left, the rest is haze
     log_gain=(0.12, 0.3),  # exposure: mean and deviation of its logarithm
     blur=(0.2, 0.7),  # of the lens: deviation in pixels
+    white_balance=0.04,  # deviation of the gains of red, green and blue
+    noise=(0.5, 4),  # of the sensor: deviation, 0..255
 )
-_PALETTE = dict(  # colours that both styles have, as hex RGB
+_PALETTE = dict(  # colours that all styles have, as hex RGB
     marking="e6e6e2 dcdcd8 e6e6e2 d2aa46",
     black="18181a",
     plate="d2c896",
@@ -2958,27 +2968,26 @@ _PALETTE = dict(  # colours that both styles have, as hex RGB
     red_light="ff4628 380c08",
     green_light="50ffa0 08301c",
 )
-_STYLES = (  # render_street's `shifted` is the position
-    _DAY | dict(
-        palettes=_PALETTE | dict(
-            road="3a3c40 4e4f52 626161 76736e 58544f",
-            sidewalk="706e6a 847e76 96938c 626162 8c7a6c",
-            terrain="4c602c 607038 545a32 6e7042",
-            leaf="30421e 425426 545c2e 363c28 5a5438",
-            wall="864e3c 96664c a89270 beb094 cecac2 7a5446 96928c 5c5858",
-            glass="1e2228 2c323a 3e4854 606c7a 18181a",
-            frame="d6d4ce beb6b0 5a544e e6e6e4",
-            roof="565050 704e40 464850",
-            paint="282a2e 464a50 969a9e c8cacc 222e52 781a1a 18181a 3c5478",
-            cloth="22242c 3c3e48 2e3654 6e645c 962828 bab8b4 1e1e20",
-            metal="5c5e60 787a7a 3c3e3e 2c3a32",
-            sign="c42828 284ca0 dededc 246e46",
-            zenith="608ccd 8cacd7 bec8d4 ced2d6 969ea8",
-            horizon="d6e0ea e8eaea dedcd6",
-            cloud="f0f0f2 dee0e4 969aa2",
-            sun="ded4c4 e0dcd4",
-        ),
-    ),
+_SUMMER = _PALETTE | dict(
+    road="3a3c40 4e4f52 626161 76736e 58544f",
+    sidewalk="706e6a 847e76 96938c 626162 8c7a6c",
+    terrain="4c602c 607038 545a32 6e7042",
+    leaf="30421e 425426 545c2e 363c28 5a5438",
+    wall="864e3c 96664c a89270 beb094 cecac2 7a5446 96928c 5c5858",
+    glass="1e2228 2c323a 3e4854 606c7a 18181a",
+    frame="d6d4ce beb6b0 5a544e e6e6e4",
+    roof="565050 704e40 464850",
+    paint="282a2e 464a50 969a9e c8cacc 222e52 781a1a 18181a 3c5478",
+    cloth="22242c 3c3e48 2e3654 6e645c 962828 bab8b4 1e1e20",
+    metal="5c5e60 787a7a 3c3e3e 2c3a32",
+    sign="c42828 284ca0 dededc 246e46",
+    zenith="608ccd 8cacd7 bec8d4 ced2d6 969ea8",
+    horizon="d6e0ea e8eaea dedcd6",
+    cloud="f0f0f2 dee0e4 969aa2",
+    sun="ded4c4 e0dcd4",
+)
+_STYLES = (  # render_street's `style` is the position, in the order of STREETS
+    _DAY | dict(palettes=_SUMMER),
     _DAY | dict(  # pale roads, autumn, a low sun, a higher and sharper camera
         camera_rise=0.25,
         shadow_slope=(1.7, 4.5),
@@ -3000,6 +3009,29 @@ _STYLES = (  # render_street's `shifted` is the position
             horizon="cea478 b0988c d8b884",
             cloud="464858 706268 967c6e",
             sun="e8c8a0 e6c496",
+        ),
+    ),
+    _DAY | dict(  # the first world after dusk
+        night=True,
+        sun_chance=0.0,
+        shade_overcast=(0.1, 0.24),  # what is left of the sky's light
+        shade_tint=(0.9, 0.96, 1.12),
+        visibility=(80, 150, 300),
+        log_gain=(-0.3, 0.3),
+        blur=(0.4, 1.1),
+        white_balance=0.09,
+        noise=(6, 12),
+        one_colour=0.8,  # share of all colours that drowns in that of the lamps
+        veil=(20, 50),  # lamplight in the air and on the lens, 0..255
+        palettes=_SUMMER | dict(
+            zenith="0a0c14 10121c 06080c 1a1814",
+            horizon="1c1e28 2c241e 34281c 16181e",
+            cloud="20201e 2a241e 14161c",
+            sun="ffa14d ffb664 9ad6ff",  # light of the lamps: sodium, warm, cold
+            bulb="ffdca0 fff0d2 ffffff",
+            window="ffc878 ffdc9c fff0d0 d8a860 b4c8e6",
+            tail_light="d21e18 ff3020",
+            head_light="fff6e0 f4f8ff",
         ),
     ),
 )
@@ -3064,6 +3096,7 @@ _FIGURES = {
         ("metal", 14, (0, 0), (0, 720), (130, 740)),
         ("metal", 20, (130, 740), (200, 745)),
     ),
+    "bulb": (POLE, ("bulb", 44, (130, 738), (190, 741))),  # of a lamp that shines
     "post": (POLE, ("metal", 10, (0, 0), (0, 240))),
     "disc": (SIGN, ("sign", 76, (0, 240)), ("frame", 52, (0, 240))),
     "board": (
@@ -3095,6 +3128,7 @@ _FURNITURE = [
     ("post signal", 0.7, (9, 40), (1.1, 1.3)),
 ]
 
+_SHINING = {"bulb", "red_light", "green_light"}  # palettes of what shines at night
 _PLOTS = ["house", "wall", "fence", "hedge", "park"]
 _BARRIERS = {"wall": (WALL, "wall"), "fence": (FENCE, "metal")}  # class, palette
 _DISTRICTS = [  # from town to park
@@ -3177,6 +3211,8 @@ class _Street:
         self.w = size[0] * SUPERSAMPLING  # of the canvases
         self.h = size[1] * SUPERSAMPLING
         self.jobs = []  # (distance, function, arguments)
+        self.night = style["night"]
+        self.lights = []  # at night: (x, z, strength, reach) of what lights its surroundings
 
         self._choose_camera()
         self._choose_light()
@@ -3185,7 +3221,7 @@ class _Street:
         self.image = Image.new("RGB", (self.w, self.h), 0)
         self.label = Image.new("L", (self.w, self.h), SKY)
         self.ground = Image.new("L", (self.w, self.h), SKY)  # material; SKY where no ground is laid
-        self.shadow = Image.new("L", (self.w, self.h), LIT)
+        self.shadow = Image.new("L", (self.w, self.h), SHADED if self.night else LIT)
         self.image_pen = ImageDraw.Draw(self.image)
         self.label_pen = ImageDraw.Draw(self.label)
         self.ground_pen = ImageDraw.Draw(self.ground)
@@ -3226,6 +3262,12 @@ class _Street:
         else:
             self.shade = rng.uniform(*style["shade_overcast"]) * tint
             self.sun = self.shade
+        if self.night:
+            self.lamp = rng.uniform(0.5, 1) * self.pick("sun", spread=0) / FULL_LIGHT
+            self.sun = self.shade + self.lamp
+            self.beam = rng.uniform(0.25, 0.6)  # light of our headlights on what is near
+            self.window_share = rng.uniform(0.15, 0.7)  # of the windows that are bright
+            self.wetness = rng.uniform(0.2, 0.8) * (rng.random() < 0.5)  # of the road
         self.haze = self.pick("horizon")
         self.visibility = float(rng.choice(style["visibility"]))
 
@@ -3258,9 +3300,15 @@ class _Street:
 
         lit: 0 in the shade, 1 in the sun.
         """
-        clear = math.exp(-z / self.visibility)
         light = self.shade + (self.sun - self.shade) * lit
-        seen = self.haze + clear * (colour * light - self.haze)
+        if self.night:
+            light = light + self.beam * math.exp(-z / BEAM_REACH)
+        return self.shine(colour * light, z)
+
+    def shine(self, colour, z):
+        """Colour (r, g, b) as ints 0..255 of what sends out `colour`, seen from z metres."""
+        clear = math.exp(-z / self.visibility)
+        seen = self.haze + clear * (colour - self.haze)
         return tuple(seen.clip(0, 255).astype(int).tolist())
 
     def project(self, x, y, z):
@@ -3270,7 +3318,12 @@ class _Street:
         return self.cu + u - self.roll * v, self.cv + v + self.roll * u
 
     def sunshine(self, x, z):
-        """How much sun the ground at (x, z) gets, 0 to 1. What stands there is lit alike."""
+        """
+        How much sun the ground at (x, z) gets, 0 to 1, or light of lamps at night. What stands
+        there is lit alike.
+        """
+        if self.night:
+            return float(self.lamplight(x, z))
         u, v = self.project(x, 0, max(z, NEAR))
         column = int(u)
         row = int(v)
@@ -3278,6 +3331,19 @@ class _Street:
             return self.sunny
         level = self.shadow.getpixel((column, row))
         return 1 - min(SHADED, level) / SHADED
+
+    def lamplight(self, x, z):
+        """
+        Light of lamps and shop windows at points in metres, numbers or arrays: 0 to 1.25.
+
+        On the ground below a small lamp at height `reach` light falls with (1 + d^2/reach^2)^-1.5.
+        A camera compresses what is bright: several lamps together give less than their sum.
+        """
+        total = 0 * x
+        for at_x, at_z, strength, reach in self.lights:
+            apart = ((x - at_x) ** 2 + (z - at_z) ** 2) / reach ** 2
+            total = total + strength * (1 + apart) ** -1.5
+        return total / (1 + 0.8 * total)
 
     def field(self, slope):
         """A random piece of a noise tile, float32 (H, W, 1) at the size of the picture."""
@@ -3401,6 +3467,9 @@ def _draw_house(street, side, x, z0, z1, height, floors, roof, shop):
     wall_colour = street.pick("wall", spread=12)
     front_lit = street.sunny * (side * street.cast[0] > 0) * rng.uniform(0.6, 1)
     end_lit = street.sunny * (street.cast[1] > 0)
+    if street.night:
+        front_lit = street.sunshine(x, (z0 + z1) / 2)
+        end_lit = street.sunshine(ridge, z0)
     wall = street.tone(wall_colour, front_lit, z0)
     gable = street.tone(wall_colour * 0.85, end_lit, z0)
     slope = street.tone(street.pick("roof"), max(front_lit, end_lit), z0)
@@ -3408,7 +3477,10 @@ def _draw_house(street, side, x, z0, z1, height, floors, roof, shop):
     sign = street.tone(street.pick("sign", spread=25), front_lit, z0)
     glass = []
     for _ in range(5):
-        glass.append(street.tone(street.pick("glass") * rng.uniform(0.7, 1.5), front_lit, z0))
+        pane = street.tone(street.pick("glass") * rng.uniform(0.7, 1.5), front_lit, z0)
+        if street.night and rng.random() < street.window_share:
+            pane = street.shine(street.pick("window") * rng.uniform(0.3, 1), z0)
+        glass.append(pane)
 
     pitch = [(x, height, z0), (x, height, z1), (ridge, top, z1), (ridge, top, z0)]
     street.panels(pitch, [(*_WHOLE, slope)], BUILDING)
@@ -3457,7 +3529,10 @@ def _draw_foliage(street, x, z, width, low, high, leaf, bare=False):
     if bare:
         colour = leaf * 0.5 + 18
         opaque = 60  # thin branches count too
-    plain = Image.new("RGB", size, street.tone(colour, street.sunny, z))
+    lit = street.sunny
+    if street.night:
+        lit = street.sunshine(x, z)
+    plain = Image.new("RGB", size, street.tone(colour, lit, z))
     street.image.paste(ImageChops.multiply(plain, tone), (left, top), alpha)
     mask = alpha.point([255 * (a > opaque) for a in range(256)])
     street.label.paste(VEGETATION, (left, top), mask)
@@ -3495,7 +3570,7 @@ def _draw_figure(street, x, z, names):
     # x shrinks as the figure turns away, and changes sign as it faces the other way.
     least = 0.25 if riding else 0.6  # a rider may be seen almost from behind
     shrink = rng.uniform(least, 1)
-    facing = -x if names == "lamp" else rng.normal()  # a lamp reaches over the street
+    facing = -x if names.startswith("lamp") else rng.normal()  # a lamp reaches over the street
     turn = math.copysign(shrink, facing)
 
     for name in names.split():
@@ -3504,7 +3579,9 @@ def _draw_figure(street, x, z, names):
             label = RIDER
         tones = {}
         for palette, thickness, *points in strokes:
-            if palette not in tones:
+            if palette not in tones and street.night and palette in _SHINING:
+                tones[palette] = street.shine(street.pick(palette), z)
+            elif palette not in tones:
                 tones[palette] = street.tone(street.pick(palette), lit, z)
             corners = [street.project(x + turn * scale * a, scale * b, z) for a, b in points]
             radius = max(1, street.focal * thickness * scale / z / 2)  # canvas pixels
@@ -3529,7 +3606,7 @@ def _draw_stroke(street, corners, radius, turn, colour, label):
     street.label_pen.ellipse(box, label, label, rim)
 
 
-def _vehicle_colours(street, rear, lit, z):
+def _vehicle_colours(street, rear, lit, z, parked):
     """Colours of a vehicle's parts at z metres, by name. rear: whether its tail lights are seen."""
     paint = street.pick("paint", spread=14)
     pane = street.pick("glass") * 0.4 + 12
@@ -3544,7 +3621,10 @@ def _vehicle_colours(street, rear, lit, z):
         black=street.pick("black"),
         plate=street.pick("plate"),
     )
-    return {name: street.tone(colour, lit, z) for name, colour in parts.items()}
+    tones = {name: street.tone(colour, lit, z) for name, colour in parts.items()}
+    if street.night and not parked:
+        tones["lamp"] = street.shine(lamp, z)
+    return tones
 
 
 def _draw_vehicle(street, x, z, kind, ahead):
@@ -3557,7 +3637,7 @@ def _draw_vehicle(street, x, z, kind, ahead):
     rear = ahead > 0  # the end that is seen
     lit = street.sunshine(x, z - length / 2 - 0.5)  # metres: before its own shadow
 
-    colours = _vehicle_colours(street, rear, lit, z)
+    colours = _vehicle_colours(street, rear, lit, z, parked=abs(x) > street.half)
 
     def face(corners, rows, shape=_SQUARE):
         """Paints a face; corners: half widths across, height in metres, lengths from the rear."""
@@ -3618,6 +3698,9 @@ def _draw_vehicle(street, x, z, kind, ahead):
 def _lay_out(street):
     """Lays the ground and its shadows, and queues what stands on it."""
     street.strip(-500, 500, NEAR, 3000, street.beyond)  # metres: as far as one sees
+    if street.night:  # a lamp beside or behind the camera
+        x, z = street.rng.uniform((-street.half, -15), (street.half, 6))
+        street.lights.append((x, z, 1, 7))
     for side in (-1, 1):
         _lay_side(street, side)
     _close_street(street)
@@ -3649,7 +3732,11 @@ def _lay_side(street, side):
     for names, count, ahead, across in _FURNITURE:
         for z in rng.uniform(*ahead, rng.poisson(count)):
             x = side * np.interp(rng.uniform(*across), (0, 1, 2), (0, kerb, line))
-            street.place(FOOT, _draw_figure, x, z, names)
+            figure = names
+            if names == "lamp" and street.night:
+                figure = "lamp bulb"
+                street.lights.append((x - side * 1.6, z, 1, 7))  # the arm's end, 7 m up
+            street.place(FOOT, _draw_figure, x, z, figure)
     if avenue:
         x = side * (kerb + 0.9)  # metres behind the kerb
         bare = street.bare_share > 0.55  # avenue trees are alike
@@ -3670,7 +3757,10 @@ def _queue_vehicles(street, side, lane, gap, kinds):
     while z < 70:
         kind = rng.choice(kinds)
         reach = _VEHICLES[kind][1] / 2  # half its length
-        street.place(reach, _draw_vehicle, side * lane, z + reach, kind, side * street.hand)
+        ahead = side * street.hand
+        street.place(reach, _draw_vehicle, side * lane, z + reach, kind, ahead)
+        if street.night and ahead < 0 and lane < street.half:
+            street.lights.append((side * lane, z - 4, 0.5, 3))  # before its headlights
         z += 2 * reach + 1 + rng.exponential(gap)
 
 
@@ -3719,6 +3809,8 @@ def _queue_barrier(street, kind, x, z, end):
     label, palette = _BARRIERS[kind]
     height = street.rng.uniform(1, 2.6)
     lit = street.sunny * 0.7  # whichever way it faces
+    if street.night:
+        lit = 0.25  # as if between two lamps, which are not placed yet
     colour = street.tone(street.pick(palette), lit, z)
     rows = [(*_WHOLE, colour)]
     if kind == "fence":  # what is seen between its bars counts as fence too
@@ -3738,6 +3830,8 @@ def _queue_house(street, side, x, z, end, storeys, flat, shop):
     height = floors * rng.uniform(2.8, 3.6)  # metres a floor
     street.queue(end + 0.05, _draw_house, side, x, z, end, height, floors, roof, shop)
     street.cast_shadow([(x, z), (x, end)], height)
+    if street.night and shop:
+        street.lights.append((x - side * 2, (z + end) / 2, 0.4, 4))  # before its windows
 
 
 def _queue_garden(street, side, x, z, end):
@@ -3817,6 +3911,8 @@ def _paint_ground(street):
     rows, x, z = _ground_points(street, top)
     texture = _ground_texture(street.rng, x, z)
     light = _ground_light(street, top)
+    if street.night:
+        light = light * _night_light(street, x, z)
 
     # Wet ground mirrors the sky, the more the nearer it is to the horizon.
     wet = float(street.rng.choice([0, 0, 0.35])) * np.exp(-rows / (0.12 * street.h))
@@ -3887,10 +3983,58 @@ def _ground_light(street, top):
     return np.float32(light)[np.asarray(shadow)[top:]]
 
 
+def _night_light(street, x, z):
+    """Factor on the ground's light at points x, z in metres, of lamps and headlights: (R,W,3)."""
+    fine = x.shape[::-1]
+    x = x[::4, ::4]  # (R,W) -> (r,w): such light changes slowly
+    z = z[::4, ::4]
+    lamps = street.lamplight(x, z)
+    across = (x - street.eye) / (1.5 + 0.15 * z)  # in widths of the beam
+    beam = 1.4 * street.beam * np.exp(-z / BEAM_REACH - across ** 2)
+    beam = beam * (1 - np.exp(-(z / 6) ** 2))  # it passes over what lies right before the car
+    factors = []
+    for lamp, shade in zip(street.lamp, street.shade):
+        factor = 1 + (lamp * lamps + beam) / shade  # (r,w)
+        factor = Image.fromarray(np.float32(factor)).resize(fine, Image.BILINEAR)
+        factors.append(np.asarray(factor))
+    return np.stack(factors, 2)
+
+
 def _paint_queue(street):
     """Paints what stands upright, from far to near; of the same distance what was queued first."""
     for _, function, arguments in sorted(street.jobs, key=lambda job: -job[0]):
         function(street, *arguments)
+
+
+def _by_lamplight(street, image, glow):
+    """The picture in the colour of its lamps, with their glow and a veil, float32 (H, W, 3)."""
+    tint = np.float32(street.lamp / street.lamp.mean())
+    grey = image.mean(2, keepdims=True)  # (H,W,3) -> (H,W,1)
+    image = image + street.style["one_colour"] * (grey * tint - image)
+    veil = street.rng.uniform(*street.style["veil"])
+    return image + tint * (glow + np.float32(veil))
+
+
+def _shine_around(street, seen, label):
+    """Glow around what shines and its reflections on a wet road, float32 (H, W, 3).
+
+    seen: the picture, PIL. label: uint8 (H, W).
+    """
+    w, h = seen.size
+    bright = seen.point([max(0, level - 130) * 2 for level in range(256)] * 3)  # 0..250
+    small = bright.resize((math.ceil(w / 4), math.ceil(h / 4)), Image.BOX)
+    wide = small.filter(ImageFilter.GaussianBlur(3)).resize((w, h), Image.BILINEAR)
+    near = bright.filter(ImageFilter.GaussianBlur(2))
+    halo = np.minimum(5 * np.asarray(wide, np.float32), 90)
+    glow = street.rng.uniform(0.5, 1.3) * (np.asarray(near, np.float32) + halo)
+
+    # A wet road mirrors what is above the horizon, drawn out downwards.
+    horizon = int(street.cv / SUPERSAMPLING)
+    mirror = np.clip(2 * horizon - np.arange(h), 0, h - 1)  # the row that each row shows
+    mirrored = Image.fromarray(np.asarray(bright)[mirror])
+    streaks = mirrored.resize((w, math.ceil(h / 16)), Image.BOX).resize((w, h), Image.BILINEAR)
+    road = (label == ROAD)[..., None]  # (H,W) -> (H,W,1)
+    return glow + street.wetness * road * np.asarray(streaks, np.float32)
 
 
 def _photograph(street):
@@ -3902,13 +4046,16 @@ def _photograph(street):
     # Surfaces are not smooth: grain, strongest on grass and leaves.
     strength = np.full(19, 0.05, np.float32)
     strength[[BUILDING, WALL, VEGETATION, TERRAIN, SKY]] = 0.1, 0.1, 0.14, 0.18, 0
-    image = np.asarray(street.image.reduce(SUPERSAMPLING), np.float32)
+    seen = street.image.reduce(SUPERSAMPLING)
+    image = np.asarray(seen, np.float32)
     strength = strength[label][..., None]  # (H,W) -> (H,W,1)
     image = image * (1 + strength * street.field(0.7))  # (H,W,3)
+    if street.night:
+        image = _by_lamplight(street, image, _shine_around(street, seen, label))
 
     # The lens: exposure, white balance, corners up to half as bright (radius is 2 ** 0.5 there).
     exposure = math.exp(rng.normal(*street.style["log_gain"]))
-    gain = exposure * (1 + rng.normal(0, 0.04, 3))
+    gain = exposure * (1 + rng.normal(0, street.style["white_balance"], 3))
     x, y = np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h))
     radius = np.hypot(x, y)[..., None]  # (H,W) -> (H,W,1)
     falloff = 1 - rng.uniform(0, 0.25) * radius ** 2
@@ -3917,7 +4064,7 @@ def _photograph(street):
     # The sensor: saturation and white noise.
     grey = image.mean(2, keepdims=True)
     saturation = rng.uniform(0.55, 1.15)
-    noise = rng.uniform(0.5, 4)
+    noise = rng.uniform(*street.style["noise"])
     image = grey + (image - grey) * saturation + noise * street.field(0)
     photo = Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
@@ -3931,15 +4078,16 @@ def _photograph(street):
     return np.array(Image.open(file)), label
 
 
-def render_street(seed, index, shifted=False, size=(256, 192)):
+def render_street(seed, index, style=0, size=(256, 192)):
     """One picture of a street and its labels, a function of the arguments only.
 
     Returns image uint8 (H, W, 3) RGB and label uint8 (H, W) with Cityscapes train ids 0..18.
     seed, index: ints >= 0 that name the picture. size: (W, H) in pixels.
-    shifted: the same world with other materials, season, light and camera. Layouts are distributed
-    alike, but no scene is there in both styles.
+    style: position in _STYLES. 0: by day; 1, shifted: the same world with other materials, season,
+    light and camera; 2, night: the first world after dusk. Layouts are distributed alike, but no
+    scene is there in two styles.
     """
-    style = int(shifted)  # position in _STYLES
+    style = int(style)
     rng = np.random.default_rng([seed, index, style])
     street = _Street(rng, _STYLES[style], size)
     _lay_out(street)

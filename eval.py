@@ -307,6 +307,49 @@ def format_scores(result):
     return "\n".join(lines)
 
 
+def format_read_outs(results, source_steps):
+    """The scores of a run as text: IoU per class and mean, a column each read-out, and what to use.
+
+    results: as in the log's "result" event: source (None, or the scores before adaptation, which
+    hold those with AdaBN), student, teacher, adabn (None without BatchNorm or target), recommended.
+    """
+    before = results["source"]
+    columns = {}
+    if before:
+        columns["source"] = before
+        columns["+ AdaBN"] = before["adabn"]
+    for name in ("student", "teacher", "adabn"):
+        columns[name] = results[name]
+    columns = {title: scores for title, scores in columns.items() if scores}
+
+    width = max(len("mIoU"), *map(len, results["student"]["iou"]))
+    lines = [" " * width + "".join(f"{title:>9}" for title in columns)]
+    for name in results["student"]["iou"]:
+        row = [f"{number(scores['iou'][name]):>9}" for scores in columns.values()]
+        lines.append(f"{name:<{width}}" + "".join(row))
+    row = [f"{number(scores['miou']):>9}" for scores in columns.values()]
+    lines.append(f"{'mIoU':<{width}}" + "".join(row))
+
+    if any(scores["absent"] for scores in columns.values()):
+        lines.append("-: in neither labels nor predictions, left out of the mean")
+    if before:
+        lines.append(f"source: before adaptation, after {source_steps} steps on the source alone")
+    if before and before["adabn"]:
+        lines.append("+ AdaBN: the same with BatchNorm statistics of target images, untrained")
+    lines.append("student: after the last step; teacher: the average of its weights")
+    if results["adabn"]:
+        lines.append("adabn: the student with BatchNorm statistics of target images")
+
+    name = results["recommended"]
+    text = f"recommended: {name}, mIoU {number(results[name]['miou'])}"
+    if before:
+        text += f", {results[name]['miou'] - before['miou']:+.2f} over source"
+    if before and before["adabn"]:
+        text += f", {results[name]['miou'] - before['adabn']['miou']:+.2f} over its AdaBN"
+    lines.append(text)
+    return "\n".join(lines)
+
+
 def ignored_only(dataset):
     """The error of a labelled data set in which no pixel has a class."""
     return DataError(f"{dataset.spec}: split {dataset.split} has ignored pixels only; "

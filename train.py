@@ -6,9 +6,10 @@
     torchrun --nnodes 2 --node-rank R --master-addr A --nproc-per-node 8 train.py
                                                        two machines, R is 0 or 1, A the first one
 
-Without flags: rendered streets -> the same streets in another style, recipe mic, a few minutes on
-two CPU cores. A run writes OUT/last.pt, OUT/best.pt (with --eval-every), OUT/log.jsonl and
-OUT/panels/*.png. It goes on from OUT/last.pt if that is there; another --out begins anew.
+Without flags: rendered streets -> the same streets at night, recipe mic, a few minutes on two CPU
+cores. A run writes OUT/last.pt, OUT/best.pt (with --eval-every), OUT/log.jsonl, OUT/panels/*.png.
+With --source-steps, the default of short runs, it also writes OUT/source.pt and, after validation,
+OUT/result.png. It goes on from OUT/last.pt if that is there; another --out begins anew.
 """
 import argparse
 import contextlib
@@ -136,7 +137,7 @@ def build_parser():
       help="labelled data, several are pooled; 'target': the target's own labels, 'none': only "
            "those of --labeled")
     a("--target", nargs="+", metavar="SPEC",
-      help="data to adapt to, several are pooled, or none (default: streets:shifted where --source "
+      help="data to adapt to, several are pooled, or none (default: streets:night where --source "
            "is streets)")
     a("--labeled", default="0", metavar="N",
       help="target images whose labels are used: N, all, or a file with one image name a line")
@@ -165,14 +166,16 @@ def build_parser():
            "but source-only and oracle distort colours in another way")
 
     a = p.add_argument_group("network").add_argument
-    a("--backbone", type=backbone, default="mit_b0", metavar="B",
-      help="mit_b0..mit_b5 or timm:NAME")
+    a("--backbone", type=backbone, default="timm:tf_efficientnet_lite0", metavar="B",
+      help="timm:NAME or mit_b0..mit_b5")
     a("--decoder", default="segformer", choices=model.FUSIONS, metavar="D",
       help="segformer, or daformer, the published one, slow on a CPU")
-    a("--channels", type=between(1, 10**5, int), default=256, metavar="N",
-      help="width of the decoder")
-    a("--init", default="none", metavar="W",
-      help="weights to start from: FILE of a backbone, hub (network), a .pt of train.py, or none")
+    a("--channels", type=between(1, 10**5, int), default=128, metavar="N",
+      help="width of the decoder; published: 256")
+    a("--init", default="imagenet", metavar="W",
+      help="weights to start from: imagenet (or hub, the same: for EfficientNet-Lite0 from an "
+           "installed package, else from the network), FILE of a backbone, a .pt of train.py, or "
+           "none: random")
     a("--language", choices=("lcmsm", "dlg"), metavar="L",
       help="lcmsm: a second decoder reads text; dlg: text guides the decoder (default: neither)")
     a("--text", default="auto", metavar="T",
@@ -189,7 +192,7 @@ def build_parser():
            "--detail a 16th of the crop)")
     a("--mask-ratio", type=share, default=0.7, metavar="R", help="share of blocks that are masked")
     a("--fd", type=factor, default=0.0, metavar="X",
-      help="weight of the distance to ImageNet features on things; needs --init FILE or hub")
+      help="weight of the distance to ImageNet features on things; needs --init imagenet or FILE")
     a("--rcs", type=factor, default=0.0, metavar="T",
       help="temperature of rare-class sampling; 0 draws images uniformly")
     a("--threshold", type=share, default=0.968, metavar="P",
@@ -224,14 +227,20 @@ def build_parser():
     a = p.add_argument_group("optimisation").add_argument
     a("--steps", type=count, default=1000, metavar="N",
       help="length of the schedule; published: 40,000")
+    a("--source-steps", type=count_or_0, metavar="N",
+      help="the first N of --steps learn from the source alone, with a schedule of their own; what "
+           "adaptation then gains over that is shown at the end (default: a third of --steps in a "
+           "run that adapts, 0 from 10,000 steps on, as published)")
     a("--stop-at", type=count, metavar="N",
       help="save and stop after this step of the schedule (default: --steps)")
     a("--warmup", type=count_or_0, metavar="N",
       help="steps of linear warm-up (default: 1500, at most --steps / 20)")
     a("--lr", type=between(0, 10), metavar="X",
-      help="peak learning rate of the backbone (default: 6e-5 with --init, published, else 1e-3)")
+      help="peak learning rate of the backbone (default: 6e-5 from 10,000 steps on, published, "
+           "else 1e-3)")
     a("--head-lr", type=factor, metavar="X",
-      help="the decoder's learning rate over the backbone's (default: 10 with --init, else 1)")
+      help="the decoder's learning rate over the backbone's (default: 10 from 10,000 steps on, "
+           "published, else 1)")
     a("--accum", type=between(1, 10**4, int), default=1, metavar="N",
       help="batches per optimiser step, for small memory")
     a("--seed", type=between(0, 2**31, int), default=0, metavar="N",
@@ -270,14 +279,17 @@ def parse_flags(argv=None):
     f = parser.parse_args(argv)
 
     # published: long runs from ImageNet weights on large crops
+    long = f.steps >= 10_000
     if f.alpha is None:
-        f.alpha = 0.999 if f.steps >= 10_000 else 0.99
+        f.alpha = 0.999 if long else 0.99
     if f.warmup is None:
         f.warmup = min(1500, f.steps // 20)
     if f.lr is None:
-        f.lr = 1e-3 if f.init == "none" else 6e-5
+        f.lr = 6e-5 if long else 1e-3
     if f.head_lr is None:
-        f.head_lr = 1.0 if f.init == "none" else 10.0
+        f.head_lr = 10.0 if long else 1.0
+    if f.init == "hub":  # another name of it
+        f.init = "imagenet"
     if f.mask_block is None:
         f.mask_block = 32 if f.crop >= 512 else 16
         if f.detail:
@@ -291,12 +303,10 @@ def parse_flags(argv=None):
     all_labels = words(f.source) == "target"
     settle_data(f, parser)
 
-    # what follows from them. A step adapts when it needs target images and what the teacher says of
-    # them; T2S-DA weighs its classes by that, SePiCo contrasts them
+    # what follows from them
     f.lcmsm = f.language == "lcmsm"
     f.contrasts = bool(f.cluda or f.sepico or f.t2s)
-    asks_teacher = bool(f.t2s or f.sepico) and f.target != "none"
-    f.adapts = bool(f.mix or f.mask or f.consistency or asks_teacher)
+    f.adapts = adapts(f)
     f.doubt = 0.0 if f.dyce else 0.5  # power of T2S-DA's class weights; DyCE weighs classes already
     f.detail_side = detail_side(f, parser)
 
@@ -320,15 +330,45 @@ def detail_side(f, parser):
     return side
 
 
+def adapts(f):
+    """Whether a step needs target images and what the teacher says of them.
+
+    T2S-DA weighs its classes by that, SePiCo contrasts them.
+    """
+    asks_teacher = bool(f.t2s or f.sepico) and f.target != "none"
+    return bool(f.mix or f.mask or f.consistency or asks_teacher)
+
+
+def flags_at(f, step):
+    """The flags of a step: in the first --source-steps without what needs target images."""
+    if step >= f.source_steps:
+        return f
+    f = copy.copy(f)
+    f.adapts = False
+    f.mix = 0.0
+    f.consistency = 0.0
+    if not f.lcmsm:  # which masks source images too
+        f.mask = 0.0
+    return f
+
+
+def phase_at(f, step):
+    """First step and length of what a step belongs to, the source phase or the rest of the run."""
+    if step < f.source_steps:
+        return 0, f.source_steps
+    return f.source_steps, f.steps - f.source_steps
+
+
 def settle_data(f, parser):
-    """Fill in --target, --val, --classes, and `saved`, the flags that log and checkpoint keep."""
+    """Fill in --target, --val, --classes, --source-steps, and `saved`, the flags that log and
+    checkpoint keep."""
     for name in ("source", "target", "val"):
         setattr(f, name, one_or_several(getattr(f, name), name, parser))
     if f.target is None:
         if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
             parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
                          "--target none with --recipe source (the default is rendered streets)")
-        f.target = "streets:shifted"
+        f.target = "streets:night"
     if f.source == "target":
         f.source = f.target
     asked_val = f.val
@@ -337,6 +377,10 @@ def settle_data(f, parser):
     own_ids = f.classes  # say what own masks without IDS mean
     if f.classes is None:
         f.classes = usual_classes(f)
+
+    if f.source_steps is None:
+        # a teacher that has learned next to nothing yet would mislead a short run
+        f.source_steps = f.steps // 3 if f.steps < 10_000 and adapts(f) else 0
 
     saved = dict(vars(f))
     for name, value in saved.items():
@@ -394,6 +438,9 @@ def contradictions(f, default, all_labels):
     no_target = f.target == "none"
     return {
         "--stop-at comes after --steps": f.stop_at > f.steps,
+        "--source-steps does nothing without a target to adapt to":
+            f.source_steps and not f.adapts,
+        "--source-steps leaves none of --steps to adapt in": f.source_steps >= f.steps,
         "--source target takes its labels from --target, which is none": all_labels and no_target,
         "--source none leaves no label to learn from: add --labeled N":
             no_source and f.labeled == "0",
@@ -548,7 +595,8 @@ def make_views(f, teacher, source, labeled, target, draw):
     mean = teacher.pixel_mean
     if f.mask and f.lcmsm:
         views["mask_source"] = hide(source, f, mean, draw)
-        views["mask_mix"] = hide(views["mix"], f, mean, draw)
+        if "mix" in views:
+            views["mask_mix"] = hide(views["mix"], f, mean, draw)
     elif f.mask:
         views["mask"] = hide(target, f, mean, draw)
 
@@ -1114,7 +1162,7 @@ def open_networks(f, classes, bank, device, checkpoint=None):
     """
     torch.manual_seed(f.seed)
     reads = checkpoint is None or checkpoint.get("imagenet", True)
-    timm_hub = reads and f.init == "hub" and f.backbone.startswith("timm:")
+    timm_imagenet = reads and f.init == "imagenet" and f.backbone.startswith("timm:")
     ours = reads and f.init.endswith(".pt") and model.is_checkpoint(f.init)
     student = model.Segmenter(
         f.backbone,
@@ -1123,7 +1171,7 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         f.channels,
         f.language,
         bank,
-        pretrained=timm_hub,
+        pretrained=timm_imagenet,
         projection=bool(f.t2s),  # CLUDA contrasts the features themselves
         stages=bool(f.sepico),
         detail=f.detail_side,
@@ -1135,7 +1183,7 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         load_ours(student, classes, f.init)
     elif f.init == "none":
         print0(f"{f.backbone}: random weights; --init takes pretrained ones")
-    elif not timm_hub:
+    elif not timm_imagenet:
         model.load_backbone(student, f.init)
     student.to(device).train()
     if f.checkpointing:
@@ -1534,7 +1582,7 @@ class Log:
     process writes it.
     """
 
-    def __init__(self, path, run, images_per_step, clock):
+    def __init__(self, path, run, clock):
         self.path = path
         self.run = run
         self.file = None
@@ -1546,7 +1594,6 @@ class Log:
             except OSError as error:
                 raise data.DataError(f"{path}: cannot be written ({error.strerror}); give another "
                                      "--out") from error
-        self.images = images_per_step
         self.clock = clock
         self.least_ms = None  # what a step's matrix products would take at the GPU's peak rate
         self.reset()
@@ -1554,6 +1601,7 @@ class Log:
     def reset(self):
         self.sums = {}
         self.steps = 0
+        self.images = 0
         self.began = time.perf_counter()
         self.clock.reset()
 
@@ -1575,9 +1623,10 @@ class Log:
                 raise OSError(f"{self.path}: cannot be written ({error.strerror}); make room, then "
                               "start again; checkpoints stay as they are") from error
 
-    def add(self, terms):
-        """Count one step."""
+    def add(self, terms, images):
+        """Count one step, which took so many images."""
         self.steps += 1
+        self.images += images
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
@@ -1587,8 +1636,9 @@ class Log:
         for name, value in self.sums.items():
             means[name] = round(mean_over_ranks(value).item() / self.steps, 4)
         parts = {part: round(ms / self.steps, 2) for part, ms in self.clock.sums().items()}
-        pace = self.steps / (time.perf_counter() - self.began)  # steps a second
-        speed = round(pace * self.images, 2)
+        elapsed = time.perf_counter() - self.began
+        pace = self.steps / elapsed  # steps a second
+        speed = round(self.images / elapsed, 2)
         if self.least_ms:
             values["share_of_peak"] = round(self.least_ms / sum(parts.values()), 4)
         self.write("step", step=done, images_per_s=speed, **values, **means, ms=parts,
@@ -1616,6 +1666,7 @@ class Run:
         self.flags = f.saved | {"world": WORLD, "dtype": self.dtype_name}
         self.out = Path(f.out)
         self.last = self.out / "last.pt"
+        self.source = self.out / "source.pt"  # the network before adaptation
         self.start = 0
         self.best = -1.0  # the highest mIoU so far, of --eval-every
         self.window = f.crop if f.slide else None
@@ -1662,7 +1713,10 @@ class Run:
         self.streams = open_streams(f, self.sets)
         self.loaders = {}
         for name, stream in self.streams.items():
-            self.loaders[name] = stream and stream.views(self.start, self.device)
+            first = self.start
+            if name == "target":
+                first = max(first, f.source_steps)
+            self.loaders[name] = stream and stream.views(first, self.device)
 
         # every term goes into one backward, so no parameter is unused
         if WORLD > 1:
@@ -1675,9 +1729,7 @@ class Run:
         self.about = versions(self.device)
         self.clock = Clock(self.device)
         self.guard = GradientGuard(self.optimizer, self.device)
-        used = [stream for stream in self.streams.values() if stream]
-        images = len(used) * f.batch * f.accum * WORLD
-        self.log = Log(self.out / "log.jsonl", self.id, images, self.clock)
+        self.log = Log(self.out / "log.jsonl", self.id, self.clock)
 
     def check_inputs(self):
         """Raise CheckpointError where other things lie in another place than before.
@@ -1808,14 +1860,21 @@ class Run:
         start, result = evaluation.last_run(evaluation.read_events(log))
         return bool(result) and result.get("run") == self.id
 
+    def streams_of(self, step):
+        """{name: Stream} of which a step takes a batch."""
+        used = {name: stream for name, stream in self.streams.items() if stream}
+        if step < self.f.source_steps:
+            del used["target"]
+        return used
+
     def measures_peak(self):
         """Whether the log has the share of the GPU's peak; compiled code cannot be counted."""
         return self.device.type == "cuda" and not self.f.compile
 
     @contextlib.contextmanager
     def counted(self, step):
-        """Inside, the FLOPs of the run's first step are counted, where the log wants them."""
-        if step > self.start or not self.measures_peak():
+        """Inside, the FLOPs of a phase's first step are counted, where the log wants them."""
+        if step not in (self.start, self.f.source_steps) or not self.measures_peak():
             yield
             return
         with FlopCounterMode(display=False) as counter:
@@ -1862,9 +1921,8 @@ class Run:
             return
         step, parts = fault
         files = []
-        for stream in self.streams.values():
-            if stream:
-                files += stream.files(step)
+        for stream in self.streams_of(step).values():
+            files += stream.files(step)
         self.log.write("non-finite", step=step, parts=parts, files=files)
         left = "nothing was saved yet"
         if self.last.exists():
@@ -1879,11 +1937,14 @@ def backward(run, step):
 
     Returns (terms, views) for log and panel: the mean of the terms, the views of the last batch.
     """
-    f = run.f
+    f = flags_at(run.f, step)
     generator = torch.Generator()
     total = {}
     for part in range(f.accum):
-        batch = {name: next(loader) if loader else None for name, loader in run.loaders.items()}
+        batch = {}
+        for name, loader in run.loaders.items():
+            used = loader and (name != "target" or f.adapts)
+            batch[name] = next(loader) if used else None
         run.clock("data")
 
         # draws for the joint batch are the same on every process; dropout and stochastic depth are
@@ -1917,8 +1978,9 @@ def loop(run, signals):
     bar = tqdm(range(run.start, f.stop_at), f.recipe, f.stop_at, initial=run.start,
                disable=True if RANK else None)
     for step in bar:
+        first, length = phase_at(f, step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, group["peak"], f.steps, f.warmup)
+            group["lr"] = learning_rate(step - first, group["peak"], length, f.warmup)
 
         # the teacher follows the weights after the previous step
         model.ema_update(teacher, student, step, f.alpha)
@@ -1933,7 +1995,7 @@ def loop(run, signals):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock("optimiser")
-        log.add(terms)
+        log.add(terms, len(run.streams_of(step)) * f.batch * f.accum * WORLD)
 
         # what is due; a signal on any process ends the run on all of them
         done = step + 1
@@ -1941,6 +2003,7 @@ def loop(run, signals):
         leaves = mean_over_ranks(torch.tensor(float(bool(signals)))) > 0  # on the CPU: no GPU waits
         reports = finished or done % f.log_every == 0
         validates = f.eval_every and done % f.eval_every == 0
+        adapts_next = done == f.source_steps
         saves = finished or leaves or done % f.save_every == 0
 
         if reports or validates or saves:
@@ -1951,8 +2014,10 @@ def loop(run, signals):
                 values["class_weights"] = run.nets.class_confidence.weights(f.doubt).tolist()
             log.report(bar, done, f, **values)
         with log.left_out():
-            if validates or saves:
+            if validates or saves or adapts_next:
                 model.settle_batchnorm(student, teacher, mean_over_ranks)
+            if adapts_next:
+                run.save("source.pt", done)
             if validates:
                 run.validate(done)
             if saves:
@@ -1964,26 +2029,75 @@ def loop(run, signals):
             sys.exit(130 if signal.SIGINT in signals else 0)  # SIGTERM: a scheduler asked
 
 
-def read_out(run):
-    """The read-outs of a finished run: student, EMA teacher, student with AdaBN on the target."""
-    val, target = run.sets.val, run.sets.target
-    results = {
-        "student": evaluation.evaluate(run.student, val, run.window),
-        "teacher": evaluation.evaluate(run.teacher, val, run.window),
-        "adabn": None,
-    }
-    batchnorm = any(isinstance(m, torch.nn.BatchNorm2d) for m in run.student.modules())
-    if target and batchnorm:
-        adapted = evaluation.adapt_batchnorm(run.student, target)
-        results["adabn"] = evaluation.evaluate(adapted, val, run.window)
-    run.log.write("result", step=run.f.steps, **results)
+def before_adaptation(run):
+    """The network of OUT/source.pt, or None where the run has no source phase or lost the file.
 
-    print0(f"student, {val.spec}, val:\n{evaluation.format_scores(results['student'])}")
-    for name, result in results.items():
-        if result:
-            print0(f"{name} mIoU {result['miou']:.2f}")
-    if results["adabn"]:
-        print0("(adabn: the student with BatchNorm statistics of the target)")
+    The first process reads it for all.
+    """
+    if not run.f.source_steps:
+        return None
+    box = [None]
+    if RANK == 0:
+        try:
+            box = [model.load_checkpoint(run.source)]
+        except model.CheckpointError as error:
+            print0(f"note: nothing is shown of the network before adaptation ({error})")
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    if box[0] is None:
+        return None
+    return model.build_segmenter(box[0], "student", run.source).to(run.device)
+
+
+def with_adabn(run, net):
+    """The network with BatchNorm statistics of the target, None where it has none, or no target."""
+    if run.sets.target and model.batchnorms(net):
+        return evaluation.adapt_batchnorm(net, run.sets.target)
+    return None
+
+
+def scored(run, net):
+    """The scores of a network on the validation data; None of None."""
+    return net and evaluation.evaluate(net, run.sets.val, run.window)
+
+
+def read_out(run):
+    """Score a finished run: student, EMA teacher, student with AdaBN on the target.
+
+    After a source phase also the network from before adaptation, with and without AdaBN, and a
+    picture of what changed, OUT/result.png.
+    """
+    nets = {
+        "student": run.student,
+        "teacher": run.teacher,
+        "adabn": with_adabn(run, run.student),
+    }
+    recommended = "teacher" if run.f.adapts else "student"
+    before = before_adaptation(run)
+    results = {"source": scored(run, before)}
+    if before:
+        results["source"]["adabn"] = scored(run, with_adabn(run, before))
+    for name, net in nets.items():
+        results[name] = scored(run, net)
+    results["recommended"] = recommended
+
+    if before and RANK == 0:
+        draw_result(run, before, nets[recommended], recommended)
+    run.log.write("result", step=run.f.steps, **results)
+    print0(f"{words(run.f.val)}, val, {len(run.sets.val)} images:")
+    print0(evaluation.format_read_outs(results, run.f.source_steps))
+
+
+def draw_result(run, before, after, name):
+    """OUT/result.png: three frames with their labels, before adaptation and after."""
+    titles = ("before adaptation", f"after adaptation, {name}")
+    sheet, _ = evaluation.before_after(before, after, run.sets.val, titles, window=run.window)
+    path = run.out / "result.png"
+    try:
+        sheet.save(path)
+        print0(f"{path}: the three frames with the middle gain, not the best ones")
+    except OSError as error:  # a picture is not worth a run
+        print0(f"note: {path}: cannot be written ({error.strerror})")
 
 
 def catch_signals():
