@@ -6962,7 +6962,7 @@ def test_another_number_of_processes_goes_on_with_as_many_images_per_step(small_
            "batches of 2 instead of 1, and the run is not bit for bit" in done.stdout
     as_if(2, 1, 1)
     done = run_train([*small_run, *"--batch 1 --accum 2 --stop-at 3".split()])
-    assert "BatchNorm sees batches of 1 as before" in done.stdout
+    assert "BatchNorm sees batches of 1 as before, augmentation is drawn for other" in done.stdout
     as_if(4, 2, 1)
     fails(small_run, "the number of processes was 4, is 1; repeat them, or give --out NEW; "
           "--batch 2 --accum 4 keep the 8 images per step")

@@ -1284,7 +1284,8 @@ def check_resume(flags, classes, checkpoint, path):
 
     Returns the PLACES that differ: what lies there is still to be compared. Another number of
     processes is free where a step sees as many images: image k of a run is the same for any number
-    of processes, and so are all draws of a batch that is as large in all.
+    of processes, and so are the draws of augmentation where all processes' batches are as large
+    together. What BatchNorm and dropout see is not.
     """
     before = model.current_flags(checkpoint["flags"])
     changed = changed_flags(before, flags)
@@ -2126,6 +2127,8 @@ def process_note(before, flags):
     seen = f"BatchNorm sees batches of {batch} as before"
     if batch != before["batch"]:
         seen = f"BatchNorm now sees batches of {batch} instead of {before['batch']}"
+    if batch * flags["world"] != before["batch"] * before["world"]:
+        seen += ", augmentation is drawn for other batches"
     return (f"note: {flags['world']} instead of {before['world']} processes: every step has the "
             f"same {evaluation.images_per_step(flags)} images; {seen}, and the run is not bit for "
             f"bit what {before['world']} would give")
