@@ -1828,6 +1828,8 @@ def load_weights(module, state, path):
 CLASS_AXES = {
     "decoder.classifier.weight": (0,),
     "decoder.classifier.bias": (0,),
+    "attention.classifier.weight": (0,),
+    "attention.classifier.bias": (0,),
     "language_decoder.classifier.weight": (0, 1),
     "language_decoder.classifier.bias": (0,),
     "text.vectors": (0,),

@@ -5129,49 +5129,50 @@ def test_heads_of_a_checkpoint_are_fitted_to_the_network():
     refused_by(CheckpointError, "missing 2", model.load_weights, rich, wrong, "")
 
 
-def test_weights_of_classes_go_by_name():
-    """The same classes in another order: the same logits in that order, whatever the heads."""
-    x = torch.rand(1, 3, 32, 32)
-    turned = [2, 0, 1]
+@pytest.mark.parametrize("language, kind, detail", [
+    (None, None, 16), ("lcmsm", "learned", 0), ("lcmsm", "none", 0), ("dlg", "clip", 0)])
+def test_weights_of_classes_go_by_name(language, kind, detail):
     names = ("a", "b", "c")
-    other = tuple(names[i] for i in turned)
-    for language, kind in ((None, None), ("lcmsm", "learned"), ("lcmsm", "none"), ("dlg", "clip")):
-        bank = made_bank(kind=kind) if language else None
-        torch.manual_seed(0)
-        net = Segmenter("mit_b0", "segformer", 3, 8, language, bank).eval()
-        with torch.no_grad():
-            for p in net.parameters():  # guidance begins with zeros
-                p.add_(0.1 * torch.randn_like(p))
-        if bank:
-            bank = bank._replace(embeddings=bank.embeddings[turned])
-        same = Segmenter("mit_b0", "segformer", 3, 8, language, bank).eval()
-        state = net.state_dict()
-        model.load_weights(same, model.fit_heads(state, same, names, other), "x")
-        for head in net.heads:
-            expected = net(x, head).logits[:, turned]
-            torch.testing.assert_close(same(x, head).logits, expected, rtol=1e-4, atol=1e-4)
 
-        # a class fewer and one more: what both have keeps its weights, the rest stays fresh
-        some = Segmenter("mit_b0", "segformer", 4, 8, language,
-                         made_bank(4, kind=kind) if language else None)
-        fresh = {name: value.clone() for name, value in some.state_dict().items()}
-        model.load_weights(some, model.fit_heads(state, some, names, ("x", "c", "y", "a")), "x")
-        found = some.state_dict()
-        for name, axes in model.CLASS_AXES.items():
-            if name not in found:
-                continue
-            if kind == "none" and name == "language_decoder.classifier.weight":
-                axes = (0,)
-            for axis in axes:
-                if axis == 1:
-                    one = found[name][[1, 3]] if 0 in axes else found[name]
-                    old = state[name][[2, 0]] if 0 in axes else state[name]
-                    assert torch.equal(one[:, 8:][:, [1, 3]], old[:, 8:][:, [2, 0]]), name
-                    assert torch.equal(one[:, :8], old[:, :8]), name
-                    assert torch.equal(found[name][:, 8:][:, [0, 2]], fresh[name][:, 8:][:, [0, 2]])
-                elif axes == (0,):
-                    assert torch.equal(found[name][[1, 3]], state[name][[2, 0]]), name
-                    assert torch.equal(found[name][[0, 2]], fresh[name][[0, 2]]), name
+    def network(classes):
+        bank = made_bank(classes, kind=kind) if language else None
+        return Segmenter("mit_b0", "segformer", classes, 8, language, bank, detail=detail).eval()
+
+    torch.manual_seed(0)
+    net = network(3)
+    with torch.no_grad():
+        for p in net.parameters():  # guidance begins with zeros
+            p.add_(0.1 * torch.randn_like(p))
+    state = net.state_dict()
+
+    # the same classes in another order: the same logits in that order
+    turned = [2, 0, 1]
+    same = network(3)
+    other = tuple(names[i] for i in turned)
+    model.load_weights(same, model.fit_heads(state, same, names, other), "x")
+    if kind == "clip":
+        same.guidance.bank.copy_(net.guidance.bank[turned])
+    x = torch.rand(1, 3, 32, 32)
+    for head in net.heads:
+        expected = net(x, head).logits[:, turned]
+        torch.testing.assert_close(same(x, head).logits, expected, rtol=1e-4, atol=1e-4)
+
+    # a class fewer and two more: what both have keeps its weights, the rest stays fresh
+    some = network(4)
+    fresh = {name: value.clone() for name, value in some.state_dict().items()}
+    model.load_weights(some, model.fit_heads(state, some, names, ("x", "c", "y", "a")), "x")
+    found = some.state_dict()
+    rows = [name for name, axes in model.CLASS_AXES.items() if axes == (0,) and name in found]
+    assert len(rows) >= 2
+    for name in rows:
+        assert torch.equal(found[name][[1, 3]], state[name][[2, 0]]), name
+        assert torch.equal(found[name][[0, 2]], fresh[name][[0, 2]]), name
+    if kind == "learned":  # features come first on the second axis, then classes
+        new, old = (weights["language_decoder.classifier.weight"] for weights in (found, state))
+        assert torch.equal(new[[1, 3]][:, [*range(8), 9, 11]], old[[2, 0]][:, [*range(8), 10, 8]])
+    if language == "dlg":
+        new, old = found["guidance.out.weight"], state["guidance.out.weight"]
+        assert torch.equal(new[:, [*range(8), 9, 11]], old[:, [*range(8), 10, 8]])
 
 
 def tiny_checkpoint(**changes):
@@ -6699,14 +6700,11 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
     assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 2
     assert not events(tmp_path / "out", "result")
     # a fault in the data says how the read-out is repeated; half a result is none, and goes
-    broken = tmp_path / "target/images/003.png"
-    content, status = broken.read_bytes(), broken.stat()
-    break_unseen(broken)
-    done = run_train(argv, check=False)
-    assert done.returncode == 2 and f"{broken}: no readable image" in done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", Mock(side_effect=DataError("a.png: damaged")))
+        done = run_train(argv, check=False)
+    assert done.returncode == 2 and done.stderr.endswith("train.py: error: a.png: damaged\n")
     assert f"saved in {tmp_path}/out/last.pt, the read-out is not; the same command" in done.stdout
-    broken.write_bytes(content)
-    os.utime(broken, ns=(status.st_atime_ns, status.st_mtime_ns))
     with open(tmp_path / "out/log.jsonl", "a") as log:
         log.write('{"event": "result", "run": "')
     assert "step 2; only the read-out is left" in run_train(argv).stdout
@@ -7402,25 +7400,30 @@ def test_a_dying_rank_ends_the_job(small_run, tmp_path):
     assert (tmp_path / "out/last.pt").read_bytes() == before
 
 
-def break_unseen(path):
-    """Damage a file so that its size and time stay: the checks, which were made before, miss it."""
-    status, content = path.stat(), path.read_bytes()
-    path.write_bytes(content[:40] + bytes(len(content) - 40))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path, monkeypatch):
+    """One that breaks after the checks, which read every file."""
+    check_sets = data.check_sets
 
+    def breaks(*paths):
+        def check(*arguments):
+            found = check_sets(*arguments)
+            for path in paths:
+                path.write_bytes(path.read_bytes()[:40])
+            return found
+        monkeypatch.setattr(data, "check_sets", check)
 
-def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path):
-    run_train([*small_run, "--steps", "1", "--out", str(tmp_path / "before")])  # checks all files
-    for domain in ("source", "target"):
-        break_unseen(tmp_path / domain / "images/003.png")
-    begin = time.time()
-    argv = [*small_run, "--rcs", "0", "--workers"]
-    fails([*argv, "1"], "source/images/003.png", launcher=(sys.executable,))  # a loader process
-    fails([*argv, "0"], "source/images/003.png")
-    assert time.time() - begin < 120
     good, _ = write_pairs(tmp_path, name="good")
+    source, target = (tmp_path / domain / "images/003.png" for domain in ("source", "target"))
+    whole = source.read_bytes()
+    for workers in ("1", "0"):  # in a loader process and without one
+        breaks(source)
+        begin = time.time()
+        fails([*small_run, "--rcs", "0", "--workers", workers], f"{source}: no readable image")
+        assert time.time() - begin < 120 and not (tmp_path / "out/last.pt").exists()
+        source.write_bytes(whole)
     argv = [*small_run, "--source", good, "--out", str(tmp_path / "last")]
-    fails([*argv, *"--recipe source --target none --steps 2".split()], "target/images/003.png")
+    breaks(target)
+    fails([*argv, *"--recipe source --target none --steps 2".split()], f"{target}: no readable image")
     assert load_checkpoint(tmp_path / "last/last.pt")["step"] == 2  # the final evaluation failed
 
 
