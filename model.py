@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -505,10 +506,173 @@ class TimmBackbone(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# Convolutions of the DAFormer decoder, as a CPU computes them fastest
+#
+# Maps are channels-last throughout: a pixel's channels lie side by side. All three are exact and
+# keep the names and shapes of nn.Conv2d's weights. Elsewhere than on a CPU, and under torch.compile
+# and torch.export, the latter two are nn.Conv2d.
+
+
+def by_hand(x):
+    """Whether a map is one that this section computes itself."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution as a matrix product of tokens: float (B,C,h,w) -> (B,C',h,w)."""
+
+    def forward(self, x):
+        tokens = F.linear(to_tokens(x), self.weight.flatten(1), self.bias)  # (B,N,C) -> (B,N,C')
+        return to_map(tokens, x.shape[2:])
+
+
+class DilatedDepthwise(nn.Conv2d):
+    """A dilated depthwise 3x3 convolution by way of sub-images: float (B,C,H,W) -> same.
+
+    In each of the d x d interleaved sub-images the convolution is not dilated. The dilated one has
+    no fast gradient in torch 2.13.
+    """
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        d = self.dilation[0]
+        if not by_hand(x) or d >= min(H, W):
+            return super().forward(x)
+        # Below three rows torch has no fast gradient for the weight either
+        h, w = max(3, math.ceil(H / d)), math.ceil(W / d)
+        below, right = h * d - H, w * d - W
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, right, 0, below))  # -> (B,h*d,w*d,C)
+        x = x.view(B, h, d, w, d, C).permute(0, 2, 4, 1, 3, 5)  # -> (B,d,d,h,w,C)
+        x = x.reshape(B * d * d, h, w, C).permute(0, 3, 1, 2)  # one image a sub-image
+        x = F.conv2d(x, self.weight, None, 1, 1, 1, C)
+        x = x.permute(0, 2, 3, 1).view(B, d, d, h, w, C).permute(0, 3, 1, 4, 2, 5)
+        x = x.reshape(B, h * d, w * d, C)  # (B,h,d,w,d,C) -> (B,h*d,w*d,C)
+        return F.pad(x, (0, 0, 0, -right, 0, -below)).permute(0, 3, 1, 2)  # cut -> (B,C,H,W)
+
+
+# A 3x3 convolution of a row of three weights g with four pixels d gives two outputs, by six
+# products. Winograd's F(2,3) needs four (Lavin and Gray, CVPR 2016): y = A' ((G g) * (B' d)), and in
+# two dimensions 16 in place of 36. `*` becomes a matrix product over channels.
+WINOGRAD_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+
+
+def winograd_weight(weight):
+    """G g G': (E,C,3,3) -> (16,E,C)."""
+    rows = weight.new_tensor(WINOGRAD_G)
+    both = torch.kron(rows, rows)  # (16,9)
+    return (both @ weight.view(-1, 9).t()).view(16, *weight.shape[:2])  # (16,9) x (9,E*C)
+
+
+def winograd_weight_gradient(gradient):
+    """The transpose of winograd_weight: (16,E,C) -> (E,C,3,3)."""
+    rows = gradient.new_tensor(WINOGRAD_G)
+    both = torch.kron(rows, rows)  # (16,9)
+    return (gradient.flatten(1).t() @ both).view(*gradient.shape[1:], 3, 3)  # (E*C,16) x (16,9)
+
+
+def winograd_input(x, dim):
+    """B' d along one dimension of 2n + 2 pixels: (..,2n+2,..) -> (4,..,n,..)."""
+    n = x.shape[dim] // 2 - 1
+    even, odd = x.unflatten(dim, (n + 1, 2)).unbind(dim + 1)
+    # A window of four pixels begins at every second one
+    first, third = even.narrow(dim, 0, n), even.narrow(dim, 1, n)
+    second, fourth = odd.narrow(dim, 0, n), odd.narrow(dim, 1, n)
+    out = x.new_empty(4, *first.shape)
+    torch.sub(first, third, out=out[0])
+    torch.add(second, third, out=out[1])
+    torch.sub(third, second, out=out[2])
+    torch.sub(second, fourth, out=out[3])
+    return out
+
+
+def winograd_output(m, dim):
+    """A' m along one dimension: (4,..,n,..) -> (..,2n,..); dim counts in the result."""
+    out = m.new_empty(*m.shape[1:dim + 2], 2, *m.shape[dim + 2:])  # (..,n,2,..)
+    even, odd = out.unbind(dim + 1)
+    torch.add(m[0], m[1], out=even).add_(m[2])
+    torch.sub(m[1], m[2], out=odd).sub_(m[3])
+    return out.flatten(dim, dim + 1)
+
+
+def winograd_output_gradient(y, dim):
+    """The transpose of winograd_output: (..,2n,..) -> (4,..,n,..)."""
+    even, odd = y.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    out = y.new_empty(4, *even.shape)
+    out[0] = even
+    torch.add(even, odd, out=out[1])
+    torch.sub(even, odd, out=out[2])
+    torch.neg(odd, out=out[3])
+    return out
+
+
+def winograd_tiles(image):
+    """B' d B of an image (H,W,C), all its overlapping tiles of 4x4 -> (16,T,C), T = ceil(H/2) *
+    ceil(W/2)."""
+    H, W, C = image.shape
+    image = F.pad(image, (0, 0, 1, 1 + W % 2, 1, 1 + H % 2))  # -> (2h+2,2w+2,C)
+    tiles = winograd_input(winograd_input(image, 1), 1)  # -> (4,2h+2,w,C) -> (4,4,h,w,C)
+    return tiles.view(16, -1, C)
+
+
+def winograd(x, weight):
+    """The convolution of (B,C,H,W) by a transformed weight (16,C,E) -> (B,E,H,W), channels-last.
+
+    An image at a time, since its tiles take four times its memory.
+    """
+    B, C, H, W = x.shape
+    h, w = math.ceil(H / 2), math.ceil(W / 2)
+    out = x.new_empty(B, H, W, weight.shape[2])
+    for image, result in zip(x.permute(0, 2, 3, 1), out):
+        products = winograd_tiles(image) @ weight  # (16,T,C) x (16,C,E) -> (16,T,E)
+        products = products.view(4, 4, h, w, -1)
+        pixels = winograd_output(winograd_output(products, 1), 1)
+        result.copy_(pixels[:H, :W])
+    return out.permute(0, 3, 1, 2)
+
+
+class Winograd(torch.autograd.Function):
+    """A 3x3 convolution with one pixel of padding by Winograd's products: x (B,C,H,W), weight
+    (E,C,3,3) -> (B,E,H,W) in x's dtype.
+
+    The weight is transformed in its own dtype. In bfloat16 the result has twice the rounding error
+    of nn.Conv2d, in float32 half of it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return winograd(x, winograd_weight(weight).to(x.dtype).transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        x, weight = ctx.saved_tensors
+        # To the input: the convolution of the upstream gradient by the kernel, turned around
+        turned = winograd_weight(weight.flip(2, 3)).to(x.dtype)  # (16,E,C)
+        H, W = x.shape[2:]
+        total = weight.new_zeros(16, *weight.shape[:2])
+        for image, gradient in zip(x.permute(0, 2, 3, 1), upstream.permute(0, 2, 3, 1)):
+            gradient = F.pad(gradient, (0, 0, 0, W % 2, 0, H % 2))  # (H,W,E) -> (2h,2w,E)
+            products = winograd_output_gradient(winograd_output_gradient(gradient, 1), 1)
+            products = products.view(16, -1, len(weight))  # (4,4,h,w,E) -> (16,T,E)
+            total += products.transpose(1, 2) @ winograd_tiles(image)  # (16,E,T) x (16,T,C)
+        return winograd(upstream, turned), winograd_weight_gradient(total)
+
+
+class Convolution3x3(nn.Conv2d):
+    """A 3x3 convolution with one pixel of padding: float (B,C,H,W) -> (B,E,H,W)."""
+
+    def forward(self, x):
+        if not by_hand(x):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):  # the weight is transformed in float32
+            return Winograd.apply(x, self.weight)
+
+
+# --------------------------------------------------------------------------------------------------
 # Decoders
 
 
-@torch.compiler.disable  # compiled for CPUs, torch 2.13 loses gradients where levels are upsampled
 def resize(x, size):
     """Bilinear, align_corners False: (B,C,h,w) -> (B,C,*size)."""
     if x.shape[2:] == size:
@@ -569,33 +733,15 @@ class SegFormerFusion(nn.Module):
         return F.relu(self.bn(project_and_fuse(pyramid, self.linears, self.fuse.weight)))
 
 
-class DilatedDepthwise(nn.Conv2d):
-    """A dilated depthwise 3x3 convolution, on a CPU by way of sub-images. float (B,C,H,W) -> same.
-
-    In each of the d x d interleaved sub-images the convolution is not dilated; the sums are the
-    same, in another order. It no longer pays: with torch 2.13's plain convolution a training pass
-    of MiT-B0 with this decoder takes 0.9 of the time. It stays for the last digits of old runs.
-    """
-
-    def forward(self, x):
-        B, C, H, W = x.shape
-        d = self.dilation[0]
-        if x.device.type != "cpu" or torch.compiler.is_exporting() or 2 * d >= min(H, W):
-            return super().forward(x)
-        h, w = math.ceil(H / d), math.ceil(W / d)
-        x = F.pad(x, (0, w * d - W, 0, h * d - H)).view(B, C, h, d, w, d)
-        x = x.permute(0, 3, 5, 1, 2, 4).reshape(B * d * d, C, h, w)  # one image a sub-image
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = F.conv2d(x, self.weight, None, 1, 1, 1, C)
-        x = x.view(B, d, d, C, h, w).permute(0, 3, 4, 1, 5, 2)  # -> (B,C,h,d,w,d)
-        return x.reshape(B, C, h * d, w * d)[..., :H, :W]
-
-
 def conv_bn_relu(inputs, outputs, kernel=1, dilation=1, groups=1):
-    """Convolution without bias, BatchNorm, ReLU; keeps the size."""
-    kind = nn.Conv2d
-    if dilation > 1 and groups == inputs:
+    """Convolution without bias, BatchNorm, ReLU; keeps the size. Kernel 1, 3, or 3 depthwise and
+    dilated."""
+    if kernel == 1:
+        kind = Pointwise
+    elif dilation > 1:
         kind = DilatedDepthwise
+    else:
+        kind = Convolution3x3
     padding = dilation * (kernel // 2)
     conv = kind(inputs, outputs, kernel, 1, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))

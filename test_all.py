@@ -4778,15 +4778,36 @@ def test_fusion_below_the_upsampling_is_exact():
 
 
 @pytest.mark.parametrize("size, dilation", [
-    ((32, 32), 6), ((33, 47), 12), ((20, 40), 18), ((7, 40), 2), ((5, 5), 3)])
+    ((32, 32), 6), ((33, 47), 12), ((20, 40), 18), ((7, 40), 2), ((5, 5), 3), ((5, 4), 6)])
 def test_dilated_convolution_by_sub_images_equals_torch(size, dilation):
-    torch.manual_seed(0)
-    conv = model.DilatedDepthwise(5, 5, 3, 1, dilation, dilation, 5, bias=False).double()
-    x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
-    outputs = []
-    for y in (conv(x), F.conv2d(x, conv.weight, None, 1, dilation, dilation, 5)):
-        outputs.append((y, *torch.autograd.grad(y.square().sum(), (x, conv.weight))))
-    torch.testing.assert_close(*outputs)
+    conv = model.DilatedDepthwise(5, 5, 3, 1, dilation, dilation, 5, bias=False)
+    assert_equals_torch(conv, torch.randn(2, 5, *size))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 8), (5, 12), (12, 5)])
+def test_winograd_convolution_equals_torch(size):
+    conv = model.Convolution3x3(5, 7, 3, padding=1, bias=False)
+    x = torch.randn(3, 5, *size)
+    assert_equals_torch(conv, x)
+    exact = F.conv2d(x.double(), conv.weight, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = conv.float()(x.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    assert distance(rounded, exact) < 1e-2
+
+
+def test_pointwise_convolution_equals_torch():
+    assert_equals_torch(model.Pointwise(5, 7, 1), torch.randn(2, 5, 4, 6))
+
+
+def assert_equals_torch(conv, x):
+    """A module and nn.Conv2d's own forward: values and gradients, in float64."""
+    conv = conv.double()
+    x = x.double().requires_grad_()
+    results = []
+    for y in (conv(x), torch.nn.Conv2d.forward(conv, x)):
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, conv.weight))))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (33, 65), (64, 96)])
@@ -7842,7 +7863,7 @@ def test_kernels_and_bf16_do_not_change_what_is_learned(small_run, tmp_path, mon
     assert (curves["bf16"] - curves["plain"]).abs().max() < 0.1 < fell
 
 
-def test_compiled_network_learns_the_same(small_run, tmp_path):
+def test_compiled_network_learns_the_same(small_run, tmp_path, monkeypatch):
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2))
     except Exception as error:  # no C++ compiler, no Python headers
@@ -7853,7 +7874,9 @@ def test_compiled_network_learns_the_same(small_run, tmp_path):
     for i, c in enumerate((16, 32, 48, 96)):
         level = torch.randn(2, c, 16 >> i, 16 >> i).double()
         pyramid.append(level.contiguous(memory_format=torch.channels_last))
-    fusion.compile()
+    monkeypatch.setattr(model, "resize", model.resize)  # to be restored
+    nets = SimpleNamespace(student=Mock(compilable=lambda: [fusion]), teacher=None, imagenet=None)
+    train.compile_networks(nets, torch.device("cpu"))
     for net in (plain, fusion):
         out = net([level.requires_grad_() for level in pyramid])
         (out * torch.arange(out.numel()).view(out.shape).sin()).sum().backward()
@@ -8248,7 +8271,8 @@ def test_a_new_loss_in_four_places_as_readme_shows_it(small_run, tmp_path):
 #
 # Every side first has to come near the reference (float64; for networks the peer in float32). Then
 # the sides take turns, so that a busy machine slows all of them alike, and the least time of each
-# counts. Where other programs keep the cores busy, OMP_NUM_THREADS=1 steadies the ratios.
+# counts. With OMP_NUM_THREADS=1 a CPU's time is the processor time of this process, which other
+# programs disturb less; with more threads it is that of the clock on the wall.
 # "times ours" is a peer's time over ours: below 1 the peer wins. "extra MB" is the peak of memory
 # beyond what a call returns, on a GPU.
 
@@ -8258,7 +8282,9 @@ BENCH_SHAPES = {  # name of what is timed: arguments of bench_NAME, one table or
     "upsample_cross_entropy": [(2, 19, 64)],
     "pixel_nce": [(1024, 128, "per_positive"), (2048, 128, "per_positive"), (2048, 128, "supcon")],
     "network": [("training", 4, 128), ("training", 2, 256), ("inference", 1, 512)],
-    "uda_step": [(128,)],
+    "decoder": [(2, 128), (2, 256)],
+    "decoder_stages": [(2, 128)],
+    "uda_step": [("mit_b0", "segformer", 128), ("mit_b0", "daformer", 128)],
     "crop": [(128,), (512,)],
 }
 if ON_GPU:
@@ -8267,7 +8293,8 @@ if ON_GPU:
         "upsample_cross_entropy": [(8, 19, 128), (4, 150, 256)],
         "pixel_nce": [(32768, 256, "per_positive"), (32768, 256, "supcon")],
         "network": BENCH_SHAPES["network"] + [("training", 8, 512)],
-        "uda_step": [(128,), (512,)],
+        "decoder": [(2, 512)],
+        "uda_step": [("mit_b0", "segformer", 512), ("mit_b5", "daformer", 512)],
     }
 BENCH_SECONDS = 20 if ON_GPU else 4  # of taking turns, per table
 COLUMNS = {"ms": "{:.3f}", "times ours": "{:.2f}", "error": "{:.0e}", "extra MB": "{:.1f}"}
@@ -8279,12 +8306,15 @@ def seconds(call):
     """-> of one call; on a GPU the mean of ten, which hides what starts them."""
     repeats = 10 if ON_GPU else 1
     finish = torch.cuda.synchronize if ON_GPU else lambda: None
+    clock = time.perf_counter
+    if not ON_GPU and torch.get_num_threads() == 1:
+        clock = time.process_time
     finish()
-    began = time.perf_counter()
+    began = clock()
     for _ in range(repeats):
         call()
     finish()
-    return (time.perf_counter() - began) / repeats
+    return (clock() - began) / repeats
 
 
 def distance(found, exact):
@@ -8319,12 +8349,12 @@ def complaint(error):
     return f"fails: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:90]}"
 
 
-def compare(title, sides, exact=None, limit=1e-4, repeats=True):
+def compare(title, sides, exact=None, limit=1e-4, repeats=True, floor=None):
     """One table, printed and returned.
 
     sides: name -> make, ours first; make() -> a call -> tensors. exact: what every call must return
     within `limit` (one for all or one each), None: finite tensors. repeats: whether ours must
-    return the same bits ten times.
+    return the same bits ten times. floor: the side that does only a part and is not checked.
     """
     rows, calls = [], {}
     for name, make in sides.items():
@@ -8332,7 +8362,7 @@ def compare(title, sides, exact=None, limit=1e-4, repeats=True):
         rows.append(row)
         try:
             call = make()
-            check_side(row, call, exact, limit)
+            check_side(row, call, None if name == floor else exact, limit)
             calls[name] = call
         except Exception as error:  # not installed, unsupported, out of memory, wrong
             row["note"] = complaint(error)
@@ -8555,34 +8585,249 @@ def bench_network(mode, B, height):
         yield compare(title, sides, exact, limit, repeats=False)
 
 
-def bench_uda_step(side):
-    """A whole step of recipe mic on the same images each time; beside it one pass of the peer."""
-    f = train.parse_flags(
-        [*TINY, "--channels", "256", "--fd", "0", "--batch", "2", "--crop", str(side)])
+# The network and the step as the code of the DAFormer family runs them, with our modules' weights
+
+
+def plain_conv(conv, x):
+    return F.conv2d(
+        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def plain_block(block, x):
+    conv, bn, relu = block
+    return relu(bn(plain_conv(conv, x)))
+
+
+def plain_attention(attention, x, size):
+    """(B,N,C) -> same, by the whole matrix (B,heads,N,M)."""
+    B, N, C = x.shape
+    width = C // attention.heads
+    q = attention.q(x).view(B, N, attention.heads, width).transpose(1, 2)
+    if attention.reduction > 1:
+        x = plain_conv(attention.sr, x.transpose(1, 2).view(B, C, *size))
+        x = attention.norm(x.flatten(2).transpose(1, 2))  # (B,C,h,w) -> (B,M,C)
+    k, v = attention.kv(x).view(B, -1, 2, attention.heads, width).permute(2, 0, 3, 1, 4)
+    share = (q @ k.transpose(2, 3) * width**-0.5).softmax(3)
+    return attention.proj((share @ v).transpose(1, 2).reshape(B, N, C))
+
+
+def plain_encoder(backbone, x):
+    pyramid = []
+    for patch_embed, blocks, norm in backbone.stages:
+        x = plain_conv(patch_embed.proj, x)
+        size = x.shape[2:]
+        x = patch_embed.norm(x.flatten(2).transpose(1, 2))  # (B,C,h,w) -> (B,N,C)
+        for block in blocks:
+            x = x + block.drop_path(plain_attention(block.attn, block.norm1(x), size))
+            hidden = block.mlp.fc1(block.norm2(x)).transpose(1, 2).unflatten(2, size)
+            hidden = plain_conv(block.mlp.dwconv.dwconv, hidden).flatten(2).transpose(1, 2)
+            x = x + block.drop_path(block.mlp.fc2(F.gelu(hidden)))
+        x = norm(x).transpose(1, 2).unflatten(2, size).contiguous()  # (B,N,C) -> (B,C,h,w)
+        pyramid.append(x)
+    return pyramid
+
+
+def plain_fusion(fusion, pyramid):
+    """Without the contiguous() after an embedding, all that follows would run channels-last."""
+    size = pyramid[0].shape[2:]
+    levels = []
+    for x, linear in zip(pyramid, fusion.linears):
+        tokens = linear(x.flatten(2).transpose(1, 2))
+        level = tokens.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
+        levels.append(F.interpolate(level, size, mode="bilinear", align_corners=False))
+    wide = torch.cat(levels, 1)
+    if isinstance(fusion, model.SegFormerFusion):
+        return F.relu(fusion.bn(plain_conv(fusion.fuse, wide)))
+    branches = [plain_block(fusion.point, wide)]
+    for depthwise, point in fusion.dilated:
+        branches.append(plain_block(point, plain_block(depthwise, wide)))
+    return plain_block(fusion.bottleneck, torch.cat(branches, 1))
+
+
+def plain_logits(net, x):
+    pyramid = plain_encoder(net.backbone, (x - net.pixel_mean) / net.pixel_std)
+    features = plain_fusion(net.decoder.fusion, pyramid)
+    return net.decoder.classifier(net.decoder.dropout(features))
+
+
+@pytest.mark.parametrize("decoder", ["segformer", "daformer"])
+def test_network_equals_plain_modules(decoder):
+    """Logits and all gradients, in float64: in float32 rounding takes ReLUs across 0."""
+    torch.manual_seed(0)
+    net = model.teacher_mode(Segmenter("mit_b0", decoder, 5, 16)).double()
+    x = torch.rand(2, 3, 72, 104, dtype=torch.float64)
+    results = []
+    for logits in (net(x).logits, plain_logits(net, x)):
+        gradients = torch.autograd.grad(logits.square().sum(), list(net.parameters()))
+        results.append((logits, *gradients))
+    torch.testing.assert_close(*results)
+
+
+def matrix_products(fusion, pyramid, dtype):
+    """-> a call of nothing but the products in a pass of a decoder, forward and backward."""
+    shapes = []  # rows, inputs, outputs
+    for x, linear in zip(pyramid, fusion.linears):
+        shapes.append((x[:, 0].numel(), linear.in_features, linear.out_features))
+    for module in fusion.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups == 1:
+            shapes.append((pyramid[0][:, 0].numel(), module.weight[0].numel(), len(module.weight)))
+    operands = []
+    for rows, inputs, outputs in shapes:
+        x = torch.randn(rows, inputs, device=DEVICE).to(dtype)
+        weight = torch.randn(inputs, outputs, device=DEVICE).to(dtype)
+        operands.append((x, weight, torch.randn(rows, outputs, device=DEVICE).to(dtype)))
+
+    def call():
+        for x, weight, upstream in operands:
+            value = x @ weight
+            gradients = upstream @ weight.t(), x.t() @ upstream
+        return value, *gradients
+
+    return call
+
+
+def module_pass(forward, module, x, upstream, dtype):
+    """-> a call of forward(x), with gradients: its value, the gradient to x (of several maps the
+    first), and that to the module's last parameter. All gradients are computed."""
+    if torch.is_tensor(x):
+        inputs = x.detach().requires_grad_()
+        wanted = [inputs, *module.parameters()]
+    else:
+        inputs = [level.detach().requires_grad_() for level in x]
+        wanted = [*inputs, *module.parameters()]
+
+    def call():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = forward(inputs)
+        gradients = torch.autograd.grad(value, wanted, upstream.to(value.dtype))
+        return value.detach(), gradients[0], gradients[-1]
+
+    return call
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def bench_decoder(B, side):
+    """Decoder daformer at its usual width, on the maps of MiT-B0."""
+    net = Segmenter("mit_b0", "daformer").to(DEVICE)
+    fusion = net.decoder.fusion
+    with torch.no_grad():
+        pyramid = net.encode(torch.rand(B, 3, side, side, device=DEVICE))
+    maps = [x.contiguous() for x in pyramid]
+    upstream = torch.randn(B, 256, *maps[0].shape[2:], device=DEVICE)
+    plain = functools.partial(plain_fusion, fusion)
+    exact = module_pass(plain, fusion, maps, upstream, torch.float32)()
+    # A ReLU that rounding takes across 0 moves gradients by 1e-3.
+    for dtype, limit in ((torch.float32, (1e-5, 1e-2, 1e-2)), (torch.bfloat16, 0.3)):
+        floor = "its matrix products alone"
+        sides = {
+            "ours": lambda: module_pass(fusion, fusion, pyramid, channels_last(upstream), dtype),
+            "plain modules, NCHW": lambda: module_pass(plain, fusion, maps, upstream, dtype),
+            floor: lambda: matrix_products(fusion, pyramid, dtype),
+        }
+        title = f"decoder daformer forward + backward, {B} x {side} x {side} {dtype}"
+        yield compare(title, sides, exact, limit, repeats=False, floor=floor)
+
+
+def bench_decoder_stages(B, side):
+    """The convolutions of decoder daformer one by one, at its usual width."""
+    fusion = model.DAFormerFusion((32, 64, 160, 256), 256).to(DEVICE)
+    stages = {f"depthwise 3x3, dilation {6 * i + 6}": fusion.dilated[i][0][0] for i in range(3)}
+    stages |= {"1x1": fusion.dilated[0][1][0], "3x3": fusion.bottleneck[0]}
+    x = torch.randn(B, 1024, side // 4, side // 4, device=DEVICE)
+    for name, conv in stages.items():
+        upstream = torch.randn(B, len(conv.weight), *x.shape[2:], device=DEVICE)
+        plain = functools.partial(plain_conv, conv)
+        twin = copy.deepcopy(conv).double()
+        exact = module_pass(
+            functools.partial(plain_conv, twin), twin, x.double(), upstream, torch.float64)()
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+            nchw = x.to(dtype), upstream.to(dtype)
+            nhwc = [channels_last(tensor) for tensor in nchw]
+            sides = {
+                "ours": lambda: module_pass(conv, conv, *nhwc, dtype),
+                "nn.Conv2d, NCHW": lambda: module_pass(plain, conv, *nchw, dtype),
+                "nn.Conv2d, channels-last": lambda: module_pass(plain, conv, *nhwc, dtype),
+            }
+            title = f"decoder daformer, {name} forward + backward, {tuple(x.shape)} {dtype}"
+            yield compare(title, sides, exact, limit, repeats=False)
+
+
+def plain_step(f, nets, optimizer, source, target, dtype):
+    """A step of recipe mic as a plain loop, on views that our code makes -> its losses."""
+    alpha = f.alpha
+    student, teacher = nets.student, nets.teacher
+    autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=dtype == "bf16")
+    with torch.no_grad():
+        for average, p in zip(teacher.parameters(), student.parameters()):
+            average.data[:] = alpha * average.data + (1 - alpha) * p.data
+        with autocast():
+            logits = plain_logits(teacher, target.image)
+        label, _, share = kernels.plain_pseudo_label(
+            logits.float(), target.image.shape[2:], f.threshold)
+    target = train.View(target.image, label.byte(), share * target.weight)
+    draw = train.Draws(torch.Generator().manual_seed(0), (0, 1))
+    views, _ = train.make_views(f, teacher, source, None, target, draw)
+
+    optimizer.zero_grad()
+    values = []
+    for view in views.values():
+        with autocast():
+            logits = plain_logits(student, view.image)
+        value = kernels.plain_cross_entropy(logits.float(), view.label, view.weight)
+        value.backward()
+        values.append(value.detach())
+    optimizer.step()
+    return tuple(values)
+
+
+def bench_uda_step(backbone, decoder, side):
+    """A whole step of recipe mic on the same images each time, beside a plain loop; for MiT-B0 with
+    the SegFormer decoder beside one pass of the peer."""
+    f = train.parse_flags([
+        *TINY, *f"--backbone {backbone} --decoder {decoder} --channels 256".split(),
+        *f"--fd 0 --batch 2 --crop {side}".split()])
     device = torch.device(DEVICE)
-    nets = train.open_networks(f, data.CLASS_SPACES["cityscapes19"], None, device)
-    groups = train.parameter_groups(nets.student, f.lr, f.head_lr)
-    optimizer = torch.optim.AdamW(groups, fused=True)
     source, target = step_inputs(2, side, 19)
     source = train.View(source.image.to(device), source.label.to(device))
     target = train.View(target.image.to(device), None, target.weight.to(device))
-    _, theirs = b0_passes("training", 2, side, side)
 
-    def step(dtype):
-        model.ema_update(nets.teacher, nets.student, 1000, f.alpha)
-        terms, _ = train.backward(standing_run(f, nets, source, target, dtype, device), 1000)
-        torch.nn.utils.get_total_norm([p.grad for p in nets.student.parameters()])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return tuple(terms.values())
+    def open_step():
+        nets = train.open_networks(f, data.CLASS_SPACES["cityscapes19"], None, device)
+        groups = train.parameter_groups(nets.student, f.lr, f.head_lr)
+        return nets, groups
+
+    def our_step(dtype):
+        nets, groups = open_step()
+        optimizer = torch.optim.AdamW(groups, fused=True)
+
+        def call():
+            model.ema_update(nets.teacher, nets.student, 1000, f.alpha)
+            terms, _ = train.backward(standing_run(f, nets, source, target, dtype, device), 1000)
+            torch.nn.utils.get_total_norm([p.grad for p in nets.student.parameters()])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return tuple(terms.values())
+
+        return call
+
+    def loop_step(dtype):
+        nets, groups = open_step()
+        optimizer = torch.optim.AdamW(groups)
+        return lambda: plain_step(f, nets, optimizer, source, target, dtype)
 
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         sides = {
-            "ours": lambda: lambda: step(name),
-            "transformers, one pass, 2 images": lambda: theirs(dtype),
+            "ours": lambda: our_step(name),
+            "plain loop": lambda: loop_step(name),
         }
-        # EMA, teacher, three passes, AdamW: 0.33 would be the time of three of the peer's passes
-        title = f"UDA step, MiT-B0 + SegFormer head, 2 + 2 images of {side} {dtype}"
+        if (backbone, decoder) == ("mit_b0", "segformer"):
+            # EMA, teacher, three passes, AdamW: 0.33 would be the time of three of its passes
+            _, theirs = b0_passes("training", 2, side, side)
+            sides["transformers, one pass, 2 images"] = lambda: theirs(dtype)
+        title = f"UDA step, {backbone} + {decoder}, 2 + 2 images of {side} {dtype}"
         yield compare(title, sides, repeats=False)
 
 
@@ -8614,6 +8859,21 @@ def bench_crop(side):
         yield compare(title, sides, crop(plain), 0)
 
 
+def ceilings():
+    """What the device can do, {name: rate}: a large matrix product and a copy."""
+    side = 8192 if ON_GPU else 1024
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(side, side, device=DEVICE).to(dtype)
+        least = min(seconds(lambda: x @ x) for _ in range(10))
+        rates[f"{str(dtype).removeprefix('torch.')} TFLOP/s"] = 2e-12 * side**3 / least
+    big = torch.zeros(2**28 if ON_GPU else 2**24, device=DEVICE)  # float32
+    target = torch.empty_like(big)
+    least = min(seconds(lambda: target.copy_(big)) for _ in range(10))
+    rates["copy GB/s"] = 2e-9 * big.nbytes / least
+    return rates
+
+
 def bench(argv):
     parser = argparse.ArgumentParser(
         prog="test_all.py bench", description="ours against named peers, as tables")
@@ -8629,7 +8889,10 @@ def bench(argv):
     print(f"{about['device']}, {about['threads']} threads, ", end="")
     print(f"torch {about['torch']}, triton {about['triton']}")
     torch.backends.cudnn.benchmark = True  # as train.py sets it
+    train.keep_freed_memory()  # likewise
     torch.manual_seed(0)
+    about["ceilings"] = ceilings()
+    print("ceilings: " + ", ".join(f"{rate:.3g} {name}" for name, rate in about["ceilings"].items()))
     tables = []
     for name in args.names or BENCH_SHAPES:
         for shape in BENCH_SHAPES[name]:
