@@ -1363,13 +1363,7 @@ def check_export(path):
 
 
 def trace(program):
-    """torch.export of a Program for any batch and any image of EXPORT_SIDE or more a side.
-
-    Raises ValueError for two resolutions.
-    """
-    if program.model.detail:
-        raise ValueError("its detail is seen through windows, as many as its size asks for, which "
-                         "a program cannot count; .safetensors holds it")
+    """torch.export of a Program for any batch and any image of EXPORT_SIDE or more a side."""
     batch = torch.export.Dim("batch", min=1)
     height = torch.export.Dim("height", min=EXPORT_SIDE)
     width = torch.export.Dim("width", min=EXPORT_SIDE)
