@@ -32,13 +32,16 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import re
+import signal
 import struct
 import sys
 import threading
+import time
 import unicodedata
 import warnings
 import zlib
@@ -48,6 +51,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,6 +61,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from kernels import IGNORE
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
 READING = 2  # of files; a higher number where the same files are read to other values or faults
@@ -80,12 +89,30 @@ def fail(script, error, status):
     """Ends the program with one line on stderr. status 2: bad input, 1: a run that broke."""
     lines = str(error).splitlines() or [type(error).__name__]
     text = lines[-1].removeprefix("data.DataError: ")  # a loader process puts its traceback before
-    print(f"{script}: error: {text}", file=sys.stderr)
+    line = f"{script}: error: {text}"
+    print(line, file=sys.stderr)
+    tell_launcher(line)
     sys.exit(status)
 
 
+def tell_launcher(line):
+    """
+    Has torchrun end its own report with the line. The form of the file is that of torch's
+    distributed.elastic.multiprocessing.errors.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    # torchrun shows the process that failed first, in whole seconds. A second early, so that this
+    # one comes before those that are ended because of it.
+    failure = {"message": line, "extraInfo": {"timestamp": int(time.time()) - 1}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": failure}), encoding="utf-8")
+
+
 def interrupted():
-    """Ends the program after Ctrl-C, with one line and the status that shells know."""
+    """Ends the program after Ctrl-C; another one ends it at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
@@ -125,10 +152,17 @@ def read_lines(path):
 
 
 def cache_folder(path=None):
-    """Folder of images and text banks: `path`, or nanouda below XDG_CACHE_HOME or ~/.cache."""
+    """
+    Folder of images and text banks: `path`, or nanouda below XDG_CACHE_HOME or ~/.cache. Raises
+    DataError where there is no home.
+    """
     if path:
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanouda"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanouda"
+    except RuntimeError:
+        raise DataError("this user has no home folder for ~/.cache; set --cache DIR, or "
+                        "XDG_CACHE_HOME") from None
 
 
 # ---------------------------------------------------------------- classes
@@ -1284,7 +1318,7 @@ class Cache:
     def _make(self):
         """Makes the file, full of zeros, unless it is there."""
         size = self.count * self.record.itemsize
-        if not self.path.is_file() or self.path.stat().st_size != size:
+        if not os.path.isfile(self.path) or self.path.stat().st_size != size:
             with _writing(self.path, size):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "ab") as file:
@@ -1334,12 +1368,34 @@ MOST_WORKERS = 61  # Windows cannot wait for more processes at once
 
 
 def _begin_worker():
-    """Set-up of a worker: one thread for torch, and one that ends it when its parent has gone."""
+    """
+    Set-up of a worker: one thread for torch, and one that ends it when its parent has gone. Ctrl-C
+    reaches it too, and is left to the parent.
+    """
     def watch():  # a pool's worker would wait for ever
         multiprocessing.parent_process().join()
         os._exit(1)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits():
+    """Inside, Ctrl-C is put off, for good in processes that are begun there."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _each(task, items):
+    """[task(i) for i in items], the work of one process."""
+    return [task(i) for i in items]
 
 
 def _in_processes(task, items, text):
@@ -1348,14 +1404,27 @@ def _in_processes(task, items, text):
         return []
     workers = min(os.cpu_count(), len(items), MOST_WORKERS)
     chunk = max(1, min(32, len(items) // (8 * workers)))
+    results = []
     try:
-        with ProcessPoolExecutor(workers, initializer=_begin_worker) as pool:
-            results = pool.map(task, items, chunksize=chunk)
-            # disable=None: no bar where stderr is not a terminal
-            return list(tqdm(results, total=len(items), desc=text, disable=None))
+        # disable=None: no bar where stderr is not a terminal
+        with (ProcessPoolExecutor(workers, initializer=_begin_worker) as pool,
+              tqdm(total=len(items), desc=text, disable=None) as bar):
+            try:
+                futures = []
+                with _ctrl_c_waits():
+                    for first in range(0, len(items), chunk):
+                        futures.append(pool.submit(_each, task, items[first:first + chunk]))
+                for future in futures:
+                    results += future.result()
+                    bar.update(len(results) - bar.n)
+            except BaseException:  # Ctrl-C or a fault: nobody waits for what else was begun
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                raise
     except BrokenProcessPool:
         raise DataError(f"{text}: a process died, perhaps for lack of memory; what is done stays, "
                         "try again") from None
+    return results
 
 
 # ---------------------------------------------------------------- the data set
@@ -2856,8 +2925,8 @@ def _print_shares(dataset, facts):
         print(f"note: no label of {dataset.kind} can become {_some(never)}")
 
 
-def main(argv=None):
-    """Checks a data set, prints what is in it, draws a contact sheet. Exit status 2: problems."""
+def build_parser():
+    """One line per flag."""
     parser = Parser("data.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", help="data set, see above")
@@ -2869,25 +2938,46 @@ def main(argv=None):
     parser.add_argument("--cache", help="directory of the cache (default: ~/.cache/nanouda)")
     parser.add_argument("--out", default="sheet.png",
                         help="contact sheet: image, label colours, overlay")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def check_picture(path, flag):
+    """Raises DataError where a picture that the work ends with could not be written."""
+    if not Path(path).resolve().parent.is_dir():
+        raise DataError(f"{flag} {path}: there is no such folder")
+    if Path(path).is_dir() or Path(path).suffix.lower() not in Image.registered_extensions():
+        raise DataError(f"{flag} {path}: no kind of picture; write FILE.png")
+
+
+def run(args):
+    """The command's work. Raises DataError on bad input, OSError where a file is out of reach."""
+    check_picture(args.out, "--out")
+    dataset = open_dataset(
+        args.spec, args.split, args.classes, args.size, args.cache, partial=True)
+    if dataset.files is not None:
+        dataset.cached = False  # a look at a data set needs its facts, not a copy of its images
+    problems = _report(dataset, dataset.check())
+    if problems:
+        raise DataError(f"{args.spec}: {problems} problems, see the list above")
+    sheet = contact_sheet(dataset)
     try:
-        dataset = open_dataset(
-            args.spec, args.split, args.classes, args.size, args.cache, partial=True)
-        if dataset.files is not None:
-            dataset.cached = False  # a look at a data set needs its facts, not a copy of its images
-        problems = _report(dataset, dataset.check())
+        sheet.save(args.out)
+    except OSError as error:
+        raise OSError(f"{args.out}: cannot write the contact sheet ({error}); set --out") from error
+    print(f"contact sheet: {args.out}")
+
+
+def main(argv=None):
+    """Checks a data set, prints what is in it, draws a contact sheet. Exit status 2: problems."""
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
     except DataError as error:
         fail("data.py", error, 2)
+    except OSError as error:
+        fail("data.py", error, 1)
     except KeyboardInterrupt:
         interrupted()
-    if problems:
-        fail("data.py", f"{args.spec}: {problems} problems, see the list above", 2)
-    try:
-        contact_sheet(dataset).save(args.out)
-    except (OSError, ValueError) as error:
-        fail("data.py", f"{args.out}: cannot write the contact sheet ({error}); set --out", 1)
-    print(f"contact sheet: {args.out}")
 
 
 # ---- the rendered streets: render_street(seed, index, style, size) -> image uint8 (H,W,3), label uint8 (H,W)

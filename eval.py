@@ -25,6 +25,7 @@ import logging
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -33,6 +34,9 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import numpy as np
 import torch
@@ -43,12 +47,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
-                  check_sets, colorize, fail, grid, interrupted, leave_out_bad, legend,
-                  majority_label, open_dataset, overlay, palette, parse_size, read_colours,
+                  check_picture, check_sets, colorize, fail, grid, interrupted, leave_out_bad,
+                  legend, majority_label, open_dataset, overlay, palette, parse_size, read_colours,
                   read_image, resize_image, save_ids, walk, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags,
                    is_out_of_memory, load, open_checkpoint, reason_of, starts,
                    upsample_pseudo_label, write_exported)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # --------------------------------------------------------------------------------------------------
 # Prediction
@@ -66,8 +73,12 @@ def head_logits(model, image, head):
 def raw_logits(model, image, window=None, stride=None, flip=False, head="plain"):
     """Logits float32 (B,K,h,w) before the last upsampling.
 
-    They are on the network's grid or, where windows were slid, on the image's. Arguments: see
-    predict.
+    They are on the network's grid or, where windows were slid, on the image's.
+    image: float (B,3,H,W), RGB in [0,1], any size. window: None predicts the whole image in one
+    pass (DAFormer's protocol). S slides windows of S x S, `stride` apart (default S // 2), and
+    averages logits where they overlap (HRDA, MIC); a side shorter than S is taken whole. flip:
+    logits are averaged with those of the mirror image. head: plain | language | mean. Raises
+    ValueError on a stride that leaves gaps.
     """
     if flip:
         straight = raw_logits(model, image, window, stride, head=head)
@@ -120,7 +131,10 @@ def predict(model, image, size=None, window=None, stride=None, flip=False, head=
 
 @torch.no_grad()
 def predict_labels(model, image, size=None, window=None, stride=None, flip=False, head="plain"):
-    """Classes uint8 (B,h,w): the arg-max of `predict`, without K maps at `size`."""
+    """Classes uint8 (B,h,w) at `size` (h,w), by default the image's own.
+
+    The arg-max of `predict`, with its arguments; the K maps of that size are never made.
+    """
     if size is None:
         size = image.shape[2:]
     logits = raw_logits(model, image, window, stride, flip, head)
@@ -258,7 +272,7 @@ def scores(confusion, names):
     means over the classes that SYNTHIA has (no terrain, truck, train; nor wall, fence, pole). A
     mean of nothing is None.
     """
-    matrix = confusion.double().cpu()
+    matrix = confusion.cpu().double()  # in this order: MPS has no float64
     hits = matrix.diag()  # (K,)
     union = matrix.sum(0) + matrix.sum(1) - hits  # (K,)
     iou = {}
@@ -821,15 +835,15 @@ def submit(model, dataset, folder, window=None, flip=False, head="plain"):
 # interval is a little too wide.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
          2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-# What has to be the same in all runs of one table: flags, and what read_run adds to them. Size, crop
-# and batch need not be: labels are scored at their own size, and rows at one and at several
+# What has to be the same in all runs of one table: flags, and what read_run adds to them. Size,
+# crop and batch need not be: labels are scored at their own size, and rows at one and at several
 # resolutions differ in all three.
 COMPARABLE = ("target", "val", "classes", "steps", "backbone", "decoder", "channels", "init",
               "slide", "validation images")
 # Flags that may differ within a row: the seed, and those that change no number. The number of
 # processes counts by the images per step.
 FREE = {"seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
-        "world", "compile", "checkpointing"}
+        "world", "compile", "checkpointing", "device"}
 # What a run did whose log is older than the flag, where that is not None, False or 0.
 BEFORE_THE_FLAG = {"text": "auto", "tau": 0.1, "labeled": "0"}
 
@@ -1450,13 +1464,18 @@ PREDICTIONS = "predictions"  # where --images writes without --save
 
 
 def device(text):
-    """A device that this torch can use."""
+    """An argparse type: a torch.device that is there."""
     try:
-        return torch.empty(0, device=text).device
+        torch.empty(0, device=text).cpu()
+        return torch.device(text)
     except (RuntimeError, AssertionError):  # no such device, or a torch built without it
-        known = "cuda and cpu" if torch.cuda.is_available() else "cpu"
+        known = ["cpu"]
+        if torch.cuda.is_available():
+            known.insert(0, "cuda")
+        if torch.backends.mps.is_available():
+            known.insert(0, "mps")
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not there; this torch sees {known}") from None
+            f"{text!r} is not there; this torch sees {', '.join(known)}") from None
 
 
 def build_parser():
@@ -1560,8 +1579,8 @@ def check_outputs(args):
         if Path(path).is_dir():
             raise DataError(f"--{name} {path}: a folder; give a file")
         check_folder(f"--{name}", Path(path).parent)
-    if args.picture and Path(args.picture).suffix.lower() not in Image.registered_extensions():
-        raise DataError(f"--picture {args.picture}: no kind of picture; write FILE.png")
+    if args.picture:
+        check_picture(args.picture, "--picture")
     if args.export:
         check_export(args.export)
     if args.submit:

@@ -42,20 +42,21 @@ def cross_entropy(logits, label, weight=None):
     return upsample_cross_entropy(logits, label, weight, IGNORE)
 
 
-def dyce(logits, label, hardest=0.2, omega=0.5):
+def dyce(logits, label, hardest=0.2):
     """The cross-entropy of the hardest share of the labelled pixels, balanced between its classes.
 
     Dynamic cross-entropy: DyCE of SemiDAViL (Basak and Yin, CVPR 2025), eq. 9 as witnessed by its
     first released code. Over the hardest pixels, H,
 
-        K^(omega - 1) f_H^-omega sum_c f_c^(omega - 1) sum_{i in H, y_i = c} CE_i
+        K^(w - 1) f_H^-w sum_c f_c^(w - 1) sum_{i in H, y_i = c} CE_i
 
-    with f_H = |H|, f_c its pixels of class c, K the classes in it. The factor of K is ours and
-    keeps the scale of a mean. omega 1: the mean over H; omega 0: the mean of the class means.
+    with f_H = |H|, f_c its pixels of class c, K the classes in it, and w = 1/2: half-way between
+    the mean over H, w = 1, and the mean of the class means, w = 0. The factor of K is ours and
+    keeps the scale of a mean.
 
-    logits: float (B,K,h,w), upsampled on the way; label: uint8 (B,H,W), 255 ignored; hardest,
-    omega: in [0,1]. Selection and counts carry no gradient. Pixels as hard as the last one chosen
-    are chosen too. No labelled pixel: 0 with a graph.
+    logits: float (B,K,h,w), upsampled on the way; label: uint8 (B,H,W), 255 ignored; hardest: in
+    [0,1]. Selection and counts carry no gradient. Pixels as hard as the last one chosen are chosen
+    too. No labelled pixel: 0 with a graph.
     """
     with torch.no_grad():
         values = upsample_cross_entropy(logits, label, None, IGNORE, "none")  # (B,H,W), >= 0
@@ -77,8 +78,8 @@ def dyce(logits, label, hardest=0.2, omega=0.5):
         counts = chosen.new_zeros(256).scatter_add_(0, label.flatten().long(), chosen.flatten())
         counts = mean_over_ranks(counts)  # f_c, (256,)
         classes = (counts > 0).sum()
-        by_class = (counts * classes).clamp(min=1e-6) ** (1 - omega)
-        share = by_class * counts.sum().clamp(min=1e-6) ** omega
+        by_class = (counts * classes).clamp(min=1e-6) ** 0.5
+        share = by_class * counts.sum().clamp(min=1e-6) ** 0.5
         weight = chosen / share[label.long()]  # (B,H,W)
     return upsample_cross_entropy(logits, label, weight, IGNORE) * label.numel()
 

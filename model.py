@@ -37,10 +37,14 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 import zipfile
 from collections import namedtuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import numpy as np
 import torch
@@ -53,6 +57,9 @@ from torch.utils.checkpoint import checkpoint
 
 from data import DataError, Parser, cache_folder, class_names, fail, interrupted, read_lines
 from kernels import text_correlation, upsample_pseudo_label  # the second for train.py and eval.py
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a Segmenter gives: logits (B,K,h,w), features (B,C,h,w), pyramid, a list of (B,C_i,h_i,w_i).
 # After a pass with a detail crop also the crop's own Output, and where it was cut out: window, the
@@ -551,8 +558,8 @@ class DilatedDepthwise(nn.Conv2d):
 
 
 # A 3x3 convolution of a row of three weights g with four pixels d gives two outputs, by six
-# products. Winograd's F(2,3) needs four (Lavin and Gray, CVPR 2016): y = A' ((G g) * (B' d)), and in
-# two dimensions 16 in place of 36. `*` becomes a matrix product over channels.
+# products. Winograd's F(2,3) needs four (Lavin and Gray, CVPR 2016): y = A' ((G g) * (B' d)), and
+# in two dimensions 16 in place of 36. `*` becomes a matrix product over channels.
 WINOGRAD_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 
 
@@ -1898,13 +1905,16 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk: RuntimeError "unexpected pos"
+    except (OSError, RuntimeError) as error:
+        reason = reason_of(error)
+        if "unexpected pos" in str(error) or "inline_container" in str(error):  # as torch says it
+            reason = "no room, or a limit on the size of files"
         folder = os.path.dirname(os.path.abspath(path))
         free = 0
         if os.path.isdir(folder):
             free = shutil.disk_usage(folder).free >> 20
         raise CheckpointError(
-            f"{path}: cannot be written ({reason_of(error)}); {free} MB are free there; a previous "
+            f"{path}: cannot be written ({reason}); {free} MB are free there; a previous "
             "checkpoint is intact"
         ) from None
     finally:
@@ -1912,8 +1922,8 @@ def save_checkpoint(path, state):
             os.remove(temporary)
 
 
-def load_checkpoint(path, map_location="cpu"):
-    """One of our checkpoints, checked: a dict that has CHECKPOINT_KEYS.
+def load_checkpoint(path):
+    """One of our checkpoints, checked: a dict that has CHECKPOINT_KEYS; its tensors on the CPU.
 
     Every byte is checked against the archive's CRC (torch.load alone does not notice a flipped one)
     and nothing in the file is executed. Raises CheckpointError naming the file.
@@ -1927,7 +1937,7 @@ def load_checkpoint(path, map_location="cpu"):
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if not broken:
-            state = torch.load(path, map_location=map_location, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, EOF and decoding errors of many kinds: one meaning
         raise CheckpointError(
             f"{path}: damaged, or not a checkpoint ({why_unreadable(path, error)}); {remedy}"
@@ -2149,7 +2159,8 @@ def open_checkpoint(path, backbone=None, decoder=None, classes=None, detail=None
     are. A published segmenter needs all three: backbone (mit_b0..mit_b5), decoder (segformer |
     daformer), classes (names in its order, or what data.class_names takes). Files of DAFormer, HRDA
     and MIC hold a teacher too. detail: the side of its detail crops in pixels, None: HRDA's 512
-    where the file has a scale attention. Raises CheckpointError, WeightsError, and DataError on classes.
+    where the file has a scale attention. Raises CheckpointError, WeightsError, and DataError on
+    classes.
     """
     named = [backbone, decoder, classes]
     asked = [value for value in (*named, detail) if value is not None]

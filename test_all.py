@@ -25,6 +25,7 @@ import itertools
 import json
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -649,6 +650,27 @@ def test_finished_cache_is_not_written_and_damaged_facts_are_made_again(tmp_path
     assert (again.class_counts() == counts).all()
 
 
+def test_a_cache_out_of_reach_and_no_home_are_one_line(tmp_path, monkeypatch):
+    spec = make_folder(tmp_path / "d")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home directory")))
+    code, _, err = run_data(spec, "--classes", "camvid11", "--out", str(tmp_path / "sheet.png"))
+    assert code == 2 and err.startswith("data.py: error: this user has no home folder")
+    assert "--cache DIR" in err and err.count("\n") == 1
+
+    def out_of_reach(path, *args, **options):  # as in a home that another user has closed
+        if "closed" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", out_of_reach)
+    monkeypatch.setattr(data, "open", Mock(side_effect=PermissionError(13, "Permission denied")),
+                        raising=False)
+    with pytest.raises(DataError, match="closed/x: cannot write .*Permission denied.*--cache DIR"):
+        data.Cache(tmp_path / "closed/x", 3, [("a", "u1")])._make()
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_workers_of_a_killed_process_do_not_stay():
     code = ("import os, time, data\n"
@@ -669,6 +691,42 @@ def test_workers_of_a_killed_process_do_not_stay():
         if state == "Z":
             return
     pytest.fail("a worker outlived its parent")
+
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_ctrl_c_ends_the_work_of_processes_at_once_and_in_one_line():
+    code = ("import os, signal, time, data\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores it
+            "def task(i):\n    print(os.getpid(), flush=True); time.sleep(60)\n"
+            "try:\n    data._in_processes(task, range(400), 'waiting')\n"
+            "except KeyboardInterrupt:\n    data.interrupted()")
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                           stderr=subprocess.PIPE, start_new_session=True)
+    worker = int(run.stdout.readline())
+    began = time.time()
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does it: to the workers too
+    _, err = run.communicate(timeout=50)
+    assert run.returncode == 130 and err == "interrupted\n" and time.time() - began < 40
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_torchrun_ends_its_report_with_the_line_of_the_process_that_failed(tmp_path, monkeypatch,
+                                                                          capsys):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    told = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    with pytest.raises(SystemExit):
+        data.fail("train.py", "names.txt: no class", 2)
+    line = "train.py: error: names.txt: no class"
+    assert capsys.readouterr().err == line + "\n"
+    ended = ProcessFailure(0, 11, -15, "<N/A>")  # by torchrun, because of the other one
+    report = str(ChildFailedError("train.py", {0: ended, 1: ProcessFailure(1, 12, 2, str(told))}))
+    *_, last, border = report.splitlines()
+    assert last.split(" : ")[1] == line and set(border) == {"="}
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere/error.json"))
+    with pytest.raises(SystemExit):  # cannot be told: the line is enough
+        data.fail("train.py", "names.txt: no class", 2)
 
 
 # ---------------------------------------------------------------- data.py: sampling
@@ -1198,8 +1256,11 @@ def test_data_command(tmp_path):
     assert three[0] > 3 * 320 and three[1] > 6 * 240
     run_data(spec.rsplit(":", 1)[0], *options, str(sheet))
     assert Image.open(sheet).size == (320, three[1])  # without labels only the images
-    code, _, err = run_data(spec, *options, str(tmp_path / "none" / "sheet.png"))
-    assert code == 1 and err.startswith("data.py: error: ") and err.count("\n") == 1
+    for wrong, words in (("none/sheet.png", "there is no such folder"), ("sheet.txt", "FILE.png"),
+                         ("images", "FILE.png")):  # found out before anything is read
+        code, out, err = run_data(spec, *options, str(tmp_path / wrong))
+        assert code == 2 and not out and err.startswith("data.py: error: --out ") and words in err
+        assert err.count("\n") == 1
 
     put(tmp_path / "labels" / "001.png", np.full((18, 24), 9))
     (tmp_path / "images" / "002.png").write_bytes(b"")
@@ -3078,17 +3139,25 @@ def test_scores_over_16_and_13_classes():
             assert result[key] == pytest.approx(np.mean(iou))
 
 
+@torch.no_grad()
+def probabilities_of(model, image, size=None, **how):
+    """Class probabilities, float32 (B,K,h,w), of the logits that evaluation.predict_labels takes."""
+    logits = evaluation.raw_logits(model, image, **how)
+    size = size or image.shape[2:]
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (9, 12), (16, 40), (33, 7), (37, 50), (1, 1), (5, 7)])
 @pytest.mark.parametrize("stride", [None, 5, 16])
 def test_windows_equal_the_whole_image_for_a_pointwise_network(size, stride):
     model, image = Pointwise(), torch.rand(2, 3, *size)
-    whole = evaluation.predict(model, image)
+    whole = probabilities_of(model, image)
     assert whole.shape == (2, 4, *size) and whole.dtype == torch.float32
     assert torch.allclose(whole.sum(1), torch.ones(2, *size), atol=1e-5)
-    slid = evaluation.predict(model, image, window=16, stride=stride)
+    slid = probabilities_of(model, image, window=16, stride=stride)
     assert torch.allclose(slid, whole, atol=1e-5)
-    other = evaluation.predict(model, image, size=(11, 13), window=16, stride=stride)
-    assert torch.allclose(other, evaluation.predict(model, image, size=(11, 13)), atol=1e-5)
+    other = probabilities_of(model, image, size=(11, 13), window=16, stride=stride)
+    assert torch.allclose(other, probabilities_of(model, image, size=(11, 13)), atol=1e-5)
 
 
 def test_overlapping_windows_average_logits_and_stay_inside():
@@ -3105,7 +3174,7 @@ def test_overlapping_windows_average_logits_and_stay_inside():
     assert evaluation.starts(21, 8, 4) == [0, 4, 8, 12, 13] and evaluation.starts(8, 8, 4) == [0]
     for stride in (9, -1, 0):
         with pytest.raises(ValueError, match="uncovered"):
-            evaluation.predict(model, torch.rand(1, 3, 8, 20), window=8, stride=stride)
+            probabilities_of(model, torch.rand(1, 3, 8, 20), window=8, stride=stride)
 
 
 @pytest.mark.parametrize("window", [None, 8])
@@ -3113,9 +3182,9 @@ def test_flip_is_symmetric(window):
     torch.manual_seed(0)
     model, image = Pointwise(), torch.rand(1, 3, 12, 20)
     model.conv = torch.nn.Conv2d(3, 4, 3, padding=1)  # knows left from right
-    plain, mirrored = (evaluation.predict(model, x, window=window) for x in (image, image.flip(-1)))
+    plain, mirrored = (probabilities_of(model, x, window=window) for x in (image, image.flip(-1)))
     assert not torch.allclose(mirrored.flip(-1), plain, atol=1e-3)
-    plain, mirrored = (evaluation.predict(model, x, window=window, flip=True)
+    plain, mirrored = (probabilities_of(model, x, window=window, flip=True)
                        for x in (image, image.flip(-1)))
     assert torch.allclose(mirrored.flip(-1), plain, atol=1e-6)
     one, other = (evaluation.raw_logits(model, x) for x in (image, image.flip(-1)))
@@ -3150,7 +3219,7 @@ def test_a_real_network_predicts_any_size(size):
     model = Segmenter("mit_b0", "segformer", 3, channels=16).eval()
     image = torch.rand(1, 3, *size)
     for window, flip in itertools.product((None, 32), (False, True)):
-        probabilities = evaluation.predict(model, image, window=window, flip=flip)
+        probabilities = probabilities_of(model, image, window=window, flip=flip)
         label = evaluation.predict_labels(model, image, window=window, flip=flip)
         assert probabilities.shape == (1, 3, *size)
         assert label.shape == (1, *size) and label.dtype == torch.uint8
@@ -3170,7 +3239,7 @@ def test_evaluate_counts_every_pixel_once_and_restores_the_mode(tmp_path):
     expected = torch.zeros(4, 4, dtype=torch.int64)
     for item in (data[i] for i in range(5)):
         image = item["image"][None] / 255
-        pred = evaluation.predict(model, image, size=item["label"].shape).argmax(1)
+        pred = probabilities_of(model, image, size=item["label"].shape).argmax(1)
         expected += evaluation.confusion(pred, item["label"][None], 4)
     assert result["miou"] == pytest.approx(evaluation.scores(expected, data.classes)["miou"])
     assert result["images"] == 5 and result["images_per_s"] > 0 and json.dumps(result)
@@ -5636,7 +5705,7 @@ def dyce_inputs(seed=0, shape=(2, 5, 4, 5), full=(8, 10)):
     return 2 * torch.randn(shape, generator=g, dtype=torch.float64), label
 
 
-def plain_dyce(logits, label, hardest, omega):
+def plain_dyce(logits, label, hardest, omega=0.5):
     """Eq. 9, written class by class, divided by K^(1-omega)."""
     up = F.interpolate(logits, label.shape[1:], mode="bilinear", align_corners=False)
     values = F.cross_entropy(up, label.long(), ignore_index=255, reduction="none")[label != 255]
@@ -5647,15 +5716,12 @@ def plain_dyce(logits, label, hardest, omega):
     return total / len(values) ** omega / len(ids.unique()) ** (1 - omega)
 
 
-DYCES = [(1, 1), (1, 0), (0.2, 0.5), (0.37, 0), (0.2, 1), (1e-4, 0.5)]
-
-
-@pytest.mark.parametrize("hardest, omega", DYCES)
-def test_dyce_equals_the_equation(hardest, omega):
+@pytest.mark.parametrize("hardest", [1, 0.37, 0.2, 1e-4])
+def test_dyce_equals_the_equation(hardest):
     for seed in range(3):
         logits, label = dyce_inputs(seed)
-        reference, gradient = value_and_gradients(plain_dyce, [logits], [label, hardest, omega])
-        value, ours = value_and_gradients(losses.dyce, [logits.float()], [label, hardest, omega])
+        reference, gradient = value_and_gradients(plain_dyce, [logits], [label, hardest])
+        value, ours = value_and_gradients(losses.dyce, [logits.float()], [label, hardest])
         torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-6)
         assert_near(ours, gradient)
 
@@ -5663,34 +5729,33 @@ def test_dyce_equals_the_equation(hardest, omega):
 def test_dyce_limits_bounds_and_nothing_to_learn():
     logits, label = dyce_inputs()
     up = F.interpolate(logits.float(), (8, 10), mode="bilinear", align_corners=False)
-    values = F.cross_entropy(up, label.long(), ignore_index=255, reduction="none")
-    of_all = losses.dyce(logits.float(), label, 1.0, 1.0)
-    torch.testing.assert_close(of_all, values[label != 255].mean())
-    classes = torch.stack([values[label == c].mean() for c in range(4)])
-    torch.testing.assert_close(losses.dyce(logits.float(), label, 1.0, 0.0), classes.mean())
+    one_class = torch.where(label == 255, label, 1)  # balanced by itself: the plain mean
+    alone = F.cross_entropy(up, one_class.long(), ignore_index=255, reduction="none")
+    of_all = losses.dyce(logits.float(), one_class, 1.0)
+    torch.testing.assert_close(of_all, alone[label != 255].mean())
     # one cross-entropy e everywhere: all tie, all count
-    even = losses.dyce(torch.zeros(2, 5, 4, 5), label, 0.2, 0.5)
+    even = losses.dyce(torch.zeros(2, 5, 4, 5), label, 0.2)
     e = np.log(5)
     share = [((label == c).sum() / (label != 255).sum()).item() for c in range(4)]
     assert even == pytest.approx(e * sum(s ** 0.5 for s in share) / 2, rel=1e-5)
-    assert e / 4 ** 0.5 <= even <= e * 1.00001  # e <= L <= e K^(1-omega) before the division
+    assert e / 4 ** 0.5 <= even <= e * 1.00001  # e <= L <= e K^(1/2) before the division
     leaf = logits.float().requires_grad_()
     losses.dyce(leaf, torch.full_like(label, 255)).backward()
     assert leaf.grad.abs().max() == 0
-    ours = torch.autograd.grad(losses.dyce(leaf, label, 0.3, 0.5), leaf)[0]
+    ours = torch.autograd.grad(losses.dyce(leaf, label, 0.3), leaf)[0]
     i, step = (0, 1, 2, 3), 1e-5  # finite differences, of the reference in float64
     moved = []
     for sign in (1, -1):
         other = logits.clone()
         other[i] += sign * step
-        moved.append(plain_dyce(other, label, 0.3, 0.5))
+        moved.append(plain_dyce(other, label, 0.3))
     assert ours[i].item() == pytest.approx(((moved[0] - moved[1]) / (2 * step)).item(), rel=1e-3)
 
 
 def test_dyce_takes_at_least_the_hardest_pixel():
     logits, label = dyce_inputs()
     values = losses.upsample_cross_entropy(logits.float(), label, reduction="none")
-    torch.testing.assert_close(losses.dyce(logits.float(), label, 0.0, 1.0), values.max())
+    torch.testing.assert_close(losses.dyce(logits.float(), label, 0.0), values.max())
 
 
 def test_consistency_learns_trusted_pixels_over_valid_ones():
@@ -6059,10 +6124,10 @@ def test_help_names_every_flag_with_its_default():
     shown = run_train(["-h"]).stdout
     assert shown.count("\n") <= 120
     flags = re.split(r"\n  (?=--)", shown)[1:]
-    assert len(flags) == 54
+    assert len(flags) == 55
     for text in flags:
         assert "(default: " in " ".join(text.split()), text
-    assert len({text.split()[0].rstrip(",") for text in flags}) == 54
+    assert len({text.split()[0].rstrip(",") for text in flags}) == 55
     saved = {"--" + name.replace("_", "-") for name in train.parse_flags([]).saved}
     assert {text.split()[0].rstrip(",") for text in flags} == saved
 
@@ -6079,6 +6144,8 @@ WRONG_FLAGS = {  # command line: words of the message
     "--steps -1": "--steps: -1: must be from 1",
     "--stop-at 0": "--stop-at: 0: must be from 1",
     "--lr -1": "--lr: -1: must be from 0 to 10",
+    "--device moon": "'moon' is not there; this torch sees ",
+    "--device meta": "'meta' is not there",
     "--lr nan": "--lr: nan: must be from 0 to 10",
     "--tau 0": "--tau: 0: must be from 0.001",
     "--mask-ratio 2": "--mask-ratio: 2: must be from 0 to 1",
@@ -6706,9 +6773,43 @@ def test_a_run_that_cannot_save_broke(small_run, tmp_path, monkeypatch):
     assert (tmp_path / "out/last.pt").read_bytes() == before
 
 
+def test_a_log_that_cannot_be_written_keeps_whole_lines(small_run, tmp_path, monkeypatch):
+    """A disk takes a part of a line, or nothing: exit status 1; log and checkpoint stay."""
+    resource = pytest.importorskip("resource")
+
+    def limited(function, size):
+        def call(*args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+            return function(*args)
+        return call
+
+    argv = [*small_run, "--recipe", "source", "--val", "none"]
+    run_train([*argv, "--stop-at", "2"])
+    files = [tmp_path / "out/last.pt", tmp_path / "out/log.jsonl"]
+    before = [path.read_bytes() for path in files]
+    room = len(before[1]) + 30
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, reason in ((room, "the disk is full"), (len(before[1]), "File too large")):
+        with pytest.MonkeyPatch.context() as patch:
+            # from the log's first line on; the data are checked before
+            patch.setattr(train.Run, "announce", limited(train.Run.announce, limit))
+            try:
+                fails(argv, f"log.jsonl: cannot be written ({reason})", "make room", status=1)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert [path.read_bytes() for path in files] == before
+    run_train(argv)
+    assert len(events(tmp_path / "out", "step")) == 6
+
+
 def test_a_picture_that_cannot_be_written_ends_no_run(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(28, "No space left on device")))
+    def half(image, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
     done = run_train([*small_run, "--steps", "2"])
+    assert not list((tmp_path / "out/panels").iterdir())
     assert "000002.png: cannot be written (No space left on device); the run goes on" in done.stdout
     assert events(tmp_path / "out", "result")
 
@@ -6874,7 +6975,7 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
     flags = train.parse_flags(argv).saved | {"world": 1}
     state = {"flags": flags, "classes": names}
     free = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_every", "workers", "cache",
-            "skip_bad"}
+            "skip_bad", "device"}
     assert free == train.FREE_ON_RESUME
     for name in flags:
         value = 7 if type(flags[name]) is int else "other"
@@ -7241,6 +7342,92 @@ def test_a_signal_saves_and_leaves(number, status, small_run, tmp_path):
     assert f"step {step + 1}/100000" in done.stdout and f"step {step}/" not in done.stdout
 
 
+def test_what_another_launcher_left_is_refused_or_said(small_run):
+    """Else a stale WORLD_SIZE waits for ever, and each task of SLURM is silently a run of its own."""
+    for left in (dict(WORLD_SIZE="2"), dict(RANK="1"), dict(WORLD_SIZE="4", RANK="3")):
+        said = " ".join(f"{name}={value}" for name, value in left.items())
+        with pytest.raises(DataError, match=f"{said} is set, .* torchrun --nproc-per-node N train.py"):
+            train.check_launcher(left)
+    train.check_launcher(dict(WORLD_SIZE="1", RANK="0"))
+    fails(small_run, "RANK=1 is set", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29999")
+
+    for slurm, says in ((dict(SLURM_NTASKS="2"), True), (dict(SLURM_NTASKS="1"), False), ({}, False),
+                        (dict(SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="1"), False),
+                        (dict(SLURM_NTASKS="4", SLURM_PROCID="1"), False)):
+        with pytest.MonkeyPatch.context() as patch:
+            heard = Mock()
+            patch.setattr(train, "print0", heard)
+            train.check_launcher(slurm)
+        assert heard.called == says
+        assert not says or "srun --ntasks-per-node 1 torchrun" in heard.call_args.args[0]
+
+
+def test_each_process_gets_the_device_that_it_can_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [train.pick_device(d).type for d in (None, "cpu", "mps")] == ["mps", "cpu", "mps"]
+    monkeypatch.setattr(train, "WORLD", 2)
+    for wanted in (None, "mps", "cuda:1"):
+        with pytest.raises(DataError, match="is for one process, and torchrun started 2"):
+            train.pick_device(wanted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train.pick_device(None) == train.pick_device("cuda") == torch.device("cuda:1")
+    assert train.pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(DataError, match="more processes than the 2 GPUs"):
+        train.pick_device(None)
+
+
+class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses float64, as MPS does, but to functions that compute on the CPU for any device."""
+
+    on_the_cpu = {"_axis", "scores", "accumulate_cells", "alignment", "compare_domains",
+                  "effective_rank", "class_margin"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if torch.is_tensor(result) and result.dtype == torch.float64:
+            frame = sys._getframe(1)
+            while Path(frame.f_code.co_filename).parent != Path(HERE):  # out of torch's own code
+                frame = frame.f_back
+            ours = frame.f_code.co_name
+            assert ours in self.on_the_cpu, f"{ours} makes float64 by {function}"
+        return result
+
+
+@pytest.mark.parametrize("flags", [
+    "all --text stub --warmup 1 --sepico 0.1 --dyce 0.5 --consistency 1 --labeled 2",
+    "lcmsm --text learned --slide"])
+def test_no_float64_on_the_device(flags, small_run, tmp_path):
+    """MPS has none."""
+    argv = [*small_run, *"--steps 2 --recipe".split(), *flags.split(), "--target", small_run[5]]
+    with NoFloat64():
+        run_train(argv)
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation.main([str(tmp_path / "out/last.pt"), "--flip", "--adabn", argv[3],
+                             "--alignment", argv[1]])
+
+
+class OnMps(torch.Tensor):
+    """Refuses to become float64 before it is on the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        assert not torch.is_tensor(result) or result.dtype != torch.float64, "MPS has no float64"
+        return result
+
+
+def test_scores_are_of_a_matrix_on_any_device():
+    matrix = torch.tensor([[3, 1], [0, 4]])
+    assert evaluation.scores(matrix.as_subclass(OnMps), ("a", "b")) == evaluation.scores(
+        matrix, ("a", "b"))
+
+
 @pytest.mark.parametrize("recipe", ["source", "oracle", "dacs", "daformer"])
 def test_recipes_run(recipe, small_run, tmp_path, monkeypatch):
     sampler = Mock(wraps=data.RareClassSampler)
@@ -7456,6 +7643,7 @@ def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path
     (DataError("a.png: damaged"), 2, "a.png: damaged"), (TextError("a.npz: x"), 2, "a.npz: x"),
     (WeightsError("a.pth: x"), 2, "a.pth: x"), (CheckpointError("a.pt: x"), 2, "a.pt: x")])
 def test_what_ends_a_run_from_outside_is_one_line(error, status, words, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", Mock())  # Ctrl-C stays pytest's
     monkeypatch.setattr(train, "run", Mock(side_effect=error))
     with pytest.raises(SystemExit) as caught:
         train.main([])
@@ -7755,6 +7943,67 @@ def test_times_in_the_log_are_of_steps_alone_part_by_part(small_run, tmp_path, m
         assert step["peak_mib"] > 100
 
 
+def test_the_log_speaks_at_step_1_in_four_digits_and_hopes_from_the_second_line_on(
+        small_run, tmp_path, monkeypatch):
+    """The first step is slower than all others: no hour is foretold from it."""
+    real = train.step_terms
+
+    def terms_of(*args, **options):
+        terms, views = real(*args, **options)
+        return {"source": 1e-6 * terms["source"], "mix": 1e6 * terms["source"]}, views
+
+    monkeypatch.setattr(train, "step_terms", terms_of)
+    argv = [*small_run, *"--steps 5 --log-every 2 --val none".split()]
+    out = run_train(argv).stdout
+    steps = events(tmp_path / "out", "step")
+    assert [step["step"] for step in steps] == [1, 2, 4, 5]
+    lines = [line for line in out.splitlines() if line.startswith("step ") and "images/s" in line]
+    assert [" left" in line for line in lines] == [False, True, True, True]
+    assert lines[-1].endswith(" images/s, 00:00 left")
+    for step in steps:
+        assert step["mix"] == pytest.approx(1e12 * step["source"], rel=1e-3)
+        for value in (step["source"], step["mix"]):
+            assert value == float(f"{value:.3e}") != float(f"{value:.1e}")
+    assert "random weights" in out
+    (tmp_path / "out/last.pt").unlink()
+    run_train([*argv, "--stop-at", "2"])
+    assert "random weights" not in run_train(argv).stdout  # of a run that goes on
+
+
+def test_a_crowded_processor_is_noted_once(small_run, monkeypatch):
+    argv = [*small_run, *"--recipe source --val none --steps 3".split()]
+    for threads, share, times in ((2, 0.1, 1), (2, 1.5, 0), (1, 0.1, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(time, "process_time", lambda: share * time.perf_counter())
+        out = run_train([*argv, "--out", f"{small_run[-1]}{threads}{share}"]).stdout
+        assert out.count("as its 2 threads compute") == times
+
+
+def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
+    argv = [*small_run, "--steps", "1", "--no-augment-source", "--mask", "0.5", "--alpha=0.9"]
+    *_, teacher, command, end = run_train(argv).stdout.splitlines()
+    assert teacher.endswith(f"the teacher: python eval.py {tmp_path}/out/last.pt --weights teacher")
+    python, script, *words = shlex.split(command.partition(": ")[2])
+    assert (python, script) == ("python", "train.py") and end.startswith("step 1 of 1: ")
+    f = train.parse_flags(argv).saved
+    other = train.parse_flags(words).saved
+    different = {name for name in f if f[name] != other[name]}
+    assert different == {"recipe", "out", "mix", "mask", "fd", "rcs", "alpha"}
+    assert other["recipe"] == "source" and other["out"] == f["out"] + "-source"
+    out = run_train(words).stdout  # it runs, and has nothing to recommend
+    assert "student mIoU" in out and "the one to use" not in out
+
+    # whatever adaptation has, the command is one that train.py takes
+    parser = train.build_parser()
+    method = {a.dest for group in parser._action_groups for a in group._group_actions
+              if group.title.startswith("method")}
+    assert train.OF_ADAPTATION == method | {"rcs", "language", "text"}
+    for line in ("lcmsm --text stub --mask-ratio 0.5", "cluda --tau 0.2 --control --border 5 9",
+                 "t2sda --restyled 1", "semidavil --labeled 2", "t2sda_dg --target none"):
+        words = shlex.split(train.source_only(train.parse_flags(["--recipe", *line.split()])))
+        assert train.parse_flags(words[2:]).recipe == "source"
+
+
 def test_a_picture_is_drawn_wherever_a_checkpoint_is_saved(small_run, tmp_path):
     run_train([*small_run, *"--steps 5 --save-every 2 --val none".split()])
     pictures = sorted((tmp_path / "out/panels").iterdir())
@@ -7797,7 +8046,8 @@ def test_sliding_validation_is_remembered(small_run, tmp_path):
 def test_checkpointing_computes_the_same(flags, small_run, tmp_path):
     argv = [*small_run, *flags.split(), *"--val none --crop 64 --steps 2".split()]
     run_train([*argv, "--out", str(tmp_path / "plain")])
-    run_train([*argv, "--out", str(tmp_path / "twice"), "--checkpointing"])
+    done = run_train([*argv, "--out", str(tmp_path / "twice"), "--checkpointing"])
+    assert ("counts each batch twice" in done.stdout) == ("resnet" in flags)
     a, b = (load_checkpoint(tmp_path / f"{name}/last.pt")["student"] for name in ("plain", "twice"))
     for name, value in a.items():
         # a BatchNorm inside a block sees its batch twice

@@ -24,12 +24,16 @@ import multiprocessing
 import os
 import platform
 import secrets
+import shlex
 import signal
 import sys
 import time
 import warnings
 from collections import namedtuple
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import numpy
 import PIL
@@ -45,6 +49,9 @@ import eval as evaluation
 import losses
 import model
 from losses import cross_entropy, mean_over_ranks
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # -------------------------------------------------------------------------------------------------
 # Recipes and flags
@@ -83,9 +90,14 @@ THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "b
 
 # Flags that a resumed run may change: none of them changes what is learned.
 FREE_ON_RESUME = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_every", "workers",
-                  "cache", "skip_bad"}
+                  "cache", "skip_bad", "device"}
 # Flags that say where something lies. Another place is free if the same lies there.
 PLACES = ("source", "target", "val", "classes", "labeled", "init", "text")
+
+# Flags of adaptation: with them a run is more than --recipe source.
+OF_ADAPTATION = {"mix", "mask", "mask_block", "mask_ratio", "fd", "rcs", "threshold", "border",
+                 "alpha", "consistency", "dyce", "cluda", "gate", "sepico", "t2s", "restyled",
+                 "tau", "control", "language", "text", "source_steps"}
 
 
 def between(least, most, kind=float):
@@ -112,6 +124,12 @@ def backbone(text):
         return model.check_backbone(text)
     except (ValueError, ImportError) as error:
         raise argparse.ArgumentTypeError(error) from None
+
+
+def device_name(text):
+    """An argparse type: the name of a device that is there, as log and checkpoint keep it."""
+    evaluation.device(text)
+    return text
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -249,11 +267,14 @@ def build_parser():
     a("--compile", action=switch, default=False,
       help="torch.compile the network: minutes at first, pays on a GPU")
     a("--checkpointing", action=switch, default=False,
-      help="compute activations twice, for small memory")
+      help="compute activations twice, for small memory; BatchNorm in a timm backbone then counts "
+           "each batch twice")
     a("--dtype", default="auto", choices=("auto", "bf16", "fp32"), metavar="D",
       help="bf16, fp32, or auto: bf16 on a GPU that has it, else fp32 (default: auto)")
 
     a = p.add_argument_group("run").add_argument
+    a("--device", type=device_name, metavar="D",
+      help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     a("--out", default="out", metavar="DIR", help="folder of checkpoints, log and pictures")
     a("--eval-every", type=count_or_0, default=0, metavar="N",
       help="validate every N steps; 0: only after the last one")
@@ -278,6 +299,7 @@ def parse_flags(argv=None):
     recipe = first.parse_known_args(argv)[0].recipe
     parser.set_defaults(**RECIPES.get(recipe, {}))
     f = parser.parse_args(argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
 
     # published: long runs from ImageNet weights on large crops
     long = f.steps >= 10_000
@@ -304,7 +326,8 @@ def parse_flags(argv=None):
     all_labels = words(f.source) == "target"
     settle_data(f, parser)
 
-    # what follows from them
+    # what follows from them, and how they were said
+    f.typed = typed
     f.lcmsm = f.language == "lcmsm"
     f.contrasts = bool(f.cluda or f.sepico or f.t2s)
     f.adapts = adapts(f)
@@ -736,9 +759,9 @@ def cells(net, features, view):
 
 
 def stage_cells(net, pyramid, view):
-    """The view in cells of the encoder's finest stage, through SePiCo's head: rows (N,C), label (N,).
+    """The view in cells of the encoder's finest stage, through SePiCo's head.
 
-    In all else as cells().
+    -> rows (N,C), label (N,). In all else as cells().
     """
     net = getattr(net, "module", net)
     h, w = [math.ceil(side / net.cell()) for side in view.label.shape[1:]]
@@ -887,8 +910,11 @@ def parameter_groups(net, lr, head_lr, decay=0.01):
 # -------------------------------------------------------------------------------------------------
 # Set-up: processes, data, networks
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun's environment decides
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = 0, 1
+BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+if BY_TORCHRUN:
+    RANK = int(os.environ["RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
 
 
 def print0(*words):
@@ -911,14 +937,58 @@ def keep_freed_memory():
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: up to this size a block comes from what it holds
 
 
-def setup():
-    """The device of this process; joins the other processes where there are any."""
-    keep_freed_memory()
-    device = torch.device("cpu")
-    if torch.backends.mps.is_available():
-        device = torch.device("mps")
-    if torch.cuda.is_available():
+def check_launcher(environment):
+    """Say what other launchers than torchrun left in the environment; raise DataError where it
+    would be waited for processes that nobody has started."""
+    if BY_TORCHRUN:
+        return
+    left = {}
+    for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")):
+        if environment.get(name, alone) != alone:
+            left[name] = environment[name]
+    if left:
+        said = " ".join(f"{name}={value}" for name, value in left.items())
+        raise data.DataError(f"{said} is set, but torchrun did not start this process: start it "
+                             "with torchrun --nproc-per-node N train.py, or for one process "
+                             "unset RANK WORLD_SIZE")
+
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    if tasks != "1" and environment.get("SLURM_PROCID", "0") == "0":
+        print0(f"note: SLURM has {tasks} tasks, but torchrun did not start this process: under "
+               "srun each task is a run of its own. One run on N GPUs of each machine: srun "
+               "--ntasks-per-node 1 torchrun --nproc-per-node N train.py, on several machines also "
+               "--nnodes $SLURM_NNODES --rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500")
+
+
+def pick_device(wanted):
+    """The torch.device of this process: --device, else the fastest kind that is there.
+
+    Under torchrun each process gets a GPU of its own. Raises DataError where there are too few.
+    """
+    if wanted is None:
+        wanted = "cpu"
+        if torch.backends.mps.is_available():
+            wanted = "mps"
+        if torch.cuda.is_available():
+            wanted = "cuda"
+    device = torch.device(wanted)
+    if WORLD > 1 and (device.type == "mps" or device.index is not None):
+        raise data.DataError(f"--device {wanted} is for one process, and torchrun started {WORLD}; "
+                             "start python train.py, or give --device cuda or cpu")
+    if wanted == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise data.DataError(f"more processes than the {torch.cuda.device_count()} GPUs of "
+                                 "this machine; give a smaller --nproc-per-node")
+    return device
+
+
+def setup(wanted):
+    """The device of this process, see pick_device; joins the other processes, if there are any."""
+    keep_freed_memory()
+    check_launcher(os.environ)
+    device = pick_device(wanted)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if WORLD > 1:
@@ -1198,12 +1268,15 @@ def open_networks(f, classes, bank, device, checkpoint=None):
     elif ours:
         load_ours(student, classes, f.init)
     elif f.init == "none":
-        print0(f"{f.backbone}: random weights; --init takes pretrained ones")
+        if checkpoint is None:
+            print0(f"{f.backbone}: random weights; --init takes pretrained ones")
     elif not timm_imagenet:
         model.load_backbone(student, f.init)
     student.to(device).train()
     if f.checkpointing:
         student.backbone.recompute()
+        if has_batchnorm(student.backbone):
+            print0(f"note: --checkpointing: BatchNorm of {f.backbone} counts each batch twice")
     teacher = model.teacher_mode(copy.deepcopy(student).requires_grad_(False))
 
     imagenet = None
@@ -1223,6 +1296,11 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         channels = model.StageProjection.channels
         gaussians = losses.ClassGaussians(len(classes), channels).to(device)
     return Networks(student, teacher, imagenet, confidence, gaussians)
+
+
+def has_batchnorm(net):
+    """Whether a network normalises by batches."""
+    return any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
 
 
 def compile_networks(nets, device):
@@ -1592,6 +1670,11 @@ def cut_half_line(path):
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
+def four_digits(value):
+    """A float rounded to four significant digits."""
+    return float(f"{value:.4g}")
+
+
 class Log:
     """OUT/log.jsonl: one JSON object a line, with the id of its run.
 
@@ -1609,12 +1692,14 @@ class Log:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 cut_half_line(path)
-                self.file = open(path, "a", buffering=1)
+                self.file = open(path, "ab", buffering=0)
             except OSError as error:
                 raise data.DataError(f"{path}: cannot be written ({error.strerror}); give another "
                                      "--out") from error
         self.clock = clock
         self.least_ms = None  # what a step's matrix products would take at the GPU's peak rate
+        self.warm = False
+        self.crowded = False
         self.reset()
 
     def reset(self):
@@ -1622,25 +1707,35 @@ class Log:
         self.steps = 0
         self.images = 0
         self.began = time.perf_counter()
+        self.cpu_began = time.process_time()
         self.clock.reset()
 
     @contextlib.contextmanager
     def left_out(self):
         """What happens inside takes no time of a step's: pictures, validation, checkpoints."""
         begin = time.perf_counter()
+        cpu_begin = time.process_time()
         yield
         self.began += time.perf_counter() - begin
+        self.cpu_began += time.process_time() - cpu_begin
         self.clock.last = self.clock.now()
 
     def write(self, event, **values):
-        """One line. Raises OSError that names the file."""
-        if self.file:
-            try:
-                line = {"event": event, "run": self.run, **values}
-                self.file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise OSError(f"{self.path}: cannot be written ({error.strerror}); make room, then "
-                              "start again; checkpoints stay as they are") from error
+        """One line, whole or not at all. Raises OSError that names the file."""
+        if not self.file:
+            return
+        line = (json.dumps({"event": event, "run": self.run, **values}) + "\n").encode()
+        before = os.fstat(self.file.fileno()).st_size
+        reason = "the disk is full"
+        try:
+            if self.file.write(line) == len(line):  # a full disk takes a part
+                return
+        except OSError as error:
+            reason = error.strerror
+        with contextlib.suppress(OSError):
+            os.truncate(self.file.fileno(), before)
+        raise OSError(f"{self.path}: cannot be written ({reason}); make room, then start again; "
+                      "checkpoints stay as they are")
 
     def add(self, terms, images):
         """Count one step, which took so many images."""
@@ -1649,11 +1744,27 @@ class Log:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
+    def note_crowding(self, milliseconds):
+        """Say once, on a CPU, that other programs hold up the threads of the steps since reset().
+
+        Then a thread that has the processor waits, busily, for one that has none. milliseconds: a
+        step's, without its data, which may come from a slow disk.
+        """
+        threads = torch.get_num_threads()
+        computed = 1e3 * (time.process_time() - self.cpu_began) / threads / self.steps
+        if self.crowded or self.clock.cuda or threads == 1 or milliseconds < 3 * computed:
+            return
+        self.crowded = True
+        print0(f"note: a step takes {milliseconds / computed:.0f} times as long as its {threads} "
+               "threads compute: other programs use this processor too. With OMP_NUM_THREADS=1 "
+               "before the command it may be several times as fast; the same command then goes on "
+               "from the last checkpoint")
+
     def report(self, bar, done, f, **values):
         """A line in the log, and on the bar or, where stderr is no terminal, on stdout."""
         means = {}
         for name, value in self.sums.items():
-            means[name] = round(mean_over_ranks(value).item() / self.steps, 4)
+            means[name] = four_digits(mean_over_ranks(value).item() / self.steps)
         parts = {part: round(ms / self.steps, 2) for part, ms in self.clock.sums().items()}
         elapsed = time.perf_counter() - self.began
         pace = self.steps / elapsed  # steps a second
@@ -1662,11 +1773,15 @@ class Log:
             values["share_of_peak"] = round(self.least_ms / sum(parts.values()), 4)
         self.write("step", step=done, images_per_s=speed, **values, **means, ms=parts,
                    peak_mib=round(peak_memory(self.clock.device)))
-        bar.set_postfix({**means, "images/s": speed})
+        words = " ".join(f"{name} {value}" for name, value in means.items())
+        words = f"{words} {speed} images/s"
+        if self.warm:  # a run's first step is slower than all others
+            words += f", {bar.format_interval((f.stop_at - done) / pace)} left"
+            self.note_crowding(sum(parts.values()) - parts.get("data", 0))
+        self.warm = True
+        bar.set_postfix_str(words)
         if bar.disable:
-            words = " ".join(f"{name} {value}" for name, value in means.items())
-            left = (f.stop_at - done) / pace
-            print0(f"step {done}/{f.steps} {words} {speed} images/s, {left:.0f} s left")
+            print0(f"step {done}/{f.steps} {words}")
         self.reset()
 
 
@@ -1922,6 +2037,8 @@ class Run:
             sheet.save(part, "PNG")
             os.replace(part, path)
         except OSError as error:  # a picture is not worth a run
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # nor half a one a look
             print0(f"note: {path}: cannot be written ({error.strerror}); the run goes on")
 
     def validate(self, step):
@@ -1994,8 +2111,11 @@ def loop(run, signals):
     """Train from the run's start to --stop-at; leave early, saved, after a signal."""
     f, student, teacher, optimizer = run.f, run.student, run.teacher, run.optimizer
     clock, log = run.clock, run.log
+    # not with tqdm's own estimate of the time that is left: it begins with the first step, which is
+    # slower than all others
     bar = tqdm(range(run.start, f.stop_at), f.recipe, f.stop_at, initial=run.start,
-               disable=True if RANK else None)
+               disable=True if RANK else None,
+               bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
     for step in bar:
         first, length = phase_at(f, step)
         for group in optimizer.param_groups:
@@ -2020,7 +2140,7 @@ def loop(run, signals):
         done = step + 1
         finished = done == f.stop_at
         leaves = mean_over_ranks(torch.tensor(float(bool(signals)))) > 0  # on the CPU: no GPU waits
-        reports = finished or done % f.log_every == 0
+        reports = finished or done == run.start + 1 or done % f.log_every == 0
         validates = f.eval_every and done % f.eval_every == 0
         adapts_next = done == f.source_steps
         saves = finished or leaves or done % f.save_every == 0
@@ -2105,6 +2225,7 @@ def read_out(run):
     run.log.write("result", step=run.f.steps, **results)
     print0(f"{words(run.f.val)}, val, {len(run.sets.val)} images:")
     print0(evaluation.format_read_outs(results, run.f.source_steps))
+    say_what_to_read(run)
 
 
 def draw_result(run, before, after, name):
@@ -2117,6 +2238,35 @@ def draw_result(run, before, after, name):
         print0(f"{path}: the three frames with the middle gain, not the best ones")
     except OSError as error:  # a picture is not worth a run
         print0(f"note: {path}: cannot be written ({error.strerror})")
+
+
+def say_what_to_read(run):
+    """Which read-out is the recommended one, and how to get what it has to beat."""
+    f = run.f
+    if not f.adapts:
+        return
+    print0(f"use it: python eval.py {run.last} --weights teacher --images PATH")
+    if f.source != "none":
+        print0(f"what adaptation is worth, the same without it: {source_only(f)}")
+
+
+def source_only(f):
+    """The command of a run that learns from the source alone, else with the flags as typed."""
+    kept = []
+    keeps = True
+    for word in f.typed:
+        if word.startswith("--"):
+            name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+            keeps = name not in OF_ADAPTATION | {"recipe", "out"}
+        if keeps:
+            kept.append(word)
+    if f.target == "none" and "--target" not in kept:
+        kept += ["--target", "none"]  # as the recipe has it
+    launch = ["python"]
+    if WORLD > 1:
+        launch = ["torchrun", "--nproc-per-node", str(WORLD)]
+    own = ["--recipe", "source", "--out", f"{f.out}-source"]
+    return shlex.join([*launch, "train.py", *own, *kept])
 
 
 def catch_signals():
@@ -2194,7 +2344,7 @@ def train(f, device):
 def run(argv=None):
     """One training, from its command line on."""
     f = parse_flags(argv)
-    device = setup()
+    device = setup(f.device)
     with locked(Path(f.out)):
         train(f, device)
 
@@ -2207,7 +2357,17 @@ def end_processes():
     for child in children:
         child.kill()
     if dist.is_initialized():
+        # gloo's threads give back their last tensors, for which they need Python: at its end, which
+        # in turn waits for them, they would not get it
+        time.sleep(0.2)
         dist.destroy_process_group()
+
+
+def lost_another_process(error):
+    """Whether a RuntimeError says that a process has gone with which this one exchanges tensors."""
+    told = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting")  # gloo's words
+    lost = isinstance(error, dist.DistError) or any(words in str(error) for words in told)
+    return WORLD > 1 and lost
 
 
 def main(argv=None):
@@ -2219,14 +2379,17 @@ def main(argv=None):
     except (FloatingPointError, OSError) as error:
         data.fail("train.py", error, 1)
     except (RuntimeError, MemoryError) as error:
+        if lost_another_process(error):
+            # not by data.fail: torchrun shall end with what the other one said
+            print("train.py: ended, because another process of this run has", file=sys.stderr)
+            sys.exit(1)
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not memory and "allocate memory" not in str(error):
             raise
         remedy = "try --checkpointing, --batch 1 --accum N or a smaller --crop"
         data.fail("train.py", f"out of memory; {remedy}", 1)
-    except KeyboardInterrupt:  # before the first step; later it is collected
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:  # before the first step and after the last; between, it is collected
+        data.interrupted()
     finally:
         end_processes()
 
