@@ -222,6 +222,9 @@ def sepico(rows, label, gaussians, tau=100.0):
     rows: unit float (N,C); label: int (N,), 255 = takes no part; gaussians: ClassGaussians of the
     teacher's rows of the source; tau: temperature, published 100. With unit rows that is nearly
     inert, because the exponents differ by 0.01 at most.
+
+    Around it train.py differs from the released code in this: crops of the target are not drawn
+    for balanced pseudo-labels, and the teacher's look at the source leaves its BatchNorm alone.
     """
     mean, variance = gaussians.moments()
     classes = len(mean)
