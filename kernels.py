@@ -84,6 +84,13 @@ def _use_triton(tensor, backend):
     return True
 
 
+def _budget(tensor, on_cpu, elsewhere):
+    """Elements of a chunk's largest temporary: fit a CPU's cache, keep a GPU busy."""
+    if tensor.device.type == "cpu":
+        return on_cpu
+    return elsewhere
+
+
 # ---- bilinear interpolation along one axis, align_corners=False: the tables both paths share ----
 
 
@@ -162,7 +169,7 @@ def _upsampled_chunks(logits, size, via=None):
         column = _axis_in_two_steps(w, via[1], W, logits.device)
 
     # r rows of b images. At least 8: thin chunks would interpolate many rows of cells twice.
-    budget = 2**20 if logits.device.type == "cpu" else 2**23  # elements of up
+    budget = _budget(logits, 2**20, 2**23)  # of up
     r = min(H, max(8, budget // (K * W)))
     count = -(-H // r)  # rounded up
     r = -(-H // count)  # now all chunks are about equally high
@@ -231,7 +238,7 @@ def _torch_pseudo_label(logits, size, via=None):
 def _feature_chunks(features):
     """Yields an image, a slice of its rows, and their features (C,n) as float32."""
     B, C, H, W = features.shape
-    budget = 2**18 if features.device.type == "cpu" else 2**23  # elements of a chunk of features
+    budget = _budget(features, 2**18, 2**23)  # of a chunk of features
     r = max(1, budget // (C * W))
     for i in range(B):
         for y in range(0, H, r):
@@ -364,7 +371,7 @@ def _torch_nce(q, k, queries, keys, scale, wk, tau, per_positive, q_gradient, k_
     gradient = torch.zeros_like(q) if q_gradient else None
     key_gradient = torch.zeros_like(k) if k_gradient else None
 
-    budget = 2**19 if q.device.type == "cpu" else 2**25  # elements of a chunk's logits
+    budget = _budget(q, 2**19, 2**25)  # of a chunk's logits
     r = max(64, budget // max(1, len(k)))
     contrasted = len(q) if len(k) > 0 else 0
     for begin in range(0, contrasted, r):
@@ -1308,7 +1315,9 @@ def plain_cross_entropy(logits, labels, weight=None, ignore_index=IGNORE, reduct
     value = F.cross_entropy(up, labels.long(), ignore_index=ignore_index, reduction="none")
     if weight is not None:
         value = value * weight
-    return value.mean() if reduction == "mean" else value
+    if reduction == "mean":
+        return value.mean()
+    return value
 
 
 @torch.no_grad()
@@ -1348,7 +1357,9 @@ def plain_nce(q, k, yq, yk, wq=None, wk=None, tau=0.1, form="supcon", exclude_se
     else:
         loss = s.masked_fill(hidden, -1e30).logsumexp(1, keepdim=True) - s
     loss = loss.masked_fill(~positive, 0)
-    total = loss.sum(1) if wk is None else loss @ wk
+    if wk is not None:
+        loss = loss * wk
+    total = loss.sum(1)
     if wq is not None:
         total = total * wq
     return total * contrasts / count.clamp(min=1)
@@ -1405,27 +1416,50 @@ def _milliseconds(call, rounds):
     return min(times)
 
 
+def _in_float64(inputs):
+    """The inputs with their floating-point tensors in float64."""
+    doubled = []
+    for x in inputs:
+        if torch.is_tensor(x) and x.is_floating_point():
+            x = x.double()
+        doubled.append(x)
+    return doubled
+
+
+def _check(operator, plain, inputs):
+    """Prints a line for each path of an operator; returns what is off, a list of str."""
+    exact = _run(plain, _in_float64(inputs))
+    plain_time = _milliseconds(lambda: _run(plain, inputs), 10)
+    backends = ["torch"]
+    if triton is not None:
+        backends.append("triton")
+
+    wrong = []
+    for backend in backends:
+        path, rounds = backend, 10
+        if backend == "triton" and INTERPRET:
+            path, rounds = "triton (interpreter)", 1  # slow
+        ours = functools.partial(operator, backend=backend)
+        error = max(map(_error, _run(ours, inputs), exact))
+        our_time = _milliseconds(lambda: _run(ours, inputs), rounds)
+        name = operator.__name__
+        print(f"{name:24}{path:22}{error:8.0e}{our_time:12.2f}{plain_time:18.2f}", flush=True)
+        if not error < 1e-5:
+            wrong.append(f"{name} ({backend}) is off by {error:.0e}")
+    return wrong
+
+
 def main():
     """Compares both paths of each operator with float64 and times them; exits 1 if one is off."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     print(f"{'operator':24}{'backend':22}{'error':>8}{'ours, ms':>12}{'plain torch, ms':>18}")
     torch.manual_seed(0)
     wrong = []
     for operator, plain, inputs in _cases(device):
-        floats = [torch.is_tensor(x) and x.is_floating_point() for x in inputs]
-        exact = _run(plain, [x.double() if is_float else x for x, is_float in zip(inputs, floats)])
-        plain_time = _milliseconds(lambda: _run(plain, inputs), 10)
-        for backend in ["torch"] if triton is None else ["torch", "triton"]:
-            slow = backend == "triton" and INTERPRET
-            ours = functools.partial(operator, backend=backend)
-            error = max(map(_error, _run(ours, inputs), exact))
-            our_time = _milliseconds(lambda: _run(ours, inputs), 1 if slow else 10)
-            path = "triton (interpreter)" if slow else backend
-            name = operator.__name__
-            print(f"{name:24}{path:22}{error:8.0e}{our_time:12.2f}{plain_time:18.2f}", flush=True)
-            if not error < 1e-5:
-                wrong.append(f"{name} ({backend}) is off by {error:.0e}")
+        wrong += _check(operator, plain, inputs)
     if wrong:
         sys.exit(f"kernels.py: error: {', '.join(wrong)}; the limit is 1e-5")
 
