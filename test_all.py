@@ -6803,13 +6803,16 @@ def test_a_log_that_cannot_be_written_keeps_whole_lines(small_run, tmp_path, mon
 
 
 def test_a_picture_that_cannot_be_written_ends_no_run(small_run, tmp_path, monkeypatch):
-    def half(image, path):
+    def half(image, path, *_):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", half)
+    older = tmp_path / "out/panels/000002.png"
+    older.parent.mkdir(parents=True)
+    older.write_bytes(b"older")
     done = run_train([*small_run, "--steps", "2"])
-    assert not list((tmp_path / "out/panels").iterdir())
+    assert list(older.parent.iterdir()) == [older] and older.read_bytes() == b"older"
     assert "000002.png: cannot be written (No space left on device); the run goes on" in done.stdout
     assert events(tmp_path / "out", "result")
 

@@ -2033,12 +2033,8 @@ class Run:
         sheet = evaluation.training_panel(self.student, columns, self.sets.classes)
         try:
             path.parent.mkdir(exist_ok=True)
-            part = path.with_suffix(".part")  # a killed run leaves no half picture
-            sheet.save(part, "PNG")
-            os.replace(part, path)
+            save_picture(sheet, path)
         except OSError as error:  # a picture is not worth a run
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)  # nor half a one a look
             print0(f"note: {path}: cannot be written ({error.strerror}); the run goes on")
 
     def validate(self, step):
@@ -2228,13 +2224,23 @@ def read_out(run):
     say_what_to_read(run)
 
 
+def save_picture(sheet, path):
+    """Write a PNG whole or not at all: an older one stays. Raises OSError."""
+    part = path.with_suffix(".part")
+    try:
+        sheet.save(part, "PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def draw_result(run, before, after, name):
     """OUT/result.png: three frames with their labels, before adaptation and after."""
     titles = ("before adaptation", f"after adaptation, {name}")
     sheet, _ = evaluation.before_after(before, after, run.sets.val, titles, window=run.window)
     path = run.out / "result.png"
     try:
-        sheet.save(path)
+        save_picture(sheet, path)
         print0(f"{path}: the three frames with the middle gain, not the best ones")
     except OSError as error:  # a picture is not worth a run
         print0(f"note: {path}: cannot be written ({error.strerror})")
