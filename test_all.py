@@ -7734,7 +7734,7 @@ def test_contrasts_train_and_resume(flags, small_run, tmp_path, monkeypatch):
         assert "contrast" in step["ms"]
         assert ("gate" in step) == ("cluda_hrda" in flags)
     for name in CONTRASTS[flags]:
-        assert any(step[name] > 0 for step in steps), name
+        assert any(step[name] != 0 for step in steps), name  # SePiCo's regulariser is negative
     assert a["statistics"]["confidence.seen"].any() == ("t2s" in flags)
     counts = a["statistics"].get("gaussians.count", torch.zeros(1))
     assert (counts > 0).any() == ("sepico" in flags)
