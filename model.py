@@ -515,36 +515,23 @@ class TimmBackbone(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Convolutions of the DAFormer decoder, as a CPU computes them fastest
 #
-# Maps are channels-last throughout: a pixel's channels lie side by side. All three are exact and
-# keep the names and shapes of nn.Conv2d's weights. Elsewhere than on a CPU, and under torch.compile
-# and torch.export, the latter two are nn.Conv2d.
-
-
-def by_hand(x):
-    """Whether a map is one that this section computes itself."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution as a matrix product of tokens: float (B,C,h,w) -> (B,C',h,w)."""
-
-    def forward(self, x):
-        tokens = F.linear(to_tokens(x), self.weight.flatten(1), self.bias)  # (B,N,C) -> (B,N,C')
-        return to_map(tokens, x.shape[2:])
+# Maps are channels-last throughout: a pixel's channels lie side by side. Both are exact and keep the
+# names and shapes of nn.Conv2d's weights. Elsewhere than on a CPU, and in exported programs, they
+# are nn.Conv2d.
 
 
 class DilatedDepthwise(nn.Conv2d):
     """A dilated depthwise 3x3 convolution by way of sub-images: float (B,C,H,W) -> same.
 
     In each of the d x d interleaved sub-images the convolution is not dilated. The dilated one has
-    no fast gradient in torch 2.13.
+    no fast gradient in torch 2.13, and on channels-last maps in bfloat16 a wrong one.
     """
 
     def forward(self, x):
+        if x.device.type != "cpu" or torch.compiler.is_exporting():
+            return super().forward(x)
         B, C, H, W = x.shape
         d = self.dilation[0]
-        if not by_hand(x) or d >= min(H, W):
-            return super().forward(x)
         # Below three rows torch has no fast gradient for the weight either
         h, w = max(3, math.ceil(H / d)), math.ceil(W / d)
         below, right = h * d - H, w * d - W
@@ -667,10 +654,11 @@ class Winograd(torch.autograd.Function):
 
 
 class Convolution3x3(nn.Conv2d):
-    """A 3x3 convolution with one pixel of padding: float (B,C,H,W) -> (B,E,H,W)."""
+    """A 3x3 convolution with one pixel of padding, by Winograd's products on a CPU: float (B,C,H,W)
+    -> (B,E,H,W). Under torch.compile, which cannot take them, it is nn.Conv2d."""
 
     def forward(self, x):
-        if not by_hand(x):
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):  # the weight is transformed in float32
             return Winograd.apply(x, self.weight)
@@ -741,13 +729,11 @@ class SegFormerFusion(nn.Module):
 
 
 def conv_bn_relu(inputs, outputs, kernel=1, dilation=1, groups=1):
-    """Convolution without bias, BatchNorm, ReLU; keeps the size. Kernel 1, 3, or 3 depthwise and
-    dilated."""
-    if kernel == 1:
-        kind = Pointwise
-    elif dilation > 1:
+    """Convolution without bias, BatchNorm, ReLU; keeps the size. A dilated one is depthwise."""
+    kind = nn.Conv2d
+    if dilation > 1:
         kind = DilatedDepthwise
-    else:
+    elif kernel == 3:
         kind = Convolution3x3
     padding = dilation * (kernel // 2)
     conv = kind(inputs, outputs, kernel, 1, padding, dilation, groups, bias=False)
