@@ -7435,10 +7435,18 @@ class OnMps(torch.Tensor):
         return result
 
 
-def test_scores_are_of_a_matrix_on_any_device():
+def test_scores_and_alignment_are_the_same_from_any_device():
+    class Away(Pointwise):
+        def forward(self, x, head="plain"):
+            out = super().forward(x, head)
+            return out._replace(features=out.features.as_subclass(OnMps))
+
     matrix = torch.tensor([[3, 1], [0, 4]])
-    assert evaluation.scores(matrix.as_subclass(OnMps), ("a", "b")) == evaluation.scores(
-        matrix, ("a", "b"))
+    here = evaluation.scores(matrix, ("a", "b"))
+    assert evaluation.scores(matrix.as_subclass(OnMps), ("a", "b")) == here
+    images = MadeImages()
+    one, other = (evaluation.alignment(net, images, images) for net in (Pointwise(), Away()))
+    assert one == other and one["distance"] is not None
 
 
 @pytest.mark.parametrize("recipe", ["source", "oracle", "dacs", "daformer"])
@@ -7989,7 +7997,7 @@ def test_a_crowded_processor_is_noted_once(small_run, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         monkeypatch.setattr(time, "process_time", lambda: share * time.perf_counter())
         out = run_train([*argv, "--out", f"{small_run[-1]}{threads}{share}"]).stdout
-        assert out.count("as its 2 threads compute") == times
+        assert out.count("threads compute") == times
 
 
 def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):

@@ -1247,7 +1247,7 @@ def open_networks(f, classes, bank, device, checkpoint=None):
     --init, which may be gone, is read for the feature distance alone.
     """
     torch.manual_seed(f.seed)
-    reads = checkpoint is None or checkpoint.get("imagenet", True)
+    reads = checkpoint is None or checkpoint.get("imagenet", f.init != "none")
     timm_imagenet = reads and f.init == "imagenet" and f.backbone.startswith("timm:")
     ours = reads and f.init.endswith(".pt") and model.is_checkpoint(f.init)
     student = model.Segmenter(
@@ -1268,8 +1268,7 @@ def open_networks(f, classes, bank, device, checkpoint=None):
     elif ours:
         load_ours(student, classes, f.init)
     elif f.init == "none":
-        if checkpoint is None:
-            print0(f"{f.backbone}: random weights; --init takes pretrained ones")
+        print0(f"{f.backbone}: random weights; --init takes pretrained ones")
     elif not timm_imagenet:
         model.load_backbone(student, f.init)
     student.to(device).train()
