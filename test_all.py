@@ -8124,17 +8124,20 @@ def test_kernels_and_bf16_do_not_change_what_is_learned(small_run, tmp_path, mon
         assert (ours - loss).abs() < limit * loss
         assert (own_gradient - gradient).norm() < limit * gradient.norm()
 
-    curves = {}
+    curves, supervised = {}, {}
     for name in ("plain", "fp32", "bf16"):
         plain(name == "plain")
         run_train([*small_run, "--steps", "20", "--val", "none", "--out", str(tmp_path / name),
                    "--dtype", "bf16" if name == "bf16" else "fp32"])
         steps = events(tmp_path / name, "step")
         curves[name] = torch.tensor([step["source"] + step["mix"] + step["mask"] for step in steps])
+        supervised[name] = torch.tensor([step["source"] for step in steps])
     assert len(curves["plain"]) == 20
     assert (curves["fp32"] - curves["plain"]).abs().max() < 2e-3
-    fell = curves["plain"][0] - curves["plain"][-1]
-    assert (curves["bf16"] - curves["plain"]).abs().max() < 0.1 < fell
+    assert (curves["bf16"] - curves["plain"]).abs().max() < 0.1
+    # of what is learned only the supervised loss falls: the others' weights grow with confidence
+    fell = supervised["plain"][0] - supervised["plain"][-1]
+    assert (supervised["bf16"] - supervised["plain"]).abs().max() < 0.01 < fell / 2
 
 
 def test_compiled_network_learns_the_same(small_run, tmp_path, monkeypatch):
