@@ -3568,6 +3568,82 @@ def test_table_rows_are_runs_without_their_seed(tmp_path, monkeypatch):
         assert len(rows_of(*sorted(logs.glob(f"{name}-*")))) == rows
 
 
+def braces(text):
+    """Every word that a shell makes of a{b,c}d."""
+    found = re.search(r"\{([^{}]*)\}", text)
+    if not found:
+        return [text]
+    words = []
+    for choice in found[1].split(","):
+        words += braces(text[:found.start()] + choice + text[found.end():])
+    return words
+
+
+def table_of(command):
+    """The rows of `python eval.py --table LOG... [--against ROW]`, as lists of cells."""
+    words = shlex.split(command)[2:]
+    against = None
+    if "--against" in words:
+        position = words.index("--against")
+        against = words[position + 1]
+        words = words[:position]
+    paths = []
+    for word in words[1:]:
+        for pattern in braces(word):
+            paths += sorted(Path(HERE).glob(pattern))
+    rows = []
+    for line in evaluation.table(paths, against).splitlines():
+        if line.startswith("| ") and not line.startswith("| ---"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def figures(text):
+    """The figures of a table: 44.9 ± 1.2, -3.7 to +5.6, 44.9."""
+    return re.findall(r"\d+\.\d ± \d+\.\d|[+-]\d+\.\d to [+-]\d+\.\d|[+-]?\d+\.\d", text)
+
+
+def test_figures_of_readme_and_results_are_those_of_the_logs():
+    text = (Path(HERE) / "assets/results.md").read_text()
+    compared = 0
+    made = []  # figures of the commands of the code block above
+    in_code = False
+    before = ""
+    for line in text.splitlines():
+        if line.startswith("```"):
+            in_code = not in_code
+            if in_code:
+                made = []
+        elif in_code and "--table assets/logs" in line and "--picture" not in line:
+            for row in table_of(line):
+                made += figures(" ".join(row))
+        elif line.startswith("| ") and made:
+            for figure in figures(re.sub("`[^`]*`", "", line)):  # without names and flags
+                assert figure in made, f"{figure} in: {line}"
+                compared += 1
+        elif before.startswith("| "):
+            made = []  # they were of the table that ended
+        before = line
+    assert compared > 200
+
+    main = "python eval.py --table assets/logs/camvid-{source,daformer,mic,oracle}-?.jsonl"
+    readouts = {}
+    for row in table_of(main):
+        readouts.setdefault((row[0], row[1]), row)  # the first; a second one has IoUs of classes
+    readme = (Path(HERE) / "README.md").read_text()
+    for start, name, readout in (("`source`", "source", "student"),
+                                 ("`source` with AdaBN", "source", "adabn"),
+                                 ("`daformer`, teacher", "daformer", "teacher"),
+                                 ("`mic` (default), teacher", "mic", "teacher"),
+                                 ("`oracle`", "oracle", "student")):
+        line = re.search(rf"^\| {re.escape(start)} \| .*\|$", readme, re.M)[0]
+        _, mean, minus, _ = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        found = readouts[f"camvid-{name}", readout]
+        mean_column = found.index(next(cell for cell in found if "±" in cell))
+        assert mean == found[mean_column]
+        assert minus in ("", f"{found[mean_column + 1]} ({found[mean_column + 2]})")
+
+
 def write_log(path, *events):
     """A log of events: (event, id of the run or None, what else it has)."""
     lines = []
