@@ -6180,6 +6180,8 @@ def test_recipes_have_the_values_of_their_papers():
             assert given == wanted, f"{recipe}: {name}"
         domains = {"oracle": (2 * ("streets:night",)), "t2sda_dg": ("streets", "none")}
         assert (flags.source, flags.target) == domains.get(recipe, ("streets", "streets:night"))
+        wanted = "camvid11" if flags.target == "streets:night" else "cityscapes19"
+        assert flags.classes == wanted
         assert flags.adapts == (recipe not in ("source", "oracle", "t2sda_dg"))
         assert set(flags.saved) == {"recipe"} | set(train.parse_flags([]).saved)
 
@@ -6191,6 +6193,7 @@ def test_typed_flags_override_the_recipe_and_the_others_follow():
     assert wanted.items() <= vars(train.parse_flags(long.split())).items()
     wanted = dict(recipe="mic", mix=1.0, mask=1.0, alpha=0.99, warmup=50, lr=1e-3, head_lr=1.0,
                   mask_block=16, stop_at=1000, val="streets:night", labeled="0", init="imagenet",
+                  classes="camvid11",
                   backbone="timm:tf_efficientnet_lite0", channels=128, source_steps=333)
     assert wanted.items() <= vars(train.parse_flags(["--labeled", "00"])).items()
     for init in ("none", "hub", "x.pth"):  # the rates follow the steps, not the weights
@@ -8273,7 +8276,7 @@ def test_default_command_on_the_rendered_streets(tmp_path, monkeypatch):
     model.packaged_weights()  # of the backbone: installed with the requirements
     monkeypatch.setattr("socket.socket.connect", Mock(side_effect=OSError("no network")))
     done = run_train(["--steps", "3", "--batch", "2", *places])
-    assert " source  + AdaBN  student  teacher    adabn\nroad  " in done.stdout
+    assert " source  + AdaBN  student  teacher    adabn\nSky   " in done.stdout
     assert re.search("\nrecommended: teacher, mIoU .* over source, .* over its AdaBN", done.stdout)
     assert [path.name for path in (tmp_path / "out/panels").iterdir()] == ["000003.png"]
     picture = Image.open(tmp_path / "out/result.png")
