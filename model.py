@@ -126,7 +126,8 @@ def why_unreadable(path, error):
     if "WeightsUnpickler" in text and pickled:
         return (
             f"holds a pickled {pickled[1]}, and unpickling it could run code; where you trust the "
-            "file, save its tensors alone"
+            "file, save its tensors alone, such as "
+            "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
         )
     if "WeightsUnpickler" in text:
         return "pickled, and not by torch.save; nothing of it is run"
@@ -515,9 +516,9 @@ class TimmBackbone(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Convolutions of the DAFormer decoder, as a CPU computes them fastest
 #
-# Maps are channels-last throughout: a pixel's channels lie side by side. Both are exact and keep the
-# names and shapes of nn.Conv2d's weights. Elsewhere than on a CPU, and in exported programs, they
-# are nn.Conv2d.
+# Maps are channels-last throughout: a pixel's channels lie side by side. Both are exact and keep
+# the names and shapes of nn.Conv2d's weights. Elsewhere than on a CPU, and in exported programs,
+# they are nn.Conv2d.
 
 
 class DilatedDepthwise(nn.Conv2d):
@@ -1651,6 +1652,17 @@ def published_to_ours(state):
     return ours
 
 
+def numpy_numbers():
+    """What unpickling a float64 of numpy takes, which runs nothing; mmcv's best score is one."""
+    scalar = np.float64(0).__reduce__()[0]
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),  # its name before numpy 2
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        type(np.dtype(np.float64)),
+    ]
+
+
 def read_file(path):
     """What a .pth, .bin, .pt or .safetensors file holds; nothing in it is executed.
 
@@ -1667,7 +1679,8 @@ def read_file(path):
             return import_optional("safetensors.torch").load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an odd pickle is warned about, then refused
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(numpy_numbers()):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, header and EOF errors of many kinds: one meaning
         raise WeightsError(
             f"{path}: cannot be read as weights ({why_unreadable(path, error)})"
@@ -1719,8 +1732,9 @@ def load_backbone(module, path):
     backbones get theirs when built: EfficientNet-Lite0 from packaged_weights, the others from the
     hub.) A timm file without any name in common is taken in order if every shape agrees, which is
     printed. ImageNet classifiers of the file are left out. Of a published segmenter the student
-    counts; a Segmenter takes its decoder too where it fits, and what becomes of it is printed.
-    Raises WeightsError naming the file and what is missing, unexpected or of another shape.
+    counts, or a teacher alone; a Segmenter takes its decoder too where it fits, and what becomes of
+    it is printed. Raises WeightsError naming the file and what is missing, unexpected or of another
+    shape.
     """
     backbone = getattr(module, "backbone", module)
     if isinstance(backbone, TimmBackbone):
@@ -1735,8 +1749,10 @@ def load_backbone(module, path):
         state = from_hub(fetch, what, "give --init FILE or none", WeightsError)
     else:
         state = read_weights(path)
+    networks = split_copies(state)
+    network = networks.get("student") or networks.get("teacher", {})
     found, decoder = {}, {}
-    for name, value in published_to_ours(split_copies(state).get("student", {})).items():
+    for name, value in published_to_ours(network).items():
         if name.startswith(("decoder.", "attention.")):
             decoder[name] = value
         elif not CLASSIFIERS.match(name):
@@ -1852,11 +1868,22 @@ def timm_names(name, net, state, path):
     if translate is None:
         return state
     try:
-        return translate(state, net)
+        translated = translate(state, net)
     except Exception as error:  # each family has its own way to fail on another one's file
         raise WeightsError(
             f"{path}: not the weights of {name}, timm's filter says: {reason_of(error)}"
         ) from None
+    # Positions may be those of another image size. But the filter would also turn patches of 32
+    # pixels into ones of 16, which is another model's file
+    sizes = {(len(value), value.numel()) for value in state.values() if value.ndim}
+    for key, value in translated.items():
+        kernel = value.ndim == 4 and key.endswith("weight")
+        if kernel and (len(value), value.numel()) not in sizes:
+            raise WeightsError(
+                f"{path}: not the weights of {name}: in the file {key} is not of the size "
+                f"{tuple(value.shape)}"
+            )
+    return translated
 
 
 def in_order(state, full, name, path):
@@ -2106,15 +2133,18 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
     for name, value in checkpoint[weights].items():
         if not CONTRAST_HEADS.match(name):  # which serve training alone
             state[name] = value
-    net = Segmenter(
-        flags["backbone"],
-        flags["decoder"],
-        len(checkpoint["classes"]),
-        flags["channels"],
-        flags.get("language"),
-        checkpoint_bank(checkpoint),
-        detail=round(flags.get("detail", 0) * flags.get("crop", 0)),
-    )
+    try:
+        net = Segmenter(
+            flags["backbone"],
+            flags["decoder"],
+            len(checkpoint["classes"]),
+            flags["channels"],
+            flags.get("language"),
+            checkpoint_bank(checkpoint),
+            detail=round(flags.get("detail", 0) * flags.get("crop", 0)),
+        )
+    except ValueError as error:  # another timm may not have the model
+        raise CheckpointError(f"{path}: {error}") from None
     load_weights(net, state, path)
     net.classes = tuple(checkpoint["classes"])
     return net.eval()
@@ -2196,8 +2226,8 @@ def published_checkpoint(path, state, backbone, decoder, classes, detail=None):
     networks = {}
     for network, tensors in split_copies(state).items():
         networks[network] = segmenter_state(tensors)
-    student = networks.get("student", {})
-    classifier = student.get("decoder.classifier.weight")
+    network = networks.get("student") or networks.get("teacher") or {}
+    classifier = network.get("decoder.classifier.weight")
     if classifier is None:
         raise CheckpointError(
             f"{path}: holds no decoder that is known here; a backbone goes to --init of train.py"
@@ -2207,7 +2237,7 @@ def published_checkpoint(path, state, backbone, decoder, classes, detail=None):
     flags = {"recipe": "published", "backbone": backbone, "decoder": decoder, "language": None}
     flags |= {"channels": classifier.shape[1], "size": None, "crop": 512, "slide": False}
     flags |= {"antialias": False, "val": "none", "target": "none", "cache": None}
-    if any(name.startswith("attention.") for name in student):
+    if any(name.startswith("attention.") for name in network):
         # HRDA's protocol: windows of twice the detail's side, as in its training
         side = HRDA_DETAIL if detail is None else detail
         flags |= {"crop": 2 * side, "detail": 0.5, "slide": True}
@@ -2215,12 +2245,19 @@ def published_checkpoint(path, state, backbone, decoder, classes, detail=None):
             raise CheckpointError(f"{path}: has a scale attention, which needs a detail of pixels")
     elif detail:
         raise CheckpointError(f"{path}: has no scale attention (HRDA's); leave out detail")
-    names = classes
+    if isinstance(classes, os.PathLike):
+        classes = os.fspath(classes)
     if isinstance(classes, str):
-        names = class_names(classes)
         flags["classes"] = classes
-    rest = {"classes": list(names), "optimizer": None, "step": None, "versions": {}}
-    return {"flags": flags, **rest, "student": student, "teacher": networks.get("teacher")}
+    names = list(class_names(classes))
+    if len(names) != len(classifier) or len(set(names)) < len(names):
+        raise CheckpointError(
+            f"{path}: has {len(classifier)} classes, but classes gives {len(set(names))} different "
+            "names; give the name of each, in the file's order"
+        )
+    rest = {"classes": names, "optimizer": None, "step": None, "versions": {}}
+    copies = {"student": networks.get("student"), "teacher": networks.get("teacher")}
+    return {"flags": flags, **rest, **copies}
 
 
 def write_exported(path, net, checkpoint):
