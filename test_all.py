@@ -774,6 +774,24 @@ def test_published_sets_count_rare_classes_at_native_size(tmp_path):
     assert pixels == [187.5, 750, 3000, 3000, 3000]
 
 
+def test_an_image_that_stands_for_a_class_can_give_a_crop_with_it(tmp_path):
+    """Small crops take a share of a crop for the threshold: it is counted in pixels of crops."""
+    label = np.full((360, 480), 3)  # Road
+    label[100:125, 100:120] = 9  # 500 pixels of Pedestrian, of which 256x192 leaves about 142
+    for root in ("one", "two"):
+        put(tmp_path / root / "train/images/a.png", np.zeros((360, 480, 3)))
+        put(tmp_path / root / "train/labels/a.png", label)
+    specs = [f"camvid:{tmp_path / root}" for root in ("one", "two")]
+    dataset = data.open_dataset(specs[0], "train", "camvid11", (256, 192))
+    pool = data.open_dataset(specs, "train", "camvid11", (256, 192))
+    served = (dataset[0]["label"] == 9).sum().item()
+    assert data.RARE_CROP * 192 ** 2 > served  # no crop of 192 can show as much as it must
+    for crop, pixels in ((128, served), (192, served), (511, served), (512, 500), (1024, 500)):
+        assert dataset.class_counts(crop)[0, 9] == pixels
+        assert pool.class_counts(crop)[:, 9].tolist() == [pixels] * 2
+        assert pixels < data.rare_pixels(crop)
+
+
 def test_rare_class_crops(tmp_path):
     """One corner holds the rare class: of plain crops about 1 in 4 would show enough of it."""
     label = np.zeros((64, 64))

@@ -1193,7 +1193,7 @@ def open_streams(f, sets):
     subset = None if sets.source else sets.labeled
     rare = None
     if f.rcs:
-        counts = known.class_counts()
+        counts = known.class_counts(f.crop)
         if subset:
             counts = counts[subset]
         rare = data.RareClassSampler(counts, f.rcs, data.rare_pixels(f.crop))
