@@ -122,17 +122,21 @@ def why_unreadable(path, error):
     if not re.search(rb"[\x00-\x08\x0e-\x1f]", start):
         return "text, such as a web page, in place of the file; download it again"
     text = str(error)
-    pickled = re.search(r"(?:GLOBAL|class|builtin) ([\w.]+)", text)
+    pickled = re.search(r"(?:GLOBAL|class|builtin) '?([\w.]+)", text)
     if "WeightsUnpickler" in text and pickled:
         return (
             f"holds a pickled {pickled[1]}, and unpickling it could run code; where you trust the "
             "file, save its tensors alone, such as "
             "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
         )
+    if "WeightsUnpickler" in text and not start.startswith(b"\x80"):
+        return "neither weights nor pickled; unpack it or download it again"
     if "WeightsUnpickler" in text:
         return "pickled, and not by torch.save; nothing of it is run"
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         return "cut off; download or copy it again"
+    if start.startswith(b"PK") and "enforce fail" in text:
+        return "a zip archive, and not of torch.save; unpack it"
     if "incomplete metadata" in text or "unexpected EOF" in text:
         return "cut off; download or copy it again"
     return reason_of(error)
@@ -1653,13 +1657,14 @@ def published_to_ours(state):
 
 
 def numpy_numbers():
-    """What unpickling a float64 of numpy takes, which runs nothing; mmcv's best score is one."""
+    """What unpickling numpy's numbers takes, which runs nothing; mmcv's best score is one."""
     scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"]
     return [
         (scalar, "numpy.core.multiarray.scalar"),  # its name before numpy 2
         (scalar, "numpy._core.multiarray.scalar"),
         np.dtype,
-        type(np.dtype(np.float64)),
+        *kinds,
     ]
 
 
@@ -1709,15 +1714,27 @@ def tensors_by_name(state, path):
 
 
 def differences(expected, found):
-    """How two dicts of tensors by name differ, in one line; '' where names and shapes agree."""
+    """How two dicts of tensors by name differ, in one line; '' where they agree in names, shapes,
+    and in which are integers (those of quantised weights are)."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
-    wrong = []
+    shapes = []
+    types = []
     for name, value in expected.items():
-        if name in found and found[name].shape != value.shape:
-            wrong.append(f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}")
+        if name not in found:
+            continue
+        if found[name].shape != value.shape:
+            shapes.append(f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}")
+        elif found[name].is_floating_point() != value.is_floating_point():
+            types.append(f"{name} {found[name].dtype} for {value.dtype}")
     parts = []
-    for what, names in (("missing", missing), ("unexpected", extra), ("other shapes", wrong)):
+    differing = {
+        "missing": missing,
+        "unexpected": extra,
+        "other shapes": shapes,
+        "other types": types,
+    }
+    for what, names in differing.items():
         if names:
             dots = ", ..." if len(names) > 3 else ""
             parts.append(f"{what} {len(names)} ({', '.join(names[:3])}{dots})")
@@ -1942,6 +1959,7 @@ def load_checkpoint(path):
     and nothing in the file is executed. Raises CheckpointError naming the file.
     """
     remedy = "use another checkpoint of the run (last.pt, best.pt) or train again"
+    published = "of a published segmenter name backbone, decoder and classes"
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: a folder, give its last.pt")
     if not os.path.isfile(path):
@@ -1952,9 +1970,11 @@ def load_checkpoint(path):
         if not broken:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, EOF and decoding errors of many kinds: one meaning
-        raise CheckpointError(
-            f"{path}: damaged, or not a checkpoint ({why_unreadable(path, error)}); {remedy}"
-        ) from None
+        reason = why_unreadable(path, error)
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":  # ours are zip archives, older published files are not
+                remedy = f"{remedy}; {published}"
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason}); {remedy}") from None
     if broken:
         raise CheckpointError(f"{path}: damaged ({broken} fails its checksum); {remedy}")
 
@@ -1962,8 +1982,7 @@ def load_checkpoint(path):
     missing = ", ".join(key for key in CHECKPOINT_KEYS if key not in found)
     if missing:
         raise CheckpointError(
-            f"{path}: not one of our checkpoints (no {missing}); of a published segmenter name "
-            "backbone, decoder and classes; backbones go to --init"
+            f"{path}: not one of our checkpoints (no {missing}); {published}; backbones go to --init"
         )
     return state
 
@@ -2183,6 +2202,10 @@ def open_checkpoint(path, backbone=None, decoder=None, classes=None, detail=None
     checkpoint = None
     if str(path).endswith(".safetensors"):
         checkpoint = read_exported(path)
+        if checkpoint is None and not asked:
+            raise CheckpointError(
+                f"{path}: a published segmenter needs backbone, decoder and classes"
+            )
     if not asked:
         return checkpoint or load_checkpoint(path)
     content = checkpoint or read_file(path)
@@ -2284,10 +2307,16 @@ def read_exported(path):
         about = (file.metadata() or {}).get("nanouda")
     if about is None:
         return None
-    about = json.loads(about)
     flags = {"language": None, "size": None, "val": "none", "target": "none", "cache": None}
-    rest = {"classes": about["classes"], "step": about["step"], "optimizer": None, "versions": {}}
-    checkpoint = {"flags": flags | about["flags"], **rest, "student": state, "teacher": None}
+    rest = {"optimizer": None, "versions": {}, "student": state, "teacher": None}
+    try:
+        about = json.loads(about)
+        flags |= about["flags"]
+        checkpoint = {"flags": flags, "classes": about["classes"], "step": about["step"], **rest}
+    except (ValueError, TypeError, KeyError):
+        raise WeightsError(
+            f"{path}: what it says of itself is damaged; export it again"
+        ) from None
     if "text" in about:
         # The network has its vectors among the weights; of the bank only the shape is needed
         rows = torch.zeros(len(about["classes"]), 1)

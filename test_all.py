@@ -19,6 +19,7 @@ import colorsys
 import contextlib
 import copy
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -4902,6 +4903,7 @@ def test_numbers_of_numpy_beside_the_tensors_are_read(tmp_path):
     net = random_segmenter("segformer")
     state = published_file(net, dict, NVIDIA_MLP, True)
     meta = {"hook_msgs": {"best_score": np.float64(0.68)}, "epoch": 3, "CLASSES": tuple("abcde")}
+    meta["others"] = [np.int64(1), np.bool_(True), np.float32(0.5)]
     torch.save({"state_dict": state, "meta": meta}, tmp_path / "best.pth")
     with zipfile.ZipFile(tmp_path / "best.pth") as new, zipfile.ZipFile(
             tmp_path / "old.pth", "w") as old:  # as numpy 1 writes it
@@ -4913,6 +4915,39 @@ def test_numbers_of_numpy_beside_the_tensors_are_read(tmp_path):
     torch.save({"state_dict": state, "meta": np.random.default_rng(0)}, tmp_path / "odd.pth")
     refused_by(WeightsError, "odd.pth: .*pickled numpy.random.*torch.save.torch.load.OLD",
                model.load, tmp_path / "odd.pth", "mit_b0", "segformer", list("abcde"))
+
+
+def test_quantised_weights_are_no_weights(tmp_path):
+    """As floats they would be loaded at a scale of their own."""
+    net = random_segmenter("segformer")
+    state = published_file(net, dict, NVIDIA_MLP, True)
+    name = "decode_head.linear_pred.weight"
+    torch.save(state | {name: state[name].to(torch.int8)}, tmp_path / "int.pth")
+    refused_by(CheckpointError, "int.pth: .*other types 1 .decoder.classifier.weight torch.int8 for",
+               model.load, tmp_path / "int.pth", "mit_b0", "segformer", list("abcde"))
+
+
+@pytest.mark.parametrize("name, write", [
+    ("hf.safetensors", lambda state, path: save_safetensors(state, path)),
+    ("zip.pth", torch.save),
+    ("old.pth", lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False))])
+def test_a_published_file_without_its_names_says_what_it_needs(name, write, tmp_path, capsys):
+    write(published_file(random_segmenter("segformer"), dict, NVIDIA_MLP, True), tmp_path / name)
+    eval_fails(capsys, [tmp_path / name, "--images", "x.png", "--save", tmp_path], name,
+               "backbone, decoder and classes")
+
+
+def save_safetensors(state, path, metadata=None):
+    state = {key: value.contiguous() for key, value in state.items()}
+    model.import_optional("safetensors.torch").save_file(state, path, metadata)
+
+
+@pytest.mark.parametrize("about", ["no json", "[]", "{}", '{"flags": {}, "classes": []}'])
+def test_exported_weights_with_damaged_words_are_one_line(about, tmp_path):
+    save_safetensors(random_segmenter("segformer").state_dict(), tmp_path / "net.safetensors",
+                     {"nanouda": about})
+    refused_by(WeightsError, "net.safetensors: what it says of itself is damaged", model.load,
+               tmp_path / "net.safetensors")
 
 
 def test_a_checkpoint_of_an_unknown_backbone_is_one_line(tmp_path):
@@ -4937,12 +4972,16 @@ def test_what_is_no_file_of_weights_is_one_plain_line(suffix, tmp_path):
              "text, such as a web page,": b"Entry not found", "git-lfs": b"version https://git-lfs."
              b"github.com/spec/v1\noid sha256:12\nsize 9\n", "cut off": whole[:len(whole) // 2]}
     if suffix == ".pth":
-        legacy, module, other = io.BytesIO(), io.BytesIO(), io.BytesIO()
+        legacy, module, other, archive = io.BytesIO(), io.BytesIO(), io.BytesIO(), io.BytesIO()
         state = {"a": torch.zeros(1), "args": argparse.Namespace(lr=1)}
         torch.save(state, legacy, _use_new_zipfile_serialization=False)
         torch.save(torch.nn.Linear(2, 2), module)
         pickle.dump({"a": np.zeros(2)}, other)
-        cases |= {"pickled argparse.Namespace": legacy.getvalue(),
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("net.pth", "weights")
+        cases |= {"neither weights nor pickled; unpack it": gzip.compress(whole),
+                  "a zip archive, and not of torch.save": archive.getvalue(),
+                  "pickled argparse.Namespace": legacy.getvalue(),
                   "pickled torch.nn.modules.linear.Linear": module.getvalue(),
                   "not by torch.save": other.getvalue()}
     for words, content in cases.items():
