@@ -3714,7 +3714,7 @@ def braces(text):
     return words
 
 
-def table_of(command):
+def rows_of_command(command):
     """The rows of `python eval.py --table LOG... [--against ROW]`, as lists of cells."""
     words = shlex.split(command)[2:]
     against = None
@@ -3750,7 +3750,7 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
             if in_code:
                 made = []
         elif in_code and "--table assets/logs" in line and "--picture" not in line:
-            for row in table_of(line):
+            for row in rows_of_command(line):
                 made += figures(" ".join(row))
         elif line.startswith("| ") and made:
             for figure in figures(re.sub("`[^`]*`", "", line)):  # without names and flags
@@ -3763,7 +3763,7 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
 
     main = "python eval.py --table assets/logs/camvid-{source,daformer,mic,oracle}-?.jsonl"
     readouts = {}
-    for row in table_of(main):
+    for row in rows_of_command(main):
         readouts.setdefault((row[0], row[1]), row)  # the first; a second one has IoUs of classes
     readme = (Path(HERE) / "README.md").read_text()
     for start, name, readout in (("`source`", "source", "student"),
