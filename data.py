@@ -1473,6 +1473,12 @@ def default_classes(spec):
     return known.get(table.space) or table_classes(table)
 
 
+# DAFormer's rare-class thresholds, for crops of 512 x 512
+RARE_SIDE = 512
+RARE_IMAGE = 3000  # pixels in an image
+RARE_CROP = 1500 / RARE_SIDE ** 2  # share of a crop
+
+
 class SegmentationDataset(torch.utils.data.Dataset):
     """
     What open_dataset returns for one SPEC.
@@ -1826,18 +1832,19 @@ class SegmentationDataset(torch.utils.data.Dataset):
             return None
         return zero
 
-    def class_counts(self):
+    def class_counts(self, crop=RARE_SIDE):
         """
-        Pixels per image and class, int64 (N,K). Raises DataError.
+        Pixels per image and class, int64 (N,K), for rare_pixels(crop). Raises DataError.
 
         Data with a published size are counted at the images' own size, as DAFormer counts the label
         files of GTA5: then 3,000 pixels of a class are the same things whatever --size. Others are
-        counted as they are served.
+        counted as they are served, and so are all for crops below the published side, of which
+        rare_pixels is a share.
         """
         if not self.labeled:
             raise DataError(f"{self.spec}: the {self.split} split has no labels to count")
         published = self.kind in SETS and SETS[self.kind].size is not None
-        return self.facts()["native" if published else "served"]
+        return self.facts()["native" if published and crop >= RARE_SIDE else "served"]
 
     # From the files to the cache: _read gives item i at its own size, _store puts it into the cache
     # at that of the data set, and what was learnt about it into the table of facts.
@@ -2259,12 +2266,12 @@ class Pool(torch.utils.data.Dataset):
         for part in self.parts:
             part.prepare()
 
-    def class_counts(self):
+    def class_counts(self, crop=RARE_SIDE):
         """Pixels per image and class, int64 (N,K); none in a part without labels."""
         counts = []
         for part in self.parts:
             none = np.zeros((len(part), len(self.classes)), np.int64)
-            counts.append(part.class_counts() if part.labeled else none)
+            counts.append(part.class_counts(crop) if part.labeled else none)
         return np.concatenate(counts)
 
 
@@ -2287,8 +2294,6 @@ def _labels_of_colours(colours, labels):
 # ---------------------------------------------------------------- sampling
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: padding is near zero once normalised
-RARE_IMAGE = 3000  # DAFormer's rare-class thresholds: pixels in an image, for crops of 512
-RARE_CROP = 1500 / 512 ** 2  # share of a crop
 RECROPS = 10  # how often a refused crop is drawn again
 
 
@@ -2297,7 +2302,7 @@ def rare_pixels(crop):
     Pixels of a class that make an image stand for it: 3,000, as published at every crop size. Below
     512, where images are small too, the same share of a crop.
     """
-    return RARE_IMAGE * min(1, crop / 512) ** 2
+    return RARE_IMAGE * min(1, crop / RARE_SIDE) ** 2
 
 
 class RareClassSampler:

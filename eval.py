@@ -5,7 +5,7 @@
     python eval.py out/last.pt --adabn camvid:DIR      BatchNorm statistics of unlabelled images
     python eval.py out/last.pt --images photo.jpg      any image, or a folder of them
     python eval.py mic.pth --backbone mit_b5 --decoder daformer --classes cityscapes19 \
-        --size 1024x512 --data cityscapes:DIR          a published segmenter
+        --size 1024x512 --data cityscapes:DIR          a published segmenter (HRDA: no --size)
     python eval.py out/last.pt --export net.onnx       also .pt2 (torch.export) and .safetensors
     python eval.py out/last.pt --data cityscapes:DIR --split test --submit upload
     python eval.py out/last.pt --alignment streets     distance of the domains, per class
@@ -172,20 +172,65 @@ def read_ahead(dataset, indices, threads=4):
             yield waiting.popleft().result()
 
 
-def predict_item(model, item, size=None, window=None, flip=False, head="plain"):
-    """Classes uint8 (h,w), on the device, of one item of a data set, at `size` or the label's."""
+# On an accelerator images of one size are predicted together, as many as have the pixels of one
+# Cityscapes frame: a batch then needs no more memory than that one image.
+BATCH_PIXELS = 2048 * 1024
+
+
+def images_at_once(model, height, width):
+    """How many images of a size are predicted in one batch, 1 or more; on a CPU always 1.
+
+    There a batch of 2 to 8 takes 1.1 to 1.4 times as long as its images one by one. What batches
+    gain on a GPU has not been measured.
+    """
+    if model.pixel_mean.device.type == "cpu":
+        return 1
+    return max(1, BATCH_PIXELS // (height * width))
+
+
+def in_batches(model, items, sizes_of):
+    """Yield lists of consecutive items of equal sizes, no longer than images_at_once.
+
+    sizes_of: item -> (height, width of its image at the network, anything else that must agree).
+    """
+    batch = []
+    for item in items:
+        sizes = sizes_of(item)
+        if batch and sizes != sizes_of(batch[0]):
+            yield batch
+            batch = []
+        batch.append(item)
+        if len(batch) >= images_at_once(model, *sizes[:2]):
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def item_sizes(item):
+    """Height and width of the image of a data set's item, and the shape of its label or None."""
+    label = item["label"]
+    return *item["image"].shape[1:], label is not None and label.shape
+
+
+def predict_items(model, items, size=None, window=None, flip=False, head="plain"):
+    """Classes uint8 (B,h,w), on the device, of items of equal sizes, at `size` or the labels'."""
     if size is None:
-        size = item["label"].shape
-    image = to_batch(item["image"], model)
-    return predict_labels(model, image, size, window, flip=flip, head=head)[0]
+        size = items[0]["label"].shape
+    images = torch.stack([item["image"] for item in items])  # B of (3,H,W) -> (B,3,H,W)
+    return predict_labels(model, to_batch(images, model), size, window, flip=flip, head=head)
+
+
+def predict_item(model, item, **how):
+    """Classes uint8 (h,w), on the device, of one item; how: see predict_items."""
+    return predict_items(model, [item], **how)[0]
 
 
 def predictions(model, dataset, window=None, flip=False, head="plain", size=None):
     """Yield (item, uint8 prediction (h,w) on the device) for this process's share of the data.
 
     The share is rank, rank + world, ...: no image is repeated to fill up ranks, so that no score
-    depends on their number. One image at a time, because native sizes differ, and where they agree
-    a batch of four takes 1.1 to 1.4 times as long on a CPU. Predictions have
+    depends on their number (but for the rounding of batches, see images_at_once). Predictions have
     `size` (h,w), by default the label's.
     """
     rank, world = 0, 1
@@ -194,9 +239,9 @@ def predictions(model, dataset, window=None, flip=False, head="plain", size=None
     share = range(rank, len(dataset), world)
 
     silent = True if rank else None  # None: silent where stderr is no terminal
-    items = read_ahead(dataset, share)
-    for item in tqdm(items, "predict", len(share), disable=silent, leave=False):
-        yield item, predict_item(model, item, size, window, flip, head)
+    items = tqdm(read_ahead(dataset, share), "predict", len(share), disable=silent, leave=False)
+    for batch in in_batches(model, items, item_sizes):
+        yield from zip(batch, predict_items(model, batch, size, window, flip, head))
 
 
 @torch.no_grad()
@@ -722,12 +767,15 @@ def images_below(path, results):
     """The image file `path`, or all images below the folder `path`, sorted.
 
     Hidden files (a Mac's ._photo.jpg) do not count, nor what lies in a folder of results inside.
-    Raises DataError where there are none.
+    Raises DataError where there are none, and where results would lie among them.
     """
     path = Path(path)
     if not path.is_dir():
         return [path]
     results = Path(results).resolve()
+    if results == path.resolve():
+        raise DataError(f"--save {results}: the folder of the images themselves, of which results "
+                        "would be some the next time; give another one")
     inside = path.resolve() in results.parents
     files = []
     for file in walk(path):
@@ -740,18 +788,54 @@ def images_below(path, results):
     return sorted(files)
 
 
-def predict_picture(model, picture, size, window, flip, head, antialias=True):
-    """Ids uint8 (h,w), an array, of a picture uint8 (h,w,3). Arguments: see predict_images."""
-    h, w = picture.shape[:2]
-    scale = 1
-    if size:
-        scale = max(size) / max(h, w)
-    at_scale = tuple(max(1, round(side * scale)) for side in (w, h))
-    small = resize_image(picture, at_scale, antialias)
-    image = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()  # -> (3,h,w)
-    image = to_batch(image, model)  # (1,3,h,w)
-    label = predict_labels(model, image, (h, w), window, flip=flip, head=head)[0]
-    return label.cpu().numpy()
+class Picture(NamedTuple):
+    """An image file that could be read."""
+
+    file: Path
+    pixels: np.ndarray  # uint8 (h,w,3)
+    image: torch.Tensor  # uint8 (3,h',w'), as the network sees it
+
+
+def read_pictures(files, size, antialias, faults):
+    """Yield the Picture of each file that can be read, and add a line to `faults` for each other.
+
+    size, antialias: see predict_images. Raises DataError where no file can be read.
+    """
+    for file in tqdm(files, "images", disable=None, leave=False):
+        try:
+            pixels = read_image(file)  # (h,w,3)
+        except DataError as error:
+            faults.append(str(error))
+            if len(faults) == len(files):
+                raise
+            continue
+        h, w = pixels.shape[:2]
+        scale = 1
+        if size:
+            scale = max(size) / max(h, w)
+        at_scale = tuple(max(1, round(side * scale)) for side in (w, h))
+        small = np.array(resize_image(pixels, at_scale, antialias))
+        image = torch.from_numpy(small).permute(2, 0, 1).contiguous()  # (h',w',3) -> (3,h',w')
+        yield Picture(file, pixels, image)
+
+
+def picture_sizes(picture):
+    """Height and width of a Picture at the network, and its own shape."""
+    return *picture.image.shape[1:], picture.pixels.shape
+
+
+def names_of_results(files):
+    """{file: the name of what is written for it}: its own without the suffix where that is clear.
+
+    Not so where a.jpg lies beside a.png, or beside a.jpg.png.
+    """
+    stems = Counter((file.parent, file.stem) for file in files)
+    known = set(files)
+    names = {}
+    for file in files:
+        clear = stems[file.parent, file.stem] == 1 and file.with_suffix("") not in known
+        names[file] = file.stem if clear else file.name
+    return names
 
 
 def predict_images(model, path, names, folder, size=None, window=None, flip=False, head="plain",
@@ -764,36 +848,32 @@ def predict_images(model, path, names, folder, size=None, window=None, flip=Fals
     their longer side is that of `size` (W,H). colors: as in evaluate; antialias: as in
     resize_image. Returns "images", their number, "share", {name: percent of the pixels that were
     given this class}, and "unreadable", a line for each file that cannot be read. Raises DataError
-    where none can.
+    where none can, and where results would lie among the images.
     """
     path = Path(path)
     folder = Path(folder)
     files = images_below(path, folder)
     if colors is None:
         colors = palette(names)
-    stems = Counter((file.parent, file.stem) for file in files)
+    stems = names_of_results(files)
     pixels = np.zeros(len(names), np.int64)
     faults = []
-    for file in tqdm(files, "images", disable=None, leave=False):
-        try:
-            picture = read_image(file)  # (h,w,3)
-        except DataError as error:
-            faults.append(str(error))
-            if len(faults) == len(files):
-                raise
-            continue
-        label = predict_picture(model, picture, size, window, flip, head, antialias)
-        pixels += np.bincount(label.flatten(), minlength=len(names))
-
-        name = file.stem
-        if stems[file.parent, name] > 1:  # a.jpg beside a.png
-            name = file.name
-        place = folder
-        if path.is_dir():
-            place = folder / file.parent.relative_to(path)
-        place.mkdir(parents=True, exist_ok=True)
-        save_ids(place / f"{name}_ids.png", label, colors)
-        panel(picture, None, label, names, colors).save(place / f"{name}_panel.png")
+    pictures = read_pictures(files, size, antialias, faults)
+    for batch in in_batches(model, pictures, picture_sizes):
+        images = torch.stack([picture.image for picture in batch])  # B of (3,h',w') -> (B,3,h',w')
+        own_size = batch[0].pixels.shape[:2]
+        labels = predict_labels(model, to_batch(images, model), own_size, window, flip=flip,
+                                head=head)
+        for picture, label in zip(batch, labels.cpu().numpy()):
+            pixels += np.bincount(label.flatten(), minlength=len(names))
+            place = folder
+            if path.is_dir():
+                place = folder / picture.file.parent.relative_to(path)
+            place.mkdir(parents=True, exist_ok=True)
+            name = stems[picture.file]
+            save_ids(place / f"{name}_ids.png", label, colors)
+            sheet = panel(picture.pixels, None, label, names, colors)
+            sheet.save(place / f"{name}_panel.png")
     share = dict(zip(names, (100 * pixels / pixels.sum()).tolist()))
     return {"images": len(files) - len(faults), "share": share, "unreadable": faults}
 
@@ -1250,11 +1330,32 @@ def draw_curves(curves, ticks):
 NO_LOSS = ("step", "images_per_s", "lr", "grad_norm", "peak_mib", "share_of_peak", "class_weights")
 
 
+def logged_numbers(events):
+    """Yield (step, title of a panel, number) of the run that began last in a log."""
+    start, _ = last_run(events)
+    begin = 0
+    for i, event in enumerate(events):
+        if event is start:
+            begin = i
+    for event in events[begin:]:
+        found = {}
+        if event["event"] == "step":
+            for key, value in event.items():
+                if key not in NO_LOSS:
+                    found[f"loss: {key}"] = value
+        elif isinstance(event.get("student"), dict):
+            found["mIoU, % (student)"] = event["student"].get("miou")
+        for title, value in found.items():
+            if "step" in event and type(value) in (int, float):
+                yield event["step"], title, value
+
+
 def step_curves(paths):
     """{title of a panel: {run: {step: number}}}, mIoU first, from run folders or logs.
 
-    A run is named by its folder or file, by the path as given where two have the same name. Lines
-    that a resumed run has written twice count once. Raises DataError on a log without any number.
+    A run is named by its folder or file, by the path as given where two have the same name. Of a
+    log with several runs the last one counts, and lines that a resumed run has written twice count
+    once. Raises DataError on a log without any number.
     """
     logs = [read_log(path, "--curves") for path in paths]
     names = []
@@ -1265,19 +1366,18 @@ def step_curves(paths):
     for path, name, (log, events) in zip(paths, names, logs):
         run = name if names.count(name) == 1 else str(path)
         found = {}
-        for event in events:
-            if event["event"] == "step":
-                for key, value in event.items():
-                    if key not in NO_LOSS and isinstance(value, (int, float)):
-                        found.setdefault(f"loss: {key}", {})[event["step"]] = value
-            elif event.get("student"):
-                found.setdefault("mIoU, % (student)", {})[event["step"]] = event["student"]["miou"]
-        if not found:
-            raise DataError(f"{log}: neither losses nor scores; not a log, or of no step yet")
+        for step, title, value in logged_numbers(events):
+            found.setdefault(title, {})[step] = value
+        finite = {}
         for title, points in found.items():
-            finite = {step: value for step, value in sorted(points.items()) if math.isfinite(value)}
-            panels.setdefault(title, {})[run] = finite
-    return {title: runs for title, runs in panels.items() if any(runs.values())}
+            kept = {step: value for step, value in sorted(points.items()) if math.isfinite(value)}
+            if kept:
+                finite[title] = kept
+        if not finite:
+            raise DataError(f"{log}: neither losses nor scores; not a log, or of no step yet")
+        for title, points in finite.items():
+            panels.setdefault(title, {})[run] = points
+    return {title: runs for title, runs in panels.items() if runs}
 
 
 def draw_axes(draw, box, title, x_marks, y_marks, font, scale):
@@ -1428,8 +1528,9 @@ def export(model, checkpoint, path, head="plain"):
     """
     path = Path(path)
     if model.detail and path.suffix != ".safetensors":
-        raise CheckpointError(f"--export {path}: how many details a network of two resolutions sees "
-                              "depends on the image, which no program holds; write .safetensors")
+        raise CheckpointError(f"--export {path}: how many details a network of two resolutions "
+                              "sees depends on the image, which no program holds; write "
+                              ".safetensors")
     part = str(path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}"))
     program = Program(copy.deepcopy(model).cpu(), head).eval()
     worst = 0.0
@@ -1552,6 +1653,8 @@ def parse_flags(argv):
         args.picture = "curves.png"
     if args.picture and not (args.before or args.table or args.curves):
         p.error("--picture needs --before CKPT0, or --table or --curves with runs")
+    if args.export and (args.data or args.save or args.slide or args.flip):
+        p.error("--export writes the network alone: leave out --data, --save, --slide, --flip")
     if args.json and (args.submit or args.before or args.export or args.table or args.curves):
         p.error("--json holds scores, or with --images shares of pixels: there are none here")
     return args

@@ -1168,6 +1168,8 @@ def text_correlation(features, text, scale, backend="auto"):
         )
     if len(text) > 256:
         raise ValueError(f"{len(text)} rows of text, 256 are the most")
+    if torch.compiler.is_exporting():  # a loop over images and rows would tie the program to a size
+        return plain_correlation(features.float(), text.float(), scale)
 
     # Text is small: it is normalised and scaled here, and its gradients are left to autograd.
     text = text.float()

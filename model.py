@@ -122,16 +122,21 @@ def why_unreadable(path, error):
     if not re.search(rb"[\x00-\x08\x0e-\x1f]", start):
         return "text, such as a web page, in place of the file; download it again"
     text = str(error)
-    pickled = re.search(r"(?:GLOBAL|class|builtin) ([\w.]+)", text)
+    pickled = re.search(r"(?:GLOBAL|class|builtin) '?([\w.]+)", text)
     if "WeightsUnpickler" in text and pickled:
         return (
             f"holds a pickled {pickled[1]}, and unpickling it could run code; where you trust the "
-            "file, save its tensors alone"
+            "file, save its tensors alone, such as "
+            "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
         )
+    if "WeightsUnpickler" in text and not start.startswith(b"\x80"):
+        return "neither weights nor pickled; unpack it or download it again"
     if "WeightsUnpickler" in text:
         return "pickled, and not by torch.save; nothing of it is run"
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         return "cut off; download or copy it again"
+    if start.startswith(b"PK") and "enforce fail" in text:
+        return "a zip archive, and not of torch.save; unpack it"
     if "incomplete metadata" in text or "unexpected EOF" in text:
         return "cut off; download or copy it again"
     return reason_of(error)
@@ -515,9 +520,9 @@ class TimmBackbone(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Convolutions of the DAFormer decoder, as a CPU computes them fastest
 #
-# Maps are channels-last throughout: a pixel's channels lie side by side. Both are exact and keep the
-# names and shapes of nn.Conv2d's weights. Elsewhere than on a CPU, and in exported programs, they
-# are nn.Conv2d.
+# Maps are channels-last throughout: a pixel's channels lie side by side. Both are exact and keep
+# the names and shapes of nn.Conv2d's weights. Elsewhere than on a CPU, and in exported programs,
+# they are nn.Conv2d.
 
 
 class DilatedDepthwise(nn.Conv2d):
@@ -1651,6 +1656,18 @@ def published_to_ours(state):
     return ours
 
 
+def numpy_numbers():
+    """What unpickling numpy's numbers takes, which runs nothing; mmcv's best score is one."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"]
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),  # its name before numpy 2
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *kinds,
+    ]
+
+
 def read_file(path):
     """What a .pth, .bin, .pt or .safetensors file holds; nothing in it is executed.
 
@@ -1667,7 +1684,8 @@ def read_file(path):
             return import_optional("safetensors.torch").load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an odd pickle is warned about, then refused
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(numpy_numbers()):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, header and EOF errors of many kinds: one meaning
         raise WeightsError(
             f"{path}: cannot be read as weights ({why_unreadable(path, error)})"
@@ -1696,15 +1714,27 @@ def tensors_by_name(state, path):
 
 
 def differences(expected, found):
-    """How two dicts of tensors by name differ, in one line; '' where names and shapes agree."""
+    """How two dicts of tensors by name differ, in one line; '' where they agree in names, shapes,
+    and in which are integers (those of quantised weights are)."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
-    wrong = []
+    shapes = []
+    types = []
     for name, value in expected.items():
-        if name in found and found[name].shape != value.shape:
-            wrong.append(f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}")
+        if name not in found:
+            continue
+        if found[name].shape != value.shape:
+            shapes.append(f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}")
+        elif found[name].is_floating_point() != value.is_floating_point():
+            types.append(f"{name} {found[name].dtype} for {value.dtype}")
     parts = []
-    for what, names in (("missing", missing), ("unexpected", extra), ("other shapes", wrong)):
+    differing = {
+        "missing": missing,
+        "unexpected": extra,
+        "other shapes": shapes,
+        "other types": types,
+    }
+    for what, names in differing.items():
         if names:
             dots = ", ..." if len(names) > 3 else ""
             parts.append(f"{what} {len(names)} ({', '.join(names[:3])}{dots})")
@@ -1719,8 +1749,9 @@ def load_backbone(module, path):
     backbones get theirs when built: EfficientNet-Lite0 from packaged_weights, the others from the
     hub.) A timm file without any name in common is taken in order if every shape agrees, which is
     printed. ImageNet classifiers of the file are left out. Of a published segmenter the student
-    counts; a Segmenter takes its decoder too where it fits, and what becomes of it is printed.
-    Raises WeightsError naming the file and what is missing, unexpected or of another shape.
+    counts, or a teacher alone; a Segmenter takes its decoder too where it fits, and what becomes of
+    it is printed. Raises WeightsError naming the file and what is missing, unexpected or of another
+    shape.
     """
     backbone = getattr(module, "backbone", module)
     if isinstance(backbone, TimmBackbone):
@@ -1735,8 +1766,10 @@ def load_backbone(module, path):
         state = from_hub(fetch, what, "give --init FILE or none", WeightsError)
     else:
         state = read_weights(path)
+    networks = split_copies(state)
+    network = networks.get("student") or networks.get("teacher", {})
     found, decoder = {}, {}
-    for name, value in published_to_ours(split_copies(state).get("student", {})).items():
+    for name, value in published_to_ours(network).items():
         if name.startswith(("decoder.", "attention.")):
             decoder[name] = value
         elif not CLASSIFIERS.match(name):
@@ -1852,11 +1885,22 @@ def timm_names(name, net, state, path):
     if translate is None:
         return state
     try:
-        return translate(state, net)
+        translated = translate(state, net)
     except Exception as error:  # each family has its own way to fail on another one's file
         raise WeightsError(
             f"{path}: not the weights of {name}, timm's filter says: {reason_of(error)}"
         ) from None
+    # Positions may be those of another image size. But the filter would also turn patches of 32
+    # pixels into ones of 16, which is another model's file
+    sizes = {(len(value), value.numel()) for value in state.values() if value.ndim}
+    for key, value in translated.items():
+        kernel = value.ndim == 4 and key.endswith("weight")
+        if kernel and (len(value), value.numel()) not in sizes:
+            raise WeightsError(
+                f"{path}: not the weights of {name}: in the file {key} is not of the size "
+                f"{tuple(value.shape)}"
+            )
+    return translated
 
 
 def in_order(state, full, name, path):
@@ -1915,6 +1959,7 @@ def load_checkpoint(path):
     and nothing in the file is executed. Raises CheckpointError naming the file.
     """
     remedy = "use another checkpoint of the run (last.pt, best.pt) or train again"
+    published = "of a published segmenter name backbone, decoder and classes"
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: a folder, give its last.pt")
     if not os.path.isfile(path):
@@ -1925,9 +1970,11 @@ def load_checkpoint(path):
         if not broken:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, EOF and decoding errors of many kinds: one meaning
-        raise CheckpointError(
-            f"{path}: damaged, or not a checkpoint ({why_unreadable(path, error)}); {remedy}"
-        ) from None
+        reason = why_unreadable(path, error)
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":  # ours are zip archives, older published files are not
+                remedy = f"{remedy}; {published}"
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason}); {remedy}") from None
     if broken:
         raise CheckpointError(f"{path}: damaged ({broken} fails its checksum); {remedy}")
 
@@ -1935,8 +1982,7 @@ def load_checkpoint(path):
     missing = ", ".join(key for key in CHECKPOINT_KEYS if key not in found)
     if missing:
         raise CheckpointError(
-            f"{path}: not one of our checkpoints (no {missing}); of a published segmenter name "
-            "backbone, decoder and classes; backbones go to --init"
+            f"{path}: not one of our checkpoints (no {missing}); {published}; backbones go to --init"
         )
     return state
 
@@ -2106,15 +2152,18 @@ def build_segmenter(checkpoint, weights="student", path="checkpoint"):
     for name, value in checkpoint[weights].items():
         if not CONTRAST_HEADS.match(name):  # which serve training alone
             state[name] = value
-    net = Segmenter(
-        flags["backbone"],
-        flags["decoder"],
-        len(checkpoint["classes"]),
-        flags["channels"],
-        flags.get("language"),
-        checkpoint_bank(checkpoint),
-        detail=round(flags.get("detail", 0) * flags.get("crop", 0)),
-    )
+    try:
+        net = Segmenter(
+            flags["backbone"],
+            flags["decoder"],
+            len(checkpoint["classes"]),
+            flags["channels"],
+            flags.get("language"),
+            checkpoint_bank(checkpoint),
+            detail=round(flags.get("detail", 0) * flags.get("crop", 0)),
+        )
+    except ValueError as error:  # another timm may not have the model
+        raise CheckpointError(f"{path}: {error}") from None
     load_weights(net, state, path)
     net.classes = tuple(checkpoint["classes"])
     return net.eval()
@@ -2153,6 +2202,10 @@ def open_checkpoint(path, backbone=None, decoder=None, classes=None, detail=None
     checkpoint = None
     if str(path).endswith(".safetensors"):
         checkpoint = read_exported(path)
+        if checkpoint is None and not asked:
+            raise CheckpointError(
+                f"{path}: a published segmenter needs backbone, decoder and classes"
+            )
     if not asked:
         return checkpoint or load_checkpoint(path)
     content = checkpoint or read_file(path)
@@ -2196,8 +2249,8 @@ def published_checkpoint(path, state, backbone, decoder, classes, detail=None):
     networks = {}
     for network, tensors in split_copies(state).items():
         networks[network] = segmenter_state(tensors)
-    student = networks.get("student", {})
-    classifier = student.get("decoder.classifier.weight")
+    network = networks.get("student") or networks.get("teacher") or {}
+    classifier = network.get("decoder.classifier.weight")
     if classifier is None:
         raise CheckpointError(
             f"{path}: holds no decoder that is known here; a backbone goes to --init of train.py"
@@ -2207,7 +2260,7 @@ def published_checkpoint(path, state, backbone, decoder, classes, detail=None):
     flags = {"recipe": "published", "backbone": backbone, "decoder": decoder, "language": None}
     flags |= {"channels": classifier.shape[1], "size": None, "crop": 512, "slide": False}
     flags |= {"antialias": False, "val": "none", "target": "none", "cache": None}
-    if any(name.startswith("attention.") for name in student):
+    if any(name.startswith("attention.") for name in network):
         # HRDA's protocol: windows of twice the detail's side, as in its training
         side = HRDA_DETAIL if detail is None else detail
         flags |= {"crop": 2 * side, "detail": 0.5, "slide": True}
@@ -2215,12 +2268,19 @@ def published_checkpoint(path, state, backbone, decoder, classes, detail=None):
             raise CheckpointError(f"{path}: has a scale attention, which needs a detail of pixels")
     elif detail:
         raise CheckpointError(f"{path}: has no scale attention (HRDA's); leave out detail")
-    names = classes
+    if isinstance(classes, os.PathLike):
+        classes = os.fspath(classes)
     if isinstance(classes, str):
-        names = class_names(classes)
         flags["classes"] = classes
-    rest = {"classes": list(names), "optimizer": None, "step": None, "versions": {}}
-    return {"flags": flags, **rest, "student": student, "teacher": networks.get("teacher")}
+    names = list(class_names(classes))
+    if len(names) != len(classifier) or len(set(names)) < len(names):
+        raise CheckpointError(
+            f"{path}: has {len(classifier)} classes, but classes gives {len(set(names))} different "
+            "names; give the name of each, in the file's order"
+        )
+    rest = {"classes": names, "optimizer": None, "step": None, "versions": {}}
+    copies = {"student": networks.get("student"), "teacher": networks.get("teacher")}
+    return {"flags": flags, **rest, **copies}
 
 
 def write_exported(path, net, checkpoint):
@@ -2247,10 +2307,16 @@ def read_exported(path):
         about = (file.metadata() or {}).get("nanouda")
     if about is None:
         return None
-    about = json.loads(about)
     flags = {"language": None, "size": None, "val": "none", "target": "none", "cache": None}
-    rest = {"classes": about["classes"], "step": about["step"], "optimizer": None, "versions": {}}
-    checkpoint = {"flags": flags | about["flags"], **rest, "student": state, "teacher": None}
+    rest = {"optimizer": None, "versions": {}, "student": state, "teacher": None}
+    try:
+        about = json.loads(about)
+        flags |= about["flags"]
+        checkpoint = {"flags": flags, "classes": about["classes"], "step": about["step"], **rest}
+    except (ValueError, TypeError, KeyError):
+        raise WeightsError(
+            f"{path}: what it says of itself is damaged; export it again"
+        ) from None
     if "text" in about:
         # The network has its vectors among the weights; of the bank only the shape is needed
         rows = torch.zeros(len(about["classes"]), 1)

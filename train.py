@@ -579,10 +579,10 @@ def pseudo_label(f, teacher, target):
     return View(target.image, label, weight), confidence, valid
 
 
-def make_views(f, teacher, source, labeled, target, draw):
+def make_views(f, teacher, source, labeled, target, valid, draw):
     """All that the student sees in a step, {name: View}, and where ClassMix pasted, bool (B,S,S).
 
-    target: as the teacher sees it, or None.
+    target, valid: as the teacher sees it, and its valid pixels; or None.
     """
     source = look_closely(source, f, draw)
     views = {"source": source}
@@ -631,10 +631,10 @@ def make_views(f, teacher, source, labeled, target, draw):
     if f.t2s:
         views["restyled"] = look_closely(View(restyled, source.label), f, draw)
 
-    # SePiCo: the augmented target with its pseudo-labels, which all count alike where they have a
-    # weight at all
+    # SePiCo: the augmented target with its pseudo-labels, which all count alike, also in a batch in
+    # which none is confident
     if f.sepico and target:
-        label = torch.where(target.weight > 0, target.label, data.IGNORE)
+        label = torch.where(valid, target.label, data.IGNORE)
         views["jittered"] = augment(View(target.image, label), draw)
     return views, pasted
 
@@ -669,10 +669,11 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     "target" is as the teacher sees it.
     """
     # 1. views; the teacher speaks first
+    valid = None
     if f.adapts:
         target, confidence, valid = pseudo_label(f, nets.teacher, target)
         clock("teacher")
-    views, pasted = make_views(f, nets.teacher, source, labeled, target, draw)
+    views, pasted = make_views(f, nets.teacher, source, labeled, target, valid, draw)
     clock("views")
 
     # 2. one pass of the student for each
@@ -1196,7 +1197,7 @@ def open_streams(f, sets):
     subset = None if sets.source else sets.labeled
     rare = None
     if f.rcs:
-        counts = known.class_counts()
+        counts = known.class_counts(f.crop)
         if subset:
             counts = counts[subset]
         rare = data.RareClassSampler(counts, f.rcs, data.rare_pixels(f.crop))
