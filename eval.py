@@ -1476,6 +1476,40 @@ def check_export(path):
                         f"pip install {' '.join(lacking)}; or write FILE.pt2")
 
 
+class SameConvolution(torch.nn.Conv2d):
+    """timm's Conv2dSame, TensorFlow's padding, in whole numbers: float (B,C,H,W) -> (B,D,h,w).
+
+    h is H over the stride, rounded up. timm computes the padding with math.ceil, which no program
+    can hold. Its kernel reaches over a stride at least.
+    """
+
+    def forward(self, x):
+        rim = []  # left, right, top, bottom
+        for axis in (1, 0):
+            side = x.shape[2 + axis]
+            stride = self.stride[axis]
+            cells = (side + stride - 1) // stride
+            total = cells * stride - side + reach(self, axis) - stride
+            rim += [total // 2, total - total // 2]
+        x = F.pad(x, rim)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def reach(conv, axis):
+    """Pixels between the first and the last that a convolution sees at once, both counted."""
+    return conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+
+
+def with_same_convolutions(program):
+    """A copy of a program, with SameConvolution in place of timm's."""
+    program = copy.deepcopy(program)
+    for module in program.modules():
+        if type(module).__name__ == "Conv2dSame":
+            if all(reach(module, axis) >= module.stride[axis] for axis in (0, 1)):
+                module.__class__ = SameConvolution
+    return program
+
+
 def trace(program):
     """torch.export of a Program for any batch and any image of EXPORT_SIDE or more a side."""
     batch = torch.export.Dim("batch", min=1)
@@ -1483,7 +1517,7 @@ def trace(program):
     width = torch.export.Dim("width", min=EXPORT_SIDE)
     example = torch.rand(2, 3, 192, 256)  # a batch of one would be taken for a constant
     # Conditions on sizes that hold for all images become checks of the program, not its limits
-    return torch.export.export(program, (example,),
+    return torch.export.export(with_same_convolutions(program), (example,),
                                dynamic_shapes={"image": {0: batch, 2: height, 3: width}},
                                prefer_deferred_runtime_asserts_over_guards=True)
 

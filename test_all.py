@@ -4352,7 +4352,32 @@ def test_exported_programs_take_any_batch_and_size(tmp_path, monkeypatch):
         assert logits.shape == (batch, 3, *((side + 3) // 4 for side in size))
 
 
-@pytest.mark.parametrize("name", ["mit_b0 segformer", "mit_b0 daformer"])
+def test_exported_same_padding_is_that_of_timm():
+    """The default network has it; its strided kernels see 3 or 5 pixels."""
+    timm = model.import_optional("timm")
+    torch.manual_seed(0)
+    for kernel, stride, dilation in ((3, 2, 1), (5, 2, 1), (3, 2, 2), (4, 3, 1)):
+        theirs = timm.layers.Conv2dSame(3, 4, kernel, stride, dilation=dilation)
+        ours = evaluation.with_same_convolutions(torch.nn.Sequential(theirs))
+        assert type(ours[0]) is evaluation.SameConvolution
+        assert type(theirs) is timm.layers.Conv2dSame
+        for height, width in ((64, 65), (66, 67), (68, 31)):
+            image = torch.rand(2, 3, height, width)
+            assert torch.equal(ours(image), theirs(image))
+    # a kernel that does not reach over its stride stays timm's
+    narrow = torch.nn.Sequential(timm.layers.Conv2dSame(3, 4, 1, 2))
+    assert type(evaluation.with_same_convolutions(narrow)[0]) is timm.layers.Conv2dSame
+
+    class OfImages(torch.nn.Sequential):
+        def forward(self, image):
+            return super().forward(image)
+
+    program = evaluation.trace(OfImages(timm.layers.Conv2dSame(3, 4, 3, 2))).module()
+    assert [*program(torch.rand(1, 3, 97, 66)).shape] == [1, 4, 49, 33]
+
+
+@pytest.mark.parametrize(
+    "name", ["mit_b0 segformer", "mit_b0 daformer", "timm:tf_efficientnet_lite0 segformer"])
 def test_onnx_equals_torch_at_odd_sizes(name, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: no ONNX written")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: not run")
