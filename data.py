@@ -90,19 +90,22 @@ def fail(script, error, status):
     lines = str(error).splitlines() or [type(error).__name__]
     text = lines[-1].removeprefix("data.DataError: ")  # a loader process puts its traceback before
     line = f"{script}: error: {text}"
-    with contextlib.suppress(OSError):
-        flush_output()
+    with contextlib.suppress(OSError), output():
+        pass  # but to pass on what was printed before
     print(line, file=sys.stderr)
     tell_launcher(line)
     sys.exit(status)
 
 
-def flush_output():
+@contextlib.contextmanager
+def output():
     """
-    Passes on what was printed. Raises OSError where the other side takes no more, a full disk or a
-    closed pipe; it is left alone then, or Python would complain of it once more at its end.
+    Inside, something is printed, and at the end all of it is passed on. Raises OSError where the
+    other side takes no more, a full disk or a closed pipe; it is left alone then, or Python would
+    complain of it once more at its end.
     """
     try:
+        yield
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -3047,7 +3050,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         run(args)
-        flush_output()
+        with output():
+            pass  # but to pass on what was printed
     except DataError as error:
         fail("data.py", error, 2)
     except OSError as error:

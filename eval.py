@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -47,10 +48,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
-                  cell_means, check_picture, check_sets, colorize, fail, flush_output, grid, interrupted,
-                  leave_out_bad, legend, majority_label, open_dataset, overlay, palette, parse_size,
-                  read_colours, read_image, resize_image, save_ids, save_picture, walk, whole_file,
-                  with_legend)
+                  cell_means, check_picture, check_sets, colorize, fail, grid, interrupted,
+                  leave_out_bad, legend, majority_label, open_dataset, output, overlay, palette,
+                  parse_size, read_colours, read_image, resize_image, save_ids, save_picture, walk,
+                  whole_file, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags,
                    has_one_value, is_out_of_memory, load, open_checkpoint, reason_of, starts,
                    upsample_pseudo_label, why_unwritable, write_exported)
@@ -879,7 +880,8 @@ def is_event(line):
         flags = line.get("flags")
         return isinstance(flags, dict) and {"recipe", "seed"} <= flags.keys()
     if kind in ("eval", "result"):
-        return isinstance(scored, dict) and {"miou", "iou"} <= scored.keys()
+        needed = {"miou"} if kind == "eval" else {"miou", "iou"}
+        return isinstance(scored, dict) and needed <= scored.keys()
     return kind is not None and isinstance(line.get("step", 0), int)
 
 
@@ -1410,7 +1412,9 @@ def trace(program):
 
 def written_pt2(program, path, checkpoint):
     """Write torch.export's file; returns the call image -> logits that it holds."""
-    torch.export.save(trace(program), path)
+    file = io.BytesIO()  # where a disk is full, torch does not raise but abort
+    torch.export.save(trace(program), file)
+    Path(path).write_bytes(file.getvalue())
     return torch.export.load(path).module()
 
 
@@ -1841,7 +1845,8 @@ def main(argv=None):
             broken = run(args)
         else:
             run_table(args)
-        flush_output()
+        with output():
+            pass  # but to pass on what was printed
     except (DataError, CheckpointError, WeightsError) as error:
         fail("eval.py", error, 2)
     except OSError as error:  # a full disk: nobody's input was bad

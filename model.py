@@ -55,7 +55,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from data import (DataError, Parser, cache_folder, class_names, fail, flush_output, interrupted,
+from data import (DataError, Parser, cache_folder, class_names, fail, interrupted, output,
                   whole_file)
 from kernels import text_correlation, upsample_pseudo_label  # the second for train.py and eval.py
 
@@ -2317,7 +2317,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     try:
         make_bank(args.names, args.text, args.out)
-        flush_output()
+        with output():
+            pass  # but to pass on what was printed
     except (TextError, DataError) as error:
         fail("model.py", error, 2)
     except OSError as error:

@@ -920,8 +920,8 @@ if BY_TORCHRUN:
 def print0(*words):
     """Print on the first process only, around the progress bar, and at once, also into a file."""
     if RANK == 0:
-        tqdm.write(" ".join(str(word) for word in words))
-        data.flush_output()
+        with data.output():
+            tqdm.write(" ".join(str(word) for word in words))
 
 
 def keep_freed_memory():
@@ -2362,6 +2362,8 @@ def train(f, device):
     finished = this.checkpoint and this.finished()
     if this.checkpoint and not finished:
         say_where_it_goes_on(this)
+    if not finished:
+        evaluation.check_folder("--out", this.out)
     if this.moved or not finished:
         this.open_data()
     if finished:
