@@ -6902,8 +6902,10 @@ def test_adabn_of_one_value_is_said_and_loses_no_read_out(small_run, tmp_path, c
     assert f"note: no read-out with AdaBN: {spec} has one image" in done.stdout
     (result,) = events(tmp_path / "out", "result")
     assert result["adabn"] is None and result["student"]["images"] == 5
-    eval_fails(capsys, [tmp_path / "out/last.pt", "--size", "4x4", "--adabn", spec],
-               f"--adabn {spec}: one image", "give more images, or larger ones")
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(tmp_path / "out/last.pt"), "--adabn", spec])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"eval.py: error: --adabn {spec}: one image") and stop.value.code == 2
 
 
 def test_a_run_that_cannot_save_broke(small_run, tmp_path, monkeypatch):
@@ -6981,6 +6983,11 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
         assert run_train(argv, check=False).returncode == 130
     assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 2
     assert not events(tmp_path / "out", "result")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        done = run_train(argv, check=False)
+    assert done.returncode == 143 and "the read-out is not; the same command does it" in done.stdout
+    assert not (tmp_path / "out/lock").exists()
     # a fault in the data says how the read-out is repeated; half a result is none, and goes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "evaluate", Mock(side_effect=DataError("a.png: damaged")))

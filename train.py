@@ -2327,8 +2327,15 @@ def catch_signals():
 
 
 def release_signals():
-    """SIGTERM and SIGINT do again what they do in every program."""
+    """SIGTERM and SIGINT do again what they do in every program; the first SIGTERM by SystemExit,
+    so that the run can say what is left to do."""
+    def leave(number, _):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.exit(128 + number)
+
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if WORLD == 1:  # else it may wait for another process, outside of Python
+        signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
