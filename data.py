@@ -15,7 +15,7 @@ SPEC    streets | streets:night | streets:shifted rendered
                                                   stars of a mask are filled with its image's;
                                                   **/ is any folders, {split} train, val or test
         list:FILE[:IDS]                           an image and its mask a line, by tab, comma or
-                                                  blanks, relative to FILE
+                                                  blanks, relative to FILE; # begins a comment
         list:FILE:IMAGES[:MASKS[:IDS]]            a name a line, which * stands for, as with VOC's
                                                   'list:d/{split}.txt:d/i/*.jpg:d/m/*.png'
 IDS     a file that says what the values of masks mean, a line each, all in one notation:
@@ -90,9 +90,26 @@ def fail(script, error, status):
     lines = str(error).splitlines() or [type(error).__name__]
     text = lines[-1].removeprefix("data.DataError: ")  # a loader process puts its traceback before
     line = f"{script}: error: {text}"
+    with contextlib.suppress(OSError), output():
+        pass  # but to pass on what was printed before
     print(line, file=sys.stderr)
     tell_launcher(line)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def output():
+    """
+    Inside, something is printed, and at the end all of it is passed on. Raises OSError where the
+    other side takes no more, a full disk or a closed pipe; it is left alone then, or Python would
+    complain of it once more at its end.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"standard output: cannot be written ({error.strerror})") from None
 
 
 def tell_launcher(line):
@@ -136,6 +153,32 @@ def _numbered_lines(path):
         raise DataError(f"{path}: no readable UTF-8 text (zero bytes); save it as UTF-8")
     stripped = [line.strip("\ufeff\u200b").strip() for line in lines]  # marks of no width
     return [(number, line) for number, line in enumerate(stripped, 1) if line]
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """
+    Inside, a path to write to, of the same suffix; then it becomes `path`, so that an older file
+    stays or goes whole. Raises OSError that names the file and the remedy; nothing of the new file
+    is left then.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}); make room, or give "
+                      "another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def save_picture(picture, path):
+    """Writes a PIL image in the format of the suffix, whole or not at all. Raises OSError."""
+    with whole_file(path) as part:
+        picture.save(part)
 
 
 _QUOTES = re.compile(r'(?:^|(?<=[,;:=\t]))\s*"|"\s*(?=$|[,;:=\t])')
@@ -745,7 +788,8 @@ def walk(folder, above=()):
 def _glob(dataset, root, pattern):
     """
     [(image file, what its stars matched)] below a folder, sorted; hidden files do not count. Those
-    that Pillow cannot read are named in the data set's notes.
+    that Pillow cannot read are named in the data set's notes. Raises DataError where two match
+    alike, x.jpg and x.JPG.
     """
     stars = _star_groups(_composed(pattern))
     found = []
@@ -762,12 +806,20 @@ def _glob(dataset, root, pattern):
     if skipped:
         dataset.notes.append(f"{root}: {len(skipped)} files are skipped, Pillow does not read them "
                              f"here; save them as JPEG or PNG: {_some(sorted(skipped))}")
-    return sorted(found)
+    found.sort()
+    seen = {}
+    for file, matched in found:
+        if matched in seen:
+            raise DataError(f"{file}: is the same name as {seen[matched]} but for upper case or "
+                            "the form of accents; remove one of the two")
+        seen[matched] = file
+    return found
 
 
 def _star_groups(pattern):
-    """Regular expression of a glob, with a group for each star."""
+    """Regular expression of a glob, with a group for each star; *.jpg is *.JPG too."""
     text = re.escape(pattern).replace(r"\*\*/", "((?:.*/)?)").replace(r"\*", "([^/]*)")
+    text = re.sub(r"\\\.\w+$", lambda suffix: f"(?i:{suffix[0]})", text)
     return re.compile(text)
 
 
@@ -802,9 +854,16 @@ def _existing(path):
 
 
 def _existing_file(path):
-    """The file of that name, as _existing, or None."""
-    found = _existing(path)
-    return found if found and found.is_file() else None
+    """The file of that name, as _existing, or one with its suffix in other case, or None."""
+    candidates = [path]
+    if path.suffix:
+        candidates.append(path.with_suffix(path.suffix.lower()))
+        candidates.append(path.with_suffix(path.suffix.upper()))
+    for candidate in candidates:
+        found = _existing(candidate)
+        if found and found.is_file():
+            return found
+    return None
 
 
 def _accept_missing(dataset, files):
@@ -990,6 +1049,8 @@ def _find_listed_paths(path):
     files = []
     for number, line in _numbered_lines(path):
         names = _names_in_line(_unquoted(line), path.parent)
+        if line.startswith("#") and not _existing_file(path.parent / names[0]):
+            continue  # a comment
         if len(names) > 2:
             raise DataError(f"{path}: line {number}: {line!r} must be one or two paths")
         found = []
@@ -1014,6 +1075,8 @@ def _find_listed_names(spec):
     for number, name in _numbered_lines(spec.listed):
         image = spec.images.replace("*", name)
         found = _existing_file(Path(image))
+        if found is None and name.startswith("#"):
+            continue  # a comment
         if found is None:
             raise DataError(f"{spec.listed}: line {number}: {image} does not exist; a line is "
                             "what * stands for")
@@ -2470,6 +2533,8 @@ def _listed_indices(dataset, known, spec):
     found = set()
     for line in read_lines(spec):
         matches = _images_in_line(images, line)
+        if line.startswith("#") and not matches:
+            continue  # a comment
         fault = None
         if not matches:
             fault = "no"
@@ -2528,6 +2593,20 @@ def present_classes(label, num_classes):
     return seen.scatter_(0, label.flatten().long(), True)[:num_classes]  # (256,) -> (K,)
 
 
+def cell_means(maps, size):
+    """
+    Means float (B,C,h,w) over the cells of a coarse grid, size (h,w), of maps (B,C,H,W).
+
+    That is adaptive_avg_pool2d, which older torch has on MPS for cells of equal size alone: others
+    are computed on the CPU.
+    """
+    h, w = size
+    unequal = maps.shape[2] % h or maps.shape[3] % w
+    if maps.device.type == "mps" and unequal:
+        return F.adaptive_avg_pool2d(maps.cpu(), size).to(maps.device)
+    return F.adaptive_avg_pool2d(maps, size)
+
+
 def majority_label(label, size, num_classes, min_ratio=0.75):
     """
     Label int64 (B,h,w) of the cells of a coarse grid: the majority class where it covers
@@ -2538,7 +2617,7 @@ def majority_label(label, size, num_classes, min_ratio=0.75):
     """
     index = torch.where(label == IGNORE, num_classes, label.long())
     shares = F.one_hot(index, num_classes + 1).permute(0, 3, 1, 2).float()  # (B,H,W) -> (B,K+1,H,W)
-    ratio, winner = F.adaptive_avg_pool2d(shares, size).max(1)  # (B,h,w)
+    ratio, winner = cell_means(shares, size).max(1)  # (B,h,w)
     return torch.where((ratio >= min_ratio) & (winner < num_classes), winner, IGNORE)
 
 
@@ -2821,12 +2900,15 @@ def legend(labels, names, colors):
 
 
 def save_ids(path, label, colors):
-    """Writes ids uint8 (h,w) as an indexed PNG: its values are the ids, its palette the colours."""
+    """
+    Writes ids uint8 (h,w) as an indexed PNG: its values are the ids, its palette the colours.
+    Raises OSError.
+    """
     table = np.zeros((256, 3), np.uint8)  # 255 is black
     table[:len(colors)] = colors
     image = Image.fromarray(label)
     image.putpalette(table.tobytes())
-    image.save(path)
+    save_picture(image, path)
 
 
 def read_colours(path, names):
@@ -2964,11 +3046,7 @@ def run(args):
     problems = _report(dataset, dataset.check())
     if problems:
         raise DataError(f"{args.spec}: {problems} problems, see the list above")
-    sheet = contact_sheet(dataset)
-    try:
-        sheet.save(args.out)
-    except OSError as error:
-        raise OSError(f"{args.out}: cannot write the contact sheet ({error}); set --out") from error
+    save_picture(contact_sheet(dataset), args.out)
     print(f"contact sheet: {args.out}")
 
 
@@ -2977,6 +3055,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         run(args)
+        with output():
+            pass  # but to pass on what was printed
     except DataError as error:
         fail("data.py", error, 2)
     except OSError as error:

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -47,12 +48,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
-                  check_picture, check_sets, colorize, fail, grid, interrupted, leave_out_bad,
-                  legend, majority_label, open_dataset, overlay, palette, parse_size, read_colours,
-                  read_image, resize_image, save_ids, walk, with_legend)
+                  cell_means, check_picture, check_sets, colorize, fail, grid, interrupted,
+                  leave_out_bad, legend, majority_label, open_dataset, output, overlay, palette,
+                  parse_size, read_colours, read_image, resize_image, save_ids, save_picture, walk,
+                  whole_file, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags,
-                   is_out_of_memory, load, open_checkpoint, reason_of, starts,
-                   upsample_pseudo_label, write_exported)
+                   has_one_value, is_out_of_memory, load, open_checkpoint, reason_of, starts,
+                   upsample_pseudo_label, why_unwritable, write_exported)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -251,7 +253,8 @@ def adapt_batchnorm(model, dataset, images=96, batch=8):
     Li et al. 2016, "Revisiting Batch Normalization For Practical Domain Adaptation". The statistics
     come from `images` unlabelled images, evenly spread over the data set: the mean over batches of
     about `batch`. The weights stay. Images of several sizes are cropped to the smallest of their
-    batch. A model without BatchNorm is returned as it is, and that is said.
+    batch. A model without BatchNorm is returned as it is, and that is said. Raises torch's
+    ValueError where all images together give BatchNorm one value a channel.
     """
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         print("AdaBN: this network has no BatchNorm, nothing to adapt", file=sys.stderr)
@@ -442,7 +445,7 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, c
                 label = item["label"].numpy()
                 sheet = panel(picture, label, pred.cpu().numpy(), names, colors)
                 name = item["name"].replace("/", "__")  # of a pool
-                sheet.save(Path(save) / f"{name}.png")
+                save_picture(sheet, Path(save) / f"{name}.png")
     if dist.is_initialized():
         dist.all_reduce(total)
     result = scores(total, names)  # waits for the device
@@ -489,7 +492,7 @@ def accumulate_cells(model, dataset, head, centroids=None, known=None):
             features = model(to_batch(item["image"], model), head).features.float()  # (1,C,H,W)
             h = math.ceil(features.shape[2] / 2)
             w = math.ceil(features.shape[3] / 2)
-            unit = F.normalize(F.adaptive_avg_pool2d(features, (h, w)), dim=1)
+            unit = F.normalize(cell_means(features, (h, w)), dim=1)
             unit = unit[0].flatten(1).T  # (1,C,h,w) -> (n,C)
             label = majority_label(item["label"][None].to(unit.device), (h, w), K)
             label = label.flatten().cpu()  # (1,h,w) -> (n,)
@@ -873,7 +876,7 @@ def predict_images(model, path, names, folder, size=None, window=None, flip=Fals
             name = stems[picture.file]
             save_ids(place / f"{name}_ids.png", label, colors)
             sheet = panel(picture.pixels, None, label, names, colors)
-            sheet.save(place / f"{name}_panel.png")
+            save_picture(sheet, place / f"{name}_panel.png")
     share = dict(zip(names, (100 * pixels / pixels.sum()).tolist()))
     return {"images": len(files) - len(faults), "share": share, "unreadable": faults}
 
@@ -904,7 +907,7 @@ def submit(model, dataset, folder, window=None, flip=False, head="plain"):
     ids = np.array(ids, np.uint8)
     for item, label in predictions(model, dataset, window, flip, head, size):
         written = ids[label.cpu().numpy()]
-        Image.fromarray(written).save(folder / f"{stems[item['name']]}.png")
+        save_picture(Image.fromarray(written), folder / f"{stems[item['name']]}.png")
     return len(dataset)
 
 
@@ -919,7 +922,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 # crop and batch need not be: labels are scored at their own size, and rows at one and at several
 # resolutions differ in all three.
 COMPARABLE = ("target", "val", "classes", "steps", "backbone", "decoder", "channels", "init",
-              "slide", "validation images")
+              "slide", "validation images", "resizing of predictions")
 # Flags that may differ within a row: the seed, and those that change no number. The number of
 # processes counts by the images per step.
 FREE = {"seed", "out", "cache", "workers", "stop_at", "eval_every", "save_every", "log_every",
@@ -947,13 +950,28 @@ def row_name(log, seed):
     return name.removesuffix(f"-{seed}") or name
 
 
+def is_event(line):
+    """Whether a line of a log, as JSON has it, is an event of train.py with what readers need."""
+    if not isinstance(line, dict):
+        return False
+    kind = line.get("event")
+    scored = line.get("student")
+    if kind in ("start", "resume"):
+        flags = line.get("flags")
+        return isinstance(flags, dict) and {"recipe", "seed"} <= flags.keys()
+    if kind in ("eval", "result"):
+        needed = {"miou"} if kind == "eval" else {"miou", "iou"}
+        return isinstance(scored, dict) and needed <= scored.keys()
+    return kind is not None and isinstance(line.get("step", 0), int)
+
+
 def read_events(log):
     """The events of a log, list of dict. Half a line, which a killed run leaves, is none."""
     events = []
     for line in Path(log).read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             event = json.loads(line)
-            if isinstance(event, dict) and "event" in event:
+            if is_event(event):
                 events.append(event)
     return events
 
@@ -966,10 +984,13 @@ def read_log(path, flag):
     log = Path(path)
     if log.is_dir():
         log = log / "log.jsonl"
+    takes = f"{flag} takes run folders, train.py's --out, or their log.jsonl"
     if log.suffix == ".pt":
-        raise DataError(f"{log}: a checkpoint; {flag} takes run folders or their log.jsonl")
+        raise DataError(f"{log}: a checkpoint; {takes}")
+    if Path(path).is_dir() and not log.exists():
+        raise DataError(f"{path}: a folder without log.jsonl; {takes}")
     if not log.is_file():
-        raise DataError(f"{log}: no such log; {flag} takes run folders or their log.jsonl")
+        raise DataError(f"{log}: no such log; check the path; {takes}")
     return log, read_events(log)
 
 
@@ -999,22 +1020,23 @@ def read_run(path):
     log, events = read_log(path, "--table")
     start, result = last_run(events)
     if start is None:
-        raise DataError(f"{log}: no start event; not a log, or not finished")
-    flags = start.get("flags", {})
-    if flags.get("val") == "none":
+        raise DataError(f"{log}: no start event: no log of train.py; --table takes run folders or "
+                        "their log.jsonl")
+    if start["flags"].get("val") == "none":
         result = None
     elif result is None:
-        raise DataError(f"{log}: no result event of the run that began last; not a log, or not "
-                        "finished: the same command goes on")
-    if not {"recipe", "seed"} <= flags.keys() or (result and "student" not in result):
-        raise DataError(f"{log}: no log of train.py; --table takes run folders or their log.jsonl")
+        raise DataError(f"{log}: no result event of the run that began last: it has not finished; "
+                        "the same command goes on")
 
-    flags = current_flags(flags)
+    flags = current_flags(start["flags"])
     if flags.get("dtype") == "auto":  # logs from before the answer was logged
         flags["dtype"] = "fp32" if start["versions"]["device"].startswith("cpu") else "bf16"
     flags["images per step"] = images_per_step(flags)
     if result:
         flags["validation images"] = result["student"].get("images")
+        # see predict(); it was one step as long as logs had no ids of runs
+        steps = "in two steps" if "run" in result else "in one step, as older scripts did"
+        flags["resizing of predictions"] = steps
     inputs = dict(start.get("inputs", {}))
     if bank := start.get("text"):
         inputs["text"] = f"{bank.get('kind')} {bank['rows_sha256']}"
@@ -1524,7 +1546,9 @@ def trace(program):
 
 def written_pt2(program, path, checkpoint):
     """Write torch.export's file; returns the call image -> logits that it holds."""
-    torch.export.save(trace(program), path)
+    file = io.BytesIO()  # where a disk is full, torch does not raise but abort
+    torch.export.save(trace(program), file)
+    Path(path).write_bytes(file.getvalue())
     return torch.export.load(path).module()
 
 
@@ -1550,6 +1574,24 @@ def written_safetensors(program, path, checkpoint):
 WRITERS = {".pt2": written_pt2, ".onnx": written_onnx, ".safetensors": written_safetensors}
 
 
+def export_error(program, path, checkpoint):
+    """Write a Program, read it again: the largest difference of a logit, over the largest or 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own, of which none is for a user
+        logging.disable(logging.WARNING)
+        try:
+            call = WRITERS[Path(path).suffix](program, path, checkpoint)
+        finally:
+            logging.disable(logging.NOTSET)
+    worst = 0.0
+    for batch, height, width in EXPORT_SIZES:
+        image = torch.rand(batch, 3, height, width)
+        wanted = program(image)
+        error = (call(image) - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+        worst = max(worst, error.item())
+    return worst
+
+
 @torch.no_grad()
 def export(model, checkpoint, path, head="plain"):
     """Write a network in eval mode as FILE.pt2, FILE.onnx or FILE.safetensors.
@@ -1558,37 +1600,27 @@ def export(model, checkpoint, path, head="plain"):
     `logits`, float32 (B,K,h,w) on the Segmenter's grid, of one decoder. checkpoint: what the model
     was built from. The file is read again and compared with the network at EXPORT_SIZES before it
     gets its name. Returns the largest difference of a logit, over the largest logit or 1. Raises
-    CheckpointError where a network cannot be written so, or differs.
+    CheckpointError where a network cannot be written so, or differs, OSError where there is no
+    room.
     """
     path = Path(path)
     if model.detail and path.suffix != ".safetensors":
         raise CheckpointError(f"--export {path}: how many details a network of two resolutions "
                               "sees depends on the image, which no program holds; write "
                               ".safetensors")
-    part = str(path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}"))
     program = Program(copy.deepcopy(model).cpu(), head).eval()
-    worst = 0.0
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporters' own, of which none is for a user
-            logging.disable(logging.WARNING)
-            call = WRITERS[path.suffix](program, part, checkpoint)
-        for batch, height, width in EXPORT_SIZES:
-            image = torch.rand(batch, 3, height, width)
-            wanted = program(image)
-            error = (call(image) - wanted).abs().max() / wanted.abs().max().clamp(min=1)
-            worst = max(worst, error.item())
-        if not worst <= EXPORT_ERROR:
-            raise ValueError(f"logits differ from the network's by {worst:.1e}")
-        os.replace(part, path)
-    except Exception as error:  # torch.export, the exporters and the runtimes: each has its own
-        if is_out_of_memory(error) or isinstance(error, OSError):
-            raise
-        raise CheckpointError(
-            f"--export {path}: this network cannot be written so: {reason_of(error)}") from None
-    finally:
-        logging.disable(logging.NOTSET)
-        Path(part).unlink(missing_ok=True)
+    with whole_file(path) as part:
+        try:
+            worst = export_error(program, str(part), checkpoint)
+            if not worst <= EXPORT_ERROR:
+                raise ValueError(f"logits differ from the network's by {worst:.1e}")
+        except Exception as error:  # torch.export, the exporters and the runtimes: each has its own
+            if is_out_of_memory(error):
+                raise
+            if reason := why_unwritable(error):
+                raise OSError(reason) from None
+            raise CheckpointError(f"--export {path}: this network cannot be written so: "
+                                  f"{reason_of(error)}") from None
     return worst
 
 
@@ -1747,13 +1779,19 @@ def draw_gain(args, checkpoint, model, dataset, colors, how):
     titles = (f"{old['flags']['recipe']}, student",
               f"{checkpoint['flags']['recipe']}, {args.weights}")
     picture, report = before_after(before, model, dataset, titles, colors, **how)
-    picture.save(args.picture)
+    save_picture(picture, args.picture)
     print(f"pixel accuracy {report['before']:.1f} % before, {report['after']:.1f} % after, over "
           f"{len(dataset)} images of {dataset.spec}, split {dataset.split}: {report['pixels']} "
           f"pixels, {report['ignored']} without label left out")
     frames = ", ".join(f"{name} ({gain:+.1f})" for name, gain in report["frames"])
     print(f"{args.picture}: the frames around the median gain, in points: {frames}")
     return len(dataset)
+
+
+def write_json(path, values):
+    """The work of --json: a dict of plain values, whole or not at all. Raises OSError."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def score(args, about, model, dataset, aligned, colors, how):
@@ -1766,7 +1804,7 @@ def score(args, about, model, dataset, aligned, colors, how):
     if aligned:
         print(format_alignment(aligned["alignment"]))
     if args.json:
-        Path(args.json).write_text(json.dumps(about | result | aligned, indent=1) + "\n")
+        write_json(args.json, about | result | aligned)
     return result["images"]
 
 
@@ -1782,7 +1820,7 @@ def draw_images(args, checkpoint, model, size, colors, how):
     if args.json:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"],
                  "weights": args.weights, "path": args.images}
-        Path(args.json).write_text(json.dumps(about | report, indent=1) + "\n")
+        write_json(args.json, about | report)
     return report
 
 
@@ -1801,7 +1839,7 @@ def write_network(args, checkpoint, model):
 def open_data(args, flags, classes, size, detail):
     """The data sets (to predict, --alignment, --adabn), None where one is not asked for; notes.
 
-    flags: those of the run; size, detail: as of open_dataset. All files that will be scored are
+    flags: those of the run; size, detail: as of open_dataset. All files that will be read are
     checked. Raises DataError.
     """
     # What the values of own masks mean that have no IDS: positions in the classes, or what the file
@@ -1826,10 +1864,22 @@ def open_data(args, flags, classes, size, detail):
         checked.append((source, True))
     if args.adabn:
         target = open_dataset(args.adabn, "train", classes, size, flags["cache"], True, **how)
+        checked.append((target, False))
     skip = 0
     if not args.submit:  # a server wants every image
         skip = flags.get("skip_bad", 0)
     return dataset, source, target, check_data(checked, skip)
+
+
+def with_adabn(model, target):
+    """adapt_batchnorm() for --adabn. Raises DataError where the images are too few for it."""
+    try:
+        return adapt_batchnorm(model, target)
+    except ValueError as error:
+        if not has_one_value(error):
+            raise
+    raise DataError(f"--adabn {target.spec}: one image, and so small that BatchNorm gets one value "
+                    "a channel; give more images, or larger ones by --size WxH")
 
 
 def check_data(datasets, skip):
@@ -1869,7 +1919,7 @@ def run(args):
 
     dataset, source, target, notes = open_data(args, flags, classes, size, detail)
     if target:
-        model = adapt_batchnorm(model, target)
+        model = with_adabn(model, target)
     if args.export:
         write_network(args, checkpoint, model)
         return ""
@@ -1914,11 +1964,11 @@ def run_table(args):
     check_outputs(args)
     if args.curves:
         panels = step_curves(args.curves)
-        draw_step_curves(panels).save(args.picture)
+        save_picture(draw_step_curves(panels), args.picture)
         print(f"{args.picture}: {', '.join(panels)} over the steps of {len(args.curves)} runs")
         return
     curves, ticks = label_curves(read_runs(args.table))
-    draw_curves(curves, ticks).save(args.picture)
+    save_picture(draw_curves(curves, ticks), args.picture)
     numbers = ", ".join(ticks[labels] for labels in sorted(ticks))
     print(f"{args.picture}: {len(curves)} lines over {numbers} labelled images")
 
@@ -1932,6 +1982,8 @@ def main(argv=None):
             broken = run(args)
         else:
             run_table(args)
+        with output():
+            pass  # but to pass on what was printed
     except (DataError, CheckpointError, WeightsError) as error:
         fail("eval.py", error, 2)
     except OSError as error:  # a full disk: nobody's input was bad

@@ -55,7 +55,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from data import DataError, Parser, cache_folder, class_names, fail, interrupted, read_lines
+from data import (DataError, Parser, cache_folder, class_names, fail, interrupted, output,
+                  whole_file)
 from kernels import text_correlation, upsample_pseudo_label  # the second for train.py and eval.py
 
 if __name__ == "__main__":
@@ -103,6 +104,18 @@ def is_out_of_memory(error):
     """Whether an exception says that memory is short, on a GPU or a CPU."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "allocate memory" in str(error)
+
+
+def why_unwritable(error):
+    """Why a file could not be written, in a few words; None where the fault is another."""
+    if isinstance(error, OSError):
+        return error.strerror or reason_of(error)
+    said = str(error)
+    # as torch and safetensors say it
+    told = ("unexpected pos", "inline_container", "I/O error")
+    if any(words in said for words in told):
+        return "no room, or a limit on the size of files"
+    return None
 
 
 def why_unreadable(path, error):
@@ -1329,11 +1342,10 @@ def read_bank(path, class_names):
 
 
 def write_bank(path, bank):
-    """A TextBank as .npz, never half a file."""
-    part = f"{path}.{os.getpid()}.npz"
+    """A TextBank as .npz, never half a file. Raises OSError."""
     rows = bank.embeddings.numpy()
-    np.savez(part, emb=rows, names=np.array(bank.names), kind=bank.kind, **bank.about)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        np.savez(part, emb=rows, names=np.array(bank.names), kind=bank.kind, **bank.about)
 
 
 def bank_hash(bank):
@@ -1392,9 +1404,7 @@ def clip_bank(spec, names):
             os.makedirs(text_cache(), exist_ok=True)
             write_bank(path, TextBank(rows, names, "clip", about))
         except OSError as error:
-            raise TextError(
-                f"{path}: cannot be written ({error}); XDG_CACHE_HOME names another place"
-            ) from None
+            raise TextError(f"{error}: XDG_CACHE_HOME names one") from None
     return read_bank(path, names)
 
 
@@ -1491,6 +1501,11 @@ def frozen_statistics(net):
         for m, (momentum, batches) in zip(norms, before):
             m.momentum = momentum
             m.num_batches_tracked.copy_(batches)
+
+
+def has_one_value(error):
+    """Whether a ValueError of torch says that a normalisation got one value a channel."""
+    return "Expected more than 1" in str(error)
 
 
 def settle_batchnorm(student, teacher, average):
@@ -1936,9 +1951,7 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        reason = reason_of(error)
-        if "unexpected pos" in str(error) or "inline_container" in str(error):  # as torch says it
-            reason = "no room, or a limit on the size of files"
+        reason = why_unwritable(error) or reason_of(error)
         folder = os.path.dirname(os.path.abspath(path))
         free = 0
         if os.path.isdir(folder):
@@ -2334,13 +2347,13 @@ def read_exported(path):
 def make_bank(names, spec, out):
     """Make the bank of `spec`, print how similar its classes are and write it to `out`, if given.
 
-    names: a file with one class name a line, or names with commas between. Raises TextError and
-    DataError on bad input.
+    names: as --classes takes them, or names with commas between. Raises TextError and DataError on
+    bad input.
     """
     if "," in names:
         classes = tuple(name.strip() for name in names.split(","))
     else:
-        classes = read_lines(names)
+        classes = class_names(names)
     if "" in classes or len(classes) < 2 or len(set(classes)) < len(classes):
         raise TextError(f"--names {names}: needs two or more different names")
     if out and not (out.endswith(".npz") and os.path.isdir(os.path.dirname(out) or ".")):
@@ -2370,6 +2383,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     try:
         make_bank(args.names, args.text, args.out)
+        with output():
+            pass  # but to pass on what was printed
     except (TextError, DataError) as error:
         fail("model.py", error, 2)
     except OSError as error:

@@ -385,10 +385,15 @@ def test_lists(listed, tmp_path):
     elsewhere = listed(f"c.png ../outside.png\nd.png {tmp_path}/outside.png")
     assert int(elsewhere[1]["label"].max()) == 0
     refused(lambda: data.open_dataset(f"list:{tmp_path}", "val", ("x",)), "no such file")
+    # a comment, but not where it is the name of a file
+    put(tmp_path / "set" / "#1 e.png", np.zeros((4, 4, 3)))
+    lines = "# two images\n\n #c.png m.png\nc.png m.png\n#\tof three\tcells\n#1 e.png m.png\n"
+    assert listed(lines).names == ["c", "#1 e"]
 
 
 @pytest.mark.parametrize("text, words", [
-    ("c.png\tm.png\td.png", "one or two paths"),
+    ("c.png\tm.png\td.png", "one or two paths"), ("# c.png", "lists no image"),
+    ("\nc.png m.png # good", "line 2"),
     ("c.png m.png\nd.png\n", "1 of 2 images have no label"), ("c.png m.png\nd.png\n", "d.png"),
     ("c.png none.png\n", "none.png does not exist"), ("", "no image")])
 def test_list_faults(listed, tmp_path, text, words):
@@ -920,6 +925,7 @@ def subset_of(tmp_path):
     ("a b.png", ["a b"]), ("a b.png\tlabels/a b.png", ["a b"]), ("images/c d e.png", ["c d e"]),
     ("a", ["a"]), ("images/a.png labels/a.png", ["a"]), ("images\\c d e.png", ["c d e"]),
     ("./images/a b.png", ["a b"]), ("{root}/images/a b.png", ["a b"]), ("a b\na\n", ["a b", "a"]),
+    ("# both\na\n\n# and\na b", ["a b", "a"]),
     ("aachen_0", ["aachen_0"]),  # the name, then a line of UniMatch's lists
     ("images/aachen_0_leftImg8bit.png gtFine/train/aachen/x.png", ["aachen_0"])])
 def test_list_of_labelled_images(subset_of, text, wanted):
@@ -1827,6 +1833,8 @@ def test_lists_of_names_fill_the_stars_of_two_patterns(tmp_path):
     assert data.open_dataset(f"{spec}:{tmp_path}/ids.txt", "val").classes == ("x", "z")
     bare = data.open_dataset(spec.rpartition(":")[0], "train", ("x",))
     assert len(bare) == 2 and not bare.labeled
+    (tmp_path / "val.txt").write_text("# one\n2007_1\n")
+    assert data.open_dataset(spec, "val", ("x",)).names == ["2007_1"]
 
     def opened(text):
         return lambda: data.open_dataset(f"list:{tmp_path}/train.txt:{text}", "train", ("x", "y"))
@@ -1841,6 +1849,26 @@ def test_lists_of_names_fill_the_stars_of_two_patterns(tmp_path):
     # without the patterns the error says that they are missing
     refused(lambda: data.open_dataset(f"list:{tmp_path}/train.txt", "train", ("x",)), "train.txt: line 1",
             "list:FILE:IMAGES:MASKS")
+
+
+def test_suffixes_in_other_case_are_found(tmp_path):
+    """Cameras write x.JPG. Two files that differ in nothing else are refused."""
+    for i, (image, mask) in enumerate((("a.JPG", "a.PNG"), ("b.jpg", "b.png"), ("c.Jpg", "c.PNG"))):
+        put(tmp_path / "images" / image, np.zeros((4, 4, 3)))
+        put(tmp_path / "masks" / mask, np.full((4, 4), i))
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    (tmp_path / "paths.txt").write_text("images/a.jpg masks/a.png\nimages/b.JPG masks/b.PNG\n")
+    images, masks = f"{tmp_path}/images", f"{tmp_path}/masks"
+    for spec, count in ((f"folder:{images}:{masks}", 3), (f"glob:{images}/*.jpg:{masks}/*.png", 3),
+                        (f"glob:{images}/*.JPG:{masks}/*.PNG", 3),
+                        (f"list:{tmp_path}/names.txt:{images}/*.jpg:{masks}/*.png", 2),
+                        (f"list:{tmp_path}/paths.txt", 2)):
+        found = data.open_dataset(spec, "train", ("x", "y", "z"))
+        assert [int(item["label"][0, 0]) for item in found] == list(range(count)), spec
+    put(tmp_path / "images" / "a.jpg", np.ones((4, 4, 3)))
+    if len(list((tmp_path / "images").iterdir())) == 4:  # not where the system knows no case
+        for spec in (f"folder:{images}:{masks}", f"glob:{images}/*.jpg:{masks}/*.png"):
+            refused(lambda: data.open_dataset(spec, "train", ("x",)), images, "remove one")
 
 
 def test_pairs_that_cannot_be_meant_are_refused_or_said(tmp_path):
@@ -3852,6 +3880,10 @@ def test_table_compares_what_was_scored_and_what_a_step_saw(tmp_path):
             (log("x-3", "here", both, 6, seed=3), "validation images 6 instead of 5"),
             (log("x-4", "here", both | {"source": "9"}, seed=4), "not of one row x with")):
         refused(lambda: evaluation.table([first, other]), other, words)
+    # logs without ids of runs are of scripts that resized predictions in another way
+    older = made_log(tmp_path / "x-6", 6, 40, val="here")
+    refused(lambda: evaluation.table([first, older]), older, "resizing of predictions in one step, "
+            "as older scripts did instead of in two steps")
     learned = log("y-0", "here", {}, text="learned")
     refused(lambda: evaluation.table([learned, log("y-1", "here", {}, seed=1, text="stub")]),
             "text stub instead of learned")
@@ -3860,8 +3892,12 @@ def test_table_compares_what_was_scored_and_what_a_step_saw(tmp_path):
 def test_table_refuses_what_it_cannot_compare(tmp_path, capsys):
     one = made_log(tmp_path / "one-0", 0, 41, 45)
     (tmp_path / "text").write_text("no log\n\xff")
-    foreign = '{"event": "start", "flags": {"a": 1}}\n{"event": "result"}\n'
+    foreign = '{"event": "start", "flags": {"a": 1}}\n{"event": "result"}\n[1]\n7\n'
+    foreign += '{"event": "start"}\n{"event": "start", "flags": [1]}\n'
+    foreign += '{"event": "step", "step": "a"}\n{"event": "result", "student": 5}\n'
+    foreign += '{"event": "eval", "student": {"miou": 5}}\n'
     (tmp_path / "foreign").write_text(foreign)
+    refused(lambda: evaluation.step_curves([tmp_path / "foreign"]), "neither losses nor scores")
     (tmp_path / "other").mkdir()
     for bad, words in ((tmp_path / "foreign", "no log of train.py"),
                        (tmp_path / "last.pt", "a checkpoint"),
@@ -4111,7 +4147,8 @@ def test_curves_over_the_steps_of_runs(tmp_path, capsys):
         events.insert(3, {"event": "step", "step": 10, "source": float("nan")})
         events.append({"event": "step", "step": 10, "source": 5.0})  # a resumed run did it again
         events.append({"event": "eval", "step": 20, "student": {"miou": 40 + shift}})
-        events.append({"event": "result", "step": 30, "student": {"miou": 44 + shift}})
+        scores = {"miou": 44 + shift, "iou": {}}
+        events.append({"event": "result", "step": 30, "student": scores})
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"ev')
         runs.append(str(tmp_path / name))
@@ -4216,6 +4253,18 @@ def test_command_line_pools_and_checks_its_data_before_the_work(tmp_path, capsys
     assert found[0]["iou"] == found[1]["iou"] and found[0]["data"] == f"{a} {b}"
     assert found[2]["adabn"] == f"{a} {b}" and found[2]["alignment"]["source"] == f"{b} {a}"
 
+    # all images are checked of which AdaBN sees a few
+    images = b.rpartition(":")[0]
+    cut(tmp_path / "b" / "images" / "000.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "adapt_batchnorm", Mock(side_effect=AssertionError("adapted")))
+        with pytest.raises(SystemExit):
+            evaluation.main([checkpoint, "--data", a, "--adabn", images, images + "/../images"])
+    assert "b/images/000.png: no readable image" in capsys.readouterr().err.splitlines()[-1]
+    evaluation.main([checkpoint, "--data", a, "--adabn", images])  # the run left out one, too
+    assert f"{images} train goes without 1 images: " in capsys.readouterr().out
+    put(tmp_path / "b" / "images" / "000.png", np.zeros((48, 64, 3)))
+
     # the last of all masks is wrong: no prediction is made
     monkeypatch.setattr(evaluation, "predict_labels", Mock(side_effect=AssertionError("predicted")))
     relabel((0, 9), (64, 48))(tmp_path / "b" / "labels" / "001.png")
@@ -4229,6 +4278,54 @@ def test_command_line_pools_and_checks_its_data_before_the_work(tmp_path, capsys
     cut(tmp_path / "b" / "labels" / "000.png")
     eval_fails(capsys, [checkpoint], "no readable image", f"(2 of 2 items of {b})")
     eval_fails(capsys, ["--data", a, checkpoint], "give a checkpoint first")
+
+
+def test_what_eval_writes_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    """On a full disk, which a limit on the size of files stands for, older files stay."""
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole_file = data.whole_file
+
+    @contextlib.contextmanager
+    def limited(path):
+        with whole_file(path) as part:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, old[1]))
+            try:
+                yield part
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    spec = make_folder(tmp_path, 1, (64, 48), stripes=True)
+    checkpoint, image = made_checkpoint(tmp_path / "last.pt", val=spec), tmp_path / "images/000.png"
+    log = tmp_path / "run.jsonl"
+    log.write_text('{"event": "step", "step": 1, "source": 1.0}\n')
+    monkeypatch.setattr(evaluation, "whole_file", limited)
+    monkeypatch.setattr(data, "whole_file", limited)
+    out = tmp_path / "out"
+    for name, argv in (
+            ("x.json", [checkpoint, "--json"]),
+            ("x.json", [checkpoint, "--images", image, "--save", tmp_path, "--json"]),
+            ("x.png", [checkpoint, "--before", checkpoint, "--picture"]),
+            ("x.png", ["--curves", log, "--picture"]),
+            ("x.safetensors", [checkpoint, "--export"]),
+            ("x.pt2", [checkpoint, "--export"]),
+            ("000_ids.png", [checkpoint, "--images", image, "--save"]),
+            ("000.png", [checkpoint, "--save"])):
+        path = out / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"older")
+        where = path if argv[-1] != "--save" else out
+        if "--json" in argv and "--images" in argv:  # whose pictures have room
+            monkeypatch.setattr(data, "whole_file", whole_file)
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main([str(arg) for arg in (*argv, where)])
+        said = capsys.readouterr().err
+        assert said.startswith(f"eval.py: error: {path}: cannot be written ("), said
+        assert said.endswith("; make room, or give another place\n") and said.count("\n") == 1
+        assert stop.value.code == 1
+        assert [file.name for file in out.iterdir()] == [name] and path.read_bytes() == b"older"
+        path.unlink()
+        monkeypatch.setattr(data, "whole_file", limited)
 
 
 def test_own_masks_demand_ids_where_the_run_had_its_names_from_ids(tmp_path, capsys):
@@ -4474,7 +4571,9 @@ def test_command_line_fails_in_one_line(tmp_path, capsys, monkeypatch):
             ([checkpoint, "--images", tmp_path / "images", "--save", checkpoint], "is a file"),
             ([checkpoint, *data, "--submit", checkpoint], "is a file; give a folder"),
             ([checkpoint, *data, "--json", tmp_path], "a folder; give a file"),
-            (["--table", tmp_path / "nowhere"], "nowhere: no such log")):
+            (["--table", tmp_path / "nowhere"], "nowhere: no such log; check the path; --table"),
+            (["--curves", "/no/run"], "/no/run: no such log; check the path; --curves takes"),
+            (["--table", tmp_path], f"{tmp_path}: a folder without log.jsonl; --table takes")):
         eval_fails(capsys, argv, words)
     assert not (tmp_path / "up").exists()
     with monkeypatch.context() as patch:
@@ -6040,8 +6139,9 @@ def test_text_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(np, "savez", Mock(side_effect=OSError("No space left on device")))
     with pytest.raises(SystemExit) as leave:
         model.main(["text", "--names", "a,b", "--text", "stub", "--out", copy])
-    broken = "model.py: error: No space left on device\n"
-    assert leave.value.code == 1 and capsys.readouterr().err == broken
+    broken = f"model.py: error: {copy}: cannot be written (No space left on device); make room"
+    err = capsys.readouterr().err
+    assert leave.value.code == 1 and err.startswith(broken) and err.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7126,7 +7226,8 @@ WRONG_INPUTS = [  # change (in capitals: made by the test), words of the message
     ("--init /nonexistent.pt", "no such weights file", 2),
     ("--init OURS --channels 16", "ours.pt: other network", 2),
     ("--recipe lcmsm --text /nonexistent.npz", "/nonexistent.npz", 2),
-    ("--out FILE/out", "Not a directory); give another --out", 2),
+    ("--out FILE/out", "names.txt is a file; give a folder", 2),
+    ("--out FILE", "names.txt is a file; give a folder", 2),
     ("--init NAN", "step 0: the gradient is not finite (source nan", 1),
 ]
 
@@ -7150,6 +7251,39 @@ def test_wrong_inputs_of_a_run_are_one_clear_line(small_run, tmp_path):
         fails([*small_run, *change.split()], words, status=status)
         assert not (tmp_path / "out/last.pt").exists()
         assert status == 1 or not (tmp_path / "out").exists(), change
+    (tmp_path / "kept").mkdir()
+    for out in ("a/b/c", "kept/b"):  # nor do folders above it stay that were made for it
+        fails([*small_run, "--source", "moon", "--out", str(tmp_path / out)], "moon")
+    assert not (tmp_path / "a").exists() and list((tmp_path / "kept").iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, refused", [
+    ("--backbone timm:tf_efficientnet_lite0 --crop 32", True),
+    ("--backbone timm:tf_efficientnet_lite0 --crop 33", False),
+    ("--backbone timm:resnet18 --crop 64 --detail 0.5", True),
+    ("--backbone timm:resnet18 --crop 32 --batch 2", False), ("--crop 4", False)])
+def test_one_value_a_channel_is_refused_before_the_first_step(flags, refused, small_run, tmp_path):
+    """BatchNorm finds no variance in it, where a batch of one is reduced to one position."""
+    argv = [*small_run, *"--recipe source --val none --steps 1 --batch 1".split(), *flags.split()]
+    if not refused:
+        run_train(argv)
+        return
+    fails(argv, "--batch 1 --crop", "to one position", "give a larger --crop, or --batch 2 or more")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adabn_of_one_value_is_said_and_loses_no_read_out(small_run, tmp_path, capsys):
+    put(tmp_path / "one/000.png", np.zeros((4, 4, 3)))
+    spec = f"folder:{tmp_path}/one"
+    more = "--backbone timm:resnet18 --recipe source --steps 1 --crop 64 --target"
+    done = run_train([*small_run, *more.split(), spec])
+    assert f"note: no read-out with AdaBN: {spec} has one image" in done.stdout
+    (result,) = events(tmp_path / "out", "result")
+    assert result["adabn"] is None and result["student"]["images"] == 5
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(tmp_path / "out/last.pt"), "--adabn", spec])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"eval.py: error: --adabn {spec}: one image") and stop.value.code == 2
 
 
 def test_a_run_that_cannot_save_broke(small_run, tmp_path, monkeypatch):
@@ -7201,8 +7335,23 @@ def test_a_picture_that_cannot_be_written_ends_no_run(small_run, tmp_path, monke
     older.write_bytes(b"older")
     done = run_train([*small_run, "--steps", "2"])
     assert list(older.parent.iterdir()) == [older] and older.read_bytes() == b"older"
-    assert "000002.png: cannot be written (No space left on device); the run goes on" in done.stdout
+    assert "000002.png: cannot be written (No space left on device); " in done.stdout
+    assert "the run goes on" in done.stdout
     assert events(tmp_path / "out", "result")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_output_that_cannot_be_written_is_one_line(small_run, tmp_path):
+    made_log(tmp_path / "one-0", 0, 41)
+    table = ["--table", str(tmp_path / "one-0")]
+    for script, argv, at_once in (("train.py", small_run, ""), ("train.py", small_run, "1"),
+                                  ("eval.py", table, "")):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, f"{HERE}/{script}", *argv], stdout=full,
+                                  stderr=subprocess.PIPE, text=True,
+                                  env=os.environ | {"PYTHONUNBUFFERED": at_once})
+        wanted = f"{script}: error: standard output: cannot be written (No space left on device)\n"
+        assert (done.returncode, done.stderr) == (1, wanted)
 
 
 def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small_run, tmp_path):
@@ -7212,6 +7361,11 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
         assert run_train(argv, check=False).returncode == 130
     assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 2
     assert not events(tmp_path / "out", "result")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        done = run_train(argv, check=False)
+    assert done.returncode == 143 and "the read-out is not; the same command does it" in done.stdout
+    assert not (tmp_path / "out/lock").exists()
     # a fault in the data says how the read-out is repeated; half a result is none, and goes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "evaluate", Mock(side_effect=DataError("a.png: damaged")))
@@ -7505,6 +7659,15 @@ def test_a_longer_schedule_and_a_used_folder_say_the_way_on(small_run, tmp_path)
     ids = [line["run"] for line in events(out, "start")]
     assert len(set(ids)) == 2 and {line["run"] for line in events(out, "step")} == set(ids)
     assert evaluation.read_run(out).result == events(out, "result")[1]
+
+    # another program's log is neither added to nor cut, with last.pt and without
+    (tmp_path / "foreign").mkdir()
+    for foreign in (b"epoch,loss\n1,2", b"{}"):
+        (tmp_path / "foreign/log.jsonl").write_bytes(foreign)
+        fails([*argv, "--out", str(tmp_path / "foreign")], "foreign/log.jsonl: no log of train.py; "
+              "move it, or give --out NEW")
+        shutil.copy(out / "last.pt", tmp_path / "foreign")
+        assert (tmp_path / "foreign/log.jsonl").read_bytes() == foreign
 
     # a run that broke before it saved anything leaves nothing to lose
     run_train([*argv, "--stop-at", "1", "--out", str(tmp_path / "broke")])
@@ -7802,12 +7965,15 @@ def test_no_float64_on_the_device(flags, small_run, tmp_path):
 
 
 class OnMps(torch.Tensor):
-    """Refuses to become float64 before it is on the CPU."""
+    """Refuses what MPS has not, before it is on the CPU: float64, means over unequal cells."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is torch.Tensor.cpu:
             return args[0].as_subclass(torch.Tensor)
+        if function is F.adaptive_avg_pool2d:
+            even = [side % cells for side, cells in zip(args[0].shape[2:], args[1])] == [0, 0]
+            assert even, "adaptive pool MPS: input sizes must be divisible by output sizes"
         result = super().__torch_function__(function, types, args, kwargs or {})
         assert not torch.is_tensor(result) or result.dtype != torch.float64, "MPS has no float64"
         return result
@@ -7825,6 +7991,23 @@ def test_scores_and_alignment_are_the_same_from_any_device():
     images = MadeImages()
     one, other = (evaluation.alignment(net, images, images) for net in (Pointwise(), Away()))
     assert one == other and one["distance"] is not None
+
+
+class OnlyOnMps(OnMps):
+    device = property(lambda self: torch.device("mps"))
+
+
+def test_means_over_unequal_cells_are_had_on_any_device(monkeypatch):
+    maps = torch.rand(2, 3, 10, 12)
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where: x if where == (torch.device("mps"),)
+                        else to(x, *where))
+    for size in ((5, 4), (5, 5), (3, 4), (1, 7)):
+        wanted = F.adaptive_avg_pool2d(maps, size)
+        assert torch.equal(data.cell_means(maps, size), wanted)
+        assert torch.equal(data.cell_means(maps.as_subclass(OnlyOnMps), size), wanted)
+    with pytest.raises(AssertionError, match="must be divisible"):
+        F.adaptive_avg_pool2d(maps.as_subclass(OnMps), (5, 5))
 
 
 @pytest.mark.parametrize("recipe", ["source", "oracle", "dacs", "daformer"])

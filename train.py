@@ -741,7 +741,7 @@ def cell_rows(net, features, grid):
     They have gone through the network's projection head, where it has one. Cells come in the order
     image, row, column.
     """
-    pooled = F.adaptive_avg_pool2d(features, grid)  # (B,C,h,w)
+    pooled = data.cell_means(features, grid)  # (B,C,h,w)
     return unit_rows(net.projection(pooled.permute(0, 2, 3, 1).flatten(0, 2)))  # -> (N,C)
 
 
@@ -759,7 +759,7 @@ def cells(net, features, view):
     weight = view.weight
     if weight is None:
         weight = torch.ones(view.label.shape, device=label.device)
-    weight = F.adaptive_avg_pool2d(weight, grid)  # (B,S,S) -> (B,h,w)
+    weight = data.cell_means(weight[None], grid)[0]  # (B,S,S) -> (1,B,S,S) -> (B,h,w)
     return rows, label.flatten(), weight.flatten()
 
 
@@ -799,7 +799,7 @@ def contrast_within(f, net, out, view):
         maps = [level.detach() for level in out.pyramid]
         gate = net.gate(maps)[0].float().sigmoid()
         gate = gate[..., :out.features.shape[2], :out.features.shape[3]]  # without encode()'s rim
-        gate = F.adaptive_avg_pool2d(gate, (h, w))[:, 0][window]  # (B,1,S/8,S/8) -> (B,n,n)
+        gate = data.cell_means(gate, (h, w))[:, 0][window]  # (B,1,S/8,S/8) -> (B,n,n)
     value = losses.cluda_two(
         rows.view(B, h, w, -1),
         detail.view(B, n, n, -1),
@@ -923,9 +923,10 @@ if BY_TORCHRUN:
 
 
 def print0(*words):
-    """Print on the first process only, around the progress bar."""
+    """Print on the first process only, around the progress bar, and at once, also into a file."""
     if RANK == 0:
-        tqdm.write(" ".join(str(word) for word in words))
+        with data.output():
+            tqdm.write(" ".join(str(word) for word in words))
 
 
 def keep_freed_memory():
@@ -1307,6 +1308,28 @@ def has_batchnorm(net):
     return any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
 
 
+def check_batchnorm(net, f, device):
+    """Raise DataError where BatchNorm sees one value a channel, which has no variance.
+
+    That is so with one image whose crop the network reduces to one position. The network is asked:
+    each reduces in its own way.
+    """
+    if f.batch > 1:
+        return
+    image = torch.zeros(1, 3, f.crop, f.crop, device=device)
+    corner = (0, 0) if f.detail else None
+    try:
+        with torch.no_grad(), model.frozen_statistics(net):
+            for head in net.heads:
+                net(image, head, corner)
+    except ValueError as error:
+        if not model.has_one_value(error):
+            raise
+        raise data.DataError(
+            f"--batch 1 --crop {f.crop}: {f.backbone} reduces a crop to one position, and of one "
+            "value BatchNorm has no variance; give a larger --crop, or --batch 2 or more") from None
+
+
 def compile_networks(nets, device):
     """torch.compile backbones and decoders in place: names and weights stay those they had."""
     try:
@@ -1422,6 +1445,16 @@ def check_folder(out, flags, classes):
         if text := differing(changed, before, flags, run["classes"], classes):
             raise model.CheckpointError(f"{path} is of a run with other flags: {text}; repeat "
                                         "them, or give --out NEW")
+
+
+def check_log(log):
+    """Raise DataError where OUT/log.jsonl, to which a run adds, is another program's."""
+    if not log.is_file():
+        return
+    with open(log, "rb") as file:
+        begins = file.read(len(Log.BEGINS))
+    if not Log.BEGINS.startswith(begins):  # a killed run may have left the half of it
+        raise data.DataError(f"{log}: no log of train.py; move it, or give --out NEW")
 
 
 def digest(text):
@@ -1591,7 +1624,8 @@ class Lock:
         """Raises DataError that names the process which has the lock."""
         self.folder = folder
         self.path = folder / "lock"
-        self.made = not folder.exists()
+        # folders that this run makes, the innermost first
+        self.made = [place for place in (folder, *folder.parents) if not place.exists()]
         self.file = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1633,16 +1667,16 @@ class Lock:
         self.file = file
 
     def release(self):
-        """Remove the file, and the folder if nothing has come into it."""
+        """Remove the file, and the folders that were made for it if nothing has come into them."""
         if self.file:
             if os.name == "nt":  # an open file cannot be removed there
                 self.file.close()
             with contextlib.suppress(OSError):
                 self.path.unlink()
             self.file.close()
-        if self.made:
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+        with contextlib.suppress(OSError):
+            for place in self.made:
+                place.rmdir()
 
 
 @contextlib.contextmanager
@@ -1687,6 +1721,8 @@ class Log:
     images/s; on a GPU also the share of its peak that the network's products reach. The first
     process writes it.
     """
+
+    BEGINS = b'{"event": '
 
     def __init__(self, path, run, clock):
         self.path = path
@@ -1812,6 +1848,7 @@ class Run:
         self.id = secrets.token_hex(4)  # tells the lines of two runs in one log apart
         self.checkpoint = None
         self.moved = []  # PLACES that are others than before
+        check_log(self.out / "log.jsonl")
         if self.last.exists():
             self.checkpoint = model.load_checkpoint(self.last)
             self.moved = check_resume(self.flags, f.class_names, self.checkpoint, self.last)
@@ -1837,6 +1874,7 @@ class Run:
         """Open networks, optimiser and log; go on from the checkpoint, if there is one."""
         f = self.f
         nets = open_networks(f, self.sets.classes, self.bank, self.device, self.checkpoint)
+        check_batchnorm(nets.student, f, self.device)
         self.student, self.teacher = nets.student, nets.teacher
         self.statistics = torch.nn.ModuleDict({"confidence": nets.class_confidence})
         if nets.gaussians is not None:
@@ -2037,9 +2075,9 @@ class Run:
         sheet = evaluation.training_panel(self.student, columns, self.sets.classes)
         try:
             path.parent.mkdir(exist_ok=True)
-            save_picture(sheet, path)
+            data.save_picture(sheet, path)
         except OSError as error:  # a picture is not worth a run
-            print0(f"note: {path}: cannot be written ({error.strerror}); the run goes on")
+            print0(f"note: {error}; the run goes on")
 
     def validate(self, step):
         """Score the student, and write best.pt if it beats all earlier ones."""
@@ -2189,9 +2227,19 @@ def before_adaptation(run):
 
 
 def with_adabn(run, net):
-    """The network with BatchNorm statistics of the target, None where it has none, or no target."""
-    if run.sets.target and model.batchnorms(net):
+    """The network with BatchNorm statistics of the target, None where it has none, or no target.
+
+    None also where the target's images are too small and too few for statistics: that is said.
+    """
+    if not run.sets.target or not model.batchnorms(net):
+        return None
+    try:
         return evaluation.adapt_batchnorm(net, run.sets.target)
+    except ValueError as error:
+        if not model.has_one_value(error):
+            raise
+    print0(f"note: no read-out with AdaBN: {words(run.f.target)} has one image, and so small that "
+           "BatchNorm gets one value")
     return None
 
 
@@ -2228,26 +2276,16 @@ def read_out(run):
     say_what_to_read(run)
 
 
-def save_picture(sheet, path):
-    """Write a PNG whole or not at all: an older one stays. Raises OSError."""
-    part = path.with_suffix(".part")
-    try:
-        sheet.save(part, "PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def draw_result(run, before, after, name):
     """OUT/result.png: three frames with their labels, before adaptation and after."""
     titles = ("before adaptation", f"after adaptation, {name}")
     sheet, _ = evaluation.before_after(before, after, run.sets.val, titles, window=run.window)
     path = run.out / "result.png"
     try:
-        save_picture(sheet, path)
+        data.save_picture(sheet, path)
         print0(f"{path}: the three frames with the middle gain, not the best ones")
     except OSError as error:  # a picture is not worth a run
-        print0(f"note: {path}: cannot be written ({error.strerror})")
+        print0(f"note: {error}")
 
 
 def say_what_to_read(run):
@@ -2294,8 +2332,15 @@ def catch_signals():
 
 
 def release_signals():
-    """SIGTERM and SIGINT do again what they do in every program."""
+    """SIGTERM and SIGINT do again what they do in every program; the first SIGTERM by SystemExit,
+    so that the run can say what is left to do."""
+    def leave(number, _):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.exit(128 + number)
+
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if WORLD == 1:  # else it may wait for another process, outside of Python
+        signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -2329,6 +2374,8 @@ def train(f, device):
     finished = this.checkpoint and this.finished()
     if this.checkpoint and not finished:
         say_where_it_goes_on(this)
+    if not finished:
+        evaluation.check_folder("--out", this.out)
     if this.moved or not finished:
         this.open_data()
     if finished:
