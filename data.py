@@ -3999,7 +3999,8 @@ def _mark_road(street):
 
 # -- painting
 #
-# A picture is computed as three planes (H, W), red, green and blue: numpy is slow at a last axis of 3.
+# A picture is computed as three planes (H, W), red, green and blue: numpy is slow at a last axis
+# of 3.
 
 
 def _picture(planes):
@@ -4200,7 +4201,7 @@ def _shine_around(street, seen, label):
 
 @functools.lru_cache(maxsize=1)
 def _squared_radius(w, h):
-    """Squared distance from the middle of a picture, float64 (H, W): 1 at the middle of each side."""
+    """Squared distance from the middle of a picture, float64 (H, W); 1 at the middle of a side."""
     x, y = np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h))
     return np.hypot(x, y) ** 2
 
