@@ -4177,7 +4177,7 @@ def test_exported_weights_load_alone(tmp_path, capsys):
                      "x.safetensors")
 
 
-def test_exported_programs_take_any_batch_and_size(tmp_path, monkeypatch):
+def test_exported_programs_take_any_batch_and_size(shallow, tmp_path, monkeypatch):
     torch.manual_seed(0)
     calls = []  # what is read from the file, which takes seconds
 
