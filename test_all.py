@@ -3580,7 +3580,7 @@ def braces(text):
     return words
 
 
-def table_of(command):
+def rows_of_table(command):
     """The rows of `python eval.py --table LOG... [--against ROW]`, as lists of cells."""
     words = shlex.split(command)[2:]
     against = None
@@ -3616,7 +3616,7 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
             if in_code:
                 made = []
         elif in_code and "--table assets/logs" in line and "--picture" not in line:
-            for row in table_of(line):
+            for row in rows_of_table(line):
                 made += figures(" ".join(row))
         elif line.startswith("| ") and made:
             for figure in figures(re.sub("`[^`]*`", "", line)):  # without names and flags
@@ -3629,7 +3629,7 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
 
     main = "python eval.py --table assets/logs/camvid-{source,daformer,mic,oracle}-?.jsonl"
     readouts = {}
-    for row in table_of(main):
+    for row in rows_of_table(main):
         readouts.setdefault((row[0], row[1]), row)  # the first; a second one has IoUs of classes
     readme = (Path(HERE) / "README.md").read_text()
     for start, name, readout in (("`source`", "source", "student"),
@@ -5382,7 +5382,8 @@ for line in sys.stdin:  # a child that saves until it is killed
 def test_checkpoint_survives_sigkill(tmp_path):
     path = tmp_path / "last.pt"
     command = [sys.executable, "-c", SAVES, HERE, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as parent:
         for wait in (0.0, 0.011, 0.023, 0.037, 0.05):
             path.unlink(missing_ok=True)
             print("go", file=parent.stdin, flush=True)
