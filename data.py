@@ -57,7 +57,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from kernels import IGNORE
@@ -3320,6 +3320,8 @@ _SQUARE = np.array([(0, 0), (1, 0), (1, 1), (0, 1)]).T
 _ANGLES = np.arange(10) * 0.63  # rad: ten corners make a wheel
 _WHEEL = 0.5 + 0.5 * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)])
 _WHOLE = (0, 1, 0, 1)  # the panel fills its face
+_GREYS = np.arange(256)[:, None]  # (256,1)
+_BRANCHES = [0] * 61 + [255] * 195  # opacities that are labelled: thin branches count too
 
 # -- noise and tree crowns
 
@@ -3336,7 +3338,7 @@ def _noise(rng, slope, stretch=1):
 
 
 def _crown(rng, bare):
-    """Tree crown as two grey pictures (PIL, CROWN x CROWN): its opacity and its brightness."""
+    """Tree crown as a picture of two bands (PIL, "La", CROWN x CROWN): brightness and opacity."""
     y, x = np.mgrid[-1:1:CROWN * 1j, -1:1:CROWN * 1j]  # y down, both -1..1 from the middle
     leaves = _noise(rng, 0.6)[:CROWN, :CROWN]
     clumps = _noise(rng, 1.7)[:CROWN, :CROWN]
@@ -3355,8 +3357,14 @@ def _crown(rng, bare):
         alpha = 300 * (1 - 1.4 * distance + 0.3 * clumps + 0.18 * leaves)
 
     tone = 120 + 34 * leaves + 34 * clumps - 45 * y  # darker below
-    tone = np.stack([tone] * 3, 2)
-    return tuple(Image.fromarray(a.clip(0, 255).astype(np.uint8)) for a in (alpha, tone))
+    bands = np.stack([tone, alpha], 2).clip(0, 255).astype(np.uint8)
+    return Image.frombytes("La", (CROWN, CROWN), bytes(bands))
+
+
+@functools.cache
+def _colours(palette):
+    """Reflectances (r, g, b) of a palette as ints 0..255. palette: hex RGB, between spaces."""
+    return [tuple(bytes.fromhex(code)) for code in palette.split()]
 
 
 @functools.lru_cache(maxsize=1)
@@ -3464,27 +3472,32 @@ class _Street:
 
         spread: deviation of its brightness, 0..255; red, green and blue vary by a third of it more.
         """
-        colours = self.style["palettes"][name].split()
-        vary = self.rng.normal(0, spread, 4)
-        code = colours[self.rng.integers(len(colours))]
-        colour = np.frombuffer(bytes.fromhex(code), np.uint8)
-        return colour + vary[0] + vary[1:] / 3
+        colours = _colours(self.style["palettes"][name])
+        all_bands, *bands = (spread * self.rng.standard_normal(4)).tolist()
+        colour = colours[self.rng.integers(len(colours))]
+        return np.array([level + all_bands + band / 3 for level, band in zip(colour, bands)])
 
     def tone(self, colour, lit, z):
         """Colour (r, g, b) as ints 0..255: a reflectance in some light, seen from z metres.
 
         lit: 0 in the shade, 1 in the sun.
         """
-        light = self.shade + (self.sun - self.shade) * lit
+        near = 0
         if self.night:
-            light = light + self.beam * math.exp(-z / BEAM_REACH)
-        return self.shine(colour * light, z)
+            near = self.beam * math.exp(-z / BEAM_REACH)
+        sent = []
+        # of three numbers Python is faster than numpy
+        for level, shade, sun in zip(colour.tolist(), self.shade.tolist(), self.sun.tolist()):
+            sent.append(level * (shade + (sun - shade) * lit + near))
+        return self.shine(sent, z)
 
     def shine(self, colour, z):
         """Colour (r, g, b) as ints 0..255 of what sends out `colour`, seen from z metres."""
         clear = math.exp(-z / self.visibility)
-        seen = self.haze + clear * (colour - self.haze)
-        return tuple(seen.clip(0, 255).astype(int).tolist())
+        seen = []
+        for level, haze in zip(colour, self.haze.tolist()):
+            seen.append(int(min(max(haze + clear * (level - haze), 0), 255)))
+        return tuple(seen)
 
     def project(self, x, y, z):
         """Canvas column and row of a point in metres; numbers or arrays. z is at least NEAR."""
@@ -3521,12 +3534,12 @@ class _Street:
         return total / (1 + 0.8 * total)
 
     def field(self, slope):
-        """A random piece of a noise tile, float32 (H, W, 1) at the size of the picture."""
+        """A random piece of a noise tile, float32 (H, W) at the size of the picture."""
         w, h = self.size
         rows = (np.arange(h) + self.rng.integers(TILE)) % TILE
         columns = (np.arange(w) + self.rng.integers(TILE)) % TILE
         tiles, _ = _bank()
-        return tiles[slope][rows[:, None], columns, None]
+        return tiles[slope].take(rows, 0).take(columns, 1)
 
     def panels(self, face, rows, label, shape=_SQUARE):
         """Paints panels on a plane face, each in one colour, and labels the face.
@@ -3536,6 +3549,11 @@ class _Street:
         upwards. The first panel holds the others. colour None: nothing but the label.
         shape: outline of every panel within its bounds, (2, corners).
         """
+        if len(rows) == 1 and rows[0][:4] == _WHOLE and shape is _SQUARE:  # as most are
+            outline = [self.project(*corner) for corner in face]
+            self.label_pen.polygon(outline, label)
+            self.image_pen.polygon(outline, rows[0][4])
+            return
         a, b, c, d = np.array(face, float)
         bounds = np.array([row[:4] for row in rows])  # (R,4)
         s0, s1, t0, t1 = bounds.T[..., None, None]  # (R,4) -> four times (R,1,1)
@@ -3543,8 +3561,9 @@ class _Street:
         t = t0 + (t1 - t0) * shape[1][:, None]
         points = (1 - t) * ((1 - s) * a + s * b) + t * ((1 - s) * d + s * c)  # (R,corners,3)
         u, v = self.project(*points.transpose(2, 0, 1))  # each (R,corners)
-        # (R,corners,2) -> (R,2*corners): u, v, u, v ...
-        outlines = np.stack([u, v], 2).reshape(len(rows), -1)
+        outlines = np.empty((len(rows), 2 * u.shape[1]))  # u, v, u, v ... of each panel
+        outlines[:, ::2] = u
+        outlines[:, 1::2] = v
         for i, outline in enumerate(outlines.tolist()):
             _, _, low, _, colour = rows[i]
             if i == 0 or low < 0:  # the others lie within the first, but tyres reach below
@@ -3554,9 +3573,14 @@ class _Street:
 
     def strip(self, x0, x1, z0, z1, material):
         """Lays a piece of ground from x0 to x1 and z0 to z1. It follows the street's bend."""
-        steps = 2 if z1 - z0 < 3 else 9  # short pieces are straight
-        z = np.geomspace(max(z0, NEAR), max(z1, NEAR), steps)
-        x = np.repeat((x0, x1), steps)
+        long = z1 - z0 >= 3  # metres: short pieces are straight
+        z0 = max(z0, NEAR)
+        z1 = max(z1, NEAR)
+        z = np.array([z0, z1])
+        if long:
+            z = 10 ** np.linspace(math.log10(z0), math.log10(z1), 9)
+            z[[0, -1]] = z0, z1
+        x = np.repeat((x0, x1), len(z))
         z = np.concatenate([z, z[::-1]])  # there and back
         u, v = self.project(x, 0, z)
         self.ground_pen.polygon(np.stack([u, v], 1).ravel().tolist(), material)
@@ -3695,21 +3719,22 @@ def _draw_foliage(street, x, z, width, low, high, leaf, bare=False):
     size = (right - left, bottom - top)
     box = (within(left, u0, u1), within(top, v0, v1), within(right, u0, u1), within(bottom, v0, v1))
     _, crowns = _bank()
-    alpha, tone = crowns[bare][street.rng.integers(CROWNS)]
-    alpha = alpha.resize(size, Image.BILINEAR, box)
-    tone = tone.resize(size, Image.BILINEAR, box)
+    crown = crowns[bare][street.rng.integers(CROWNS)]
+    tone, alpha = crown.resize(size, Image.BILINEAR, box).split()
 
     colour = leaf * 2  # makes up for the mean of `tone`, about half of white
-    opaque = 127
     if bare:
         colour = leaf * 0.5 + 18
-        opaque = 60  # thin branches count too
     lit = street.sunny
     if street.night:
         lit = street.sunshine(x, z)
-    plain = Image.new("RGB", size, street.tone(colour, lit, z))
-    street.image.paste(ImageChops.multiply(plain, tone), (left, top), alpha)
-    mask = alpha.point([255 * (a > opaque) for a in range(256)])
+    # A palette gives each grey its shade of the colour.
+    shades = _GREYS * street.tone(colour, lit, z) // 255  # (256,3)
+    tone.putpalette(shades.astype(np.uint8).tobytes())
+    street.image.paste(tone.convert("RGB"), (left, top), alpha)
+    if bare:
+        alpha = alpha.point(_BRANCHES)
+    mask = alpha.convert("1", dither=Image.Dither.NONE)  # of more than 127
     street.label.paste(VEGETATION, (left, top), mask)
 
 
@@ -3930,7 +3955,7 @@ def _queue_vehicles(street, side, lane, gap, kinds):
     rng = street.rng
     z = 5 + rng.exponential(gap)  # none stands right before the camera
     while z < 70:
-        kind = rng.choice(kinds)
+        kind = kinds[rng.integers(len(kinds))]
         reach = _VEHICLES[kind][1] / 2  # half its length
         ahead = side * street.hand
         street.place(reach, _draw_vehicle, side * lane, z + reach, kind, ahead)
@@ -3954,7 +3979,7 @@ def _line_up(street, side, line):
         end = min(z + rng.uniform(6, 18), limit)
 
         # Houses stand at the pavement, or behind some of the walls and fences.
-        kind = rng.choice(_PLOTS, p=street.plot_shares)
+        kind = _PLOTS[rng.choice(len(_PLOTS), p=street.plot_shares)]
         built = kind == "house"
         if kind in _BARRIERS:
             _queue_barrier(street, kind, x, z, end)
@@ -4058,48 +4083,76 @@ def _mark_road(street):
 
 
 # -- painting
+#
+# A picture is computed as three planes (H, W), red, green and blue: numpy is slow at a last axis
+# of 3.
+
+
+def _picture(planes):
+    """PIL picture of three planes, float32 (H, W), in 0..255 or cut off there."""
+    return Image.merge("RGB", [Image.fromarray(p.clip(0, 255).astype(np.uint8)) for p in planes])
+
+
+def _planes(picture):
+    """Three planes, float32 (H, W), of a PIL picture."""
+    return [np.asarray(band, np.float32) for band in picture.split()]
+
+
+def _grey(planes):
+    """The mean of three planes, float32 (H, W)."""
+    red, green, blue = planes
+    return (red + green + blue) / 3
 
 
 def _paint_sky(street):
-    """Paints the whole image as sky: the horizon's colour to the zenith's, with clouds."""
+    """Paints the sky: the horizon's colour to the zenith's, with clouds.
+
+    The ground will hide it below the last row in which nothing is laid.
+    """
     rng = street.rng
-    w, h = street.size
+    free = (np.asarray(street.ground) == SKY).any(1)  # (rows of the canvas,)
+    last = max(_ground_top(street), int(free.nonzero()[0].max(initial=0)))
+    h = min(street.size[1], last // SUPERSAMPLING + 4)  # enlarging mixes rows up to 2 apart
     height = 1 - np.arange(h) * SUPERSAMPLING / street.cv  # 1 in the top row, 0 at the horizon
-    height = np.clip(height, 0, 1)[:, None, None]  # (H,) -> (H,1,1)
+    height = np.clip(height, 0, 1)[:, None]  # (H,) -> (H,1)
     steepness = rng.uniform(0.5, 1.2)
     zenith = street.pick("zenith")
-    sky = np.float32(street.haze + height ** steepness * (zenith - street.haze))  # (H,1,3)
+    sky = np.float32(street.haze + height ** steepness * (zenith - street.haze))  # (H,3)
 
     # Noise above a random level is cloud; its contrast and greatest opacity are random too.
-    cover = street.field(1.7) + rng.uniform(-1.6, 1.2)  # (H,W,1)
+    cover = street.field(1.7)[:h] + rng.uniform(-1.6, 1.2)  # (H,W)
     cover = (cover * rng.uniform(0.2, 1.2)).clip(0, rng.uniform(0.3, 1))
-    sky = sky + cover * (np.float32(street.pick("cloud")) - sky)  # (H,W,3)
-    sky = Image.fromarray(sky.clip(0, 255).astype(np.uint8))
-    street.image.paste(sky.resize((street.w, street.h)))
+    cloud = np.float32(street.pick("cloud"))
+    planes = []
+    for c in range(3):
+        clear = sky[:, c, None]  # (H,1)
+        planes.append(clear + cover * (cloud[c] - clear))  # (H,W)
+    street.image.paste(_picture(planes).resize((street.w, h * SUPERSAMPLING)))
 
 
 def _paint_ground(street):
     """Paints the ground onto image and label, wherever a material has been laid."""
     base = _ground_colours(street)
-    # Canvas row 6 pixels above the tilted horizon: the ground begins below it.
-    top = max(0, int(street.cv - 6 - abs(street.roll) * street.cu))
+    top = _ground_top(street)
     rows, x, z = _ground_points(street, top)
     texture = _ground_texture(street.rng, x, z)
-    light = _ground_light(street, top)
+    lights = _ground_light(street, top)
     if street.night:
-        light = light * _night_light(street, x, z)
+        lights = [light * more for light, more in zip(lights, _night_light(street, x, z))]
 
     # Wet ground mirrors the sky, the more the nearer it is to the horizon.
     wet = float(street.rng.choice([0, 0, 0.35])) * np.exp(-rows / (0.12 * street.h))
-    clear = (np.exp(-z / street.visibility) * (1 - wet))[..., None]  # (rows,W) -> (rows,W,1)
+    clear = np.exp(-z / street.visibility) * (1 - wet)  # (R,W)
     haze = np.float32(street.haze)
-    material = np.asarray(street.ground)[top:]
-    colour = haze + clear * (base[material] * texture[..., None] * light - haze)
-    colour = Image.fromarray(colour.clip(0, 255).astype(np.uint8))
+    material = np.asarray(street.ground)[top:].astype(np.intp)
+    planes = []
+    for c in range(3):
+        seen = base[c].take(material) * texture * lights[c]
+        planes.append(haze[c] + clear * (seen - haze[c]))
 
     laid = [255 * (m != SKY) for m in range(256)]
     mask = street.ground.crop((0, top, street.w, street.h)).point(laid)
-    street.image.paste(colour, (0, top), mask)
+    street.image.paste(_picture(planes), (0, top), mask)
 
     labels = list(range(256))
     labels[KERB] = SIDEWALK
@@ -4107,15 +4160,20 @@ def _paint_ground(street):
     street.label.paste(street.ground.point(labels))
 
 
+def _ground_top(street):
+    """Canvas row 6 pixels above the tilted horizon: the ground is painted from there on."""
+    return max(0, int(street.cv - 6 - abs(street.roll) * street.cu))
+
+
 def _ground_colours(street):
-    """Reflectance of each material, float32 (21, 3)."""
+    """Reflectance of each material, a row a colour, float32 (3, 21)."""
     base = np.zeros((PAINT + 1, 3), np.float32)
     base[ROAD] = street.pick("road")
     base[SIDEWALK] = street.pick("sidewalk")
     base[TERRAIN] = street.pick("terrain")
     base[KERB] = base[SIDEWALK] * street.rng.uniform(0.7, 1.25)
     base[PAINT] = street.pick("marking")
-    return base
+    return np.ascontiguousarray(base.T)
 
 
 def _ground_points(street, top):
@@ -4142,7 +4200,7 @@ def _ground_texture(rng, x, z):
     for slope, per_x, per_z, fades in (grain, tracks, stains):
         row = (z * per_z).astype(np.int32) & (TILE - 1)  # the tile repeats
         column = (x * per_x).astype(np.int32) & (TILE - 1)
-        noise = rng.uniform(0.01, 0.09) * tiles[slope].ravel()[row * TILE + column]
+        noise = rng.uniform(0.01, 0.09) * tiles[slope].take(row * TILE + column)
         if fades:
             noise = noise / (1 + z / 25)  # half as strong at 25 m: cells get smaller than pixels
         texture = texture + noise
@@ -4150,16 +4208,24 @@ def _ground_texture(rng, x, z):
 
 
 def _ground_light(street, top):
-    """Light on the ground from canvas row `top` on, float32 (R, W, 3); shadows have soft edges."""
+    """
+    Light on the ground from canvas row `top` on: for each colour float32 (R, W). Shadows have soft
+    edges.
+    """
     level = np.arange(256)[:, None]  # (256,1), of the shadow canvas
     light = street.sun + np.minimum(level / SHADED, 1) * (street.shade - street.sun)  # (256,3)
     light *= 1 - np.maximum(level - SHADED, 0) / 75  # 0.27 of it is left at COVERED
-    shadow = street.shadow.filter(ImageFilter.BoxBlur(1.5))  # canvas pixels
-    return np.float32(light)[np.asarray(shadow)[top:]]
+    above = max(0, top - 2)  # a blur of 1.5 reaches two pixels farther
+    shadow = street.shadow.crop((0, above, street.w, street.h)).filter(ImageFilter.BoxBlur(1.5))
+    shadow = np.asarray(shadow)[top - above:].astype(np.intp)
+    return [column.take(shadow) for column in np.float32(light).T]
 
 
 def _night_light(street, x, z):
-    """Factor on the ground's light at points x, z in metres, of lamps and headlights: (R,W,3)."""
+    """
+    Factor on the ground's light at points x, z in metres, of lamps and headlights: for each colour
+    float32 (R, W).
+    """
     fine = x.shape[::-1]
     x = x[::4, ::4]  # (R,W) -> (r,w): such light changes slowly
     z = z[::4, ::4]
@@ -4172,7 +4238,7 @@ def _night_light(street, x, z):
         factor = 1 + (lamp * lamps + beam) / shade  # (r,w)
         factor = Image.fromarray(np.float32(factor)).resize(fine, Image.BILINEAR)
         factors.append(np.asarray(factor))
-    return np.stack(factors, 2)
+    return factors
 
 
 def _paint_queue(street):
@@ -4181,17 +4247,20 @@ def _paint_queue(street):
         function(street, *arguments)
 
 
-def _by_lamplight(street, image, glow):
-    """The picture in the colour of its lamps, with their glow and a veil, float32 (H, W, 3)."""
+def _by_lamplight(street, planes, glows):
+    """The planes of a picture in the colour of its lamps, with their glow and a veil."""
     tint = np.float32(street.lamp / street.lamp.mean())
-    grey = image.mean(2, keepdims=True)  # (H,W,3) -> (H,W,1)
-    image = image + street.style["one_colour"] * (grey * tint - image)
-    veil = street.rng.uniform(*street.style["veil"])
-    return image + tint * (glow + np.float32(veil))
+    grey = _grey(planes)
+    veil = np.float32(street.rng.uniform(*street.style["veil"]))
+    lit = []
+    for plane, colour, glow in zip(planes, tint, glows):
+        plane = plane + street.style["one_colour"] * (grey * colour - plane)
+        lit.append(plane + colour * (glow + veil))
+    return lit
 
 
 def _shine_around(street, seen, label):
-    """Glow around what shines and its reflections on a wet road, float32 (H, W, 3).
+    """Glow around what shines and its reflections on a wet road: three planes, float32 (H, W).
 
     seen: the picture, PIL. label: uint8 (H, W).
     """
@@ -4200,48 +4269,54 @@ def _shine_around(street, seen, label):
     small = bright.resize((math.ceil(w / 4), math.ceil(h / 4)), Image.BOX)
     wide = small.filter(ImageFilter.GaussianBlur(3)).resize((w, h), Image.BILINEAR)
     near = bright.filter(ImageFilter.GaussianBlur(2))
-    halo = np.minimum(5 * np.asarray(wide, np.float32), 90)
-    glow = street.rng.uniform(0.5, 1.3) * (np.asarray(near, np.float32) + halo)
+    strength = street.rng.uniform(0.5, 1.3)
 
     # A wet road mirrors what is above the horizon, drawn out downwards.
     horizon = int(street.cv / SUPERSAMPLING)
     mirror = np.clip(2 * horizon - np.arange(h), 0, h - 1)  # the row that each row shows
     mirrored = Image.fromarray(np.asarray(bright)[mirror])
     streaks = mirrored.resize((w, math.ceil(h / 16)), Image.BOX).resize((w, h), Image.BILINEAR)
-    road = (label == ROAD)[..., None]  # (H,W) -> (H,W,1)
-    return glow + street.wetness * road * np.asarray(streaks, np.float32)
+    mirrors = street.wetness * (label == ROAD)  # (H,W)
+    glows = []
+    for ball, halo, streak in zip(_planes(near), _planes(wide), _planes(streaks)):
+        glow = strength * (ball + np.minimum(5 * halo, 90))
+        glows.append(glow + mirrors * streak)
+    return glows
+
+
+@functools.lru_cache(maxsize=1)
+def _squared_radius(w, h):
+    """Squared distance from the middle of a picture, float64 (H, W); 1 at the middle of a side."""
+    x, y = np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h))
+    return np.hypot(x, y) ** 2
 
 
 def _photograph(street):
     """What a camera makes of the canvases: image uint8 (H, W, 3), label uint8 (H, W)."""
     rng = street.rng
-    w, h = street.size
     label = np.array(street.label)[1::SUPERSAMPLING, 1::SUPERSAMPLING]  # ids cannot be averaged
 
     # Surfaces are not smooth: grain, strongest on grass and leaves.
     strength = np.full(19, 0.05, np.float32)
     strength[[BUILDING, WALL, VEGETATION, TERRAIN, SKY]] = 0.1, 0.1, 0.14, 0.18, 0
     seen = street.image.reduce(SUPERSAMPLING)
-    image = np.asarray(seen, np.float32)
-    strength = strength[label][..., None]  # (H,W) -> (H,W,1)
-    image = image * (1 + strength * street.field(0.7))  # (H,W,3)
+    grain = 1 + strength[label] * street.field(0.7)  # (H,W)
+    planes = [plane * grain for plane in _planes(seen)]
     if street.night:
-        image = _by_lamplight(street, image, _shine_around(street, seen, label))
+        planes = _by_lamplight(street, planes, _shine_around(street, seen, label))
 
     # The lens: exposure, white balance, corners up to half as bright (radius is 2 ** 0.5 there).
     exposure = math.exp(rng.normal(*street.style["log_gain"]))
     gain = exposure * (1 + rng.normal(0, street.style["white_balance"], 3))
-    x, y = np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h))
-    radius = np.hypot(x, y)[..., None]  # (H,W) -> (H,W,1)
-    falloff = 1 - rng.uniform(0, 0.25) * radius ** 2
-    image *= np.float32(gain) * np.float32(falloff)
+    falloff = np.float32(1 - rng.uniform(0, 0.25) * _squared_radius(*street.size))
+    planes = [plane * (np.float32(g) * falloff) for plane, g in zip(planes, gain)]
 
     # The sensor: saturation and white noise.
-    grey = image.mean(2, keepdims=True)
+    grey = _grey(planes)
     saturation = rng.uniform(0.55, 1.15)
     noise = rng.uniform(*street.style["noise"])
-    image = grey + (image - grey) * saturation + noise * street.field(0)
-    photo = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+    noise = noise * street.field(0)
+    photo = _picture([grey + (plane - grey) * saturation + noise for plane in planes])
 
     # The file: a gamma curve with raised black, blur, JPEG.
     gamma = rng.uniform(0.85, 1.35)

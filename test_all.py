@@ -1,4 +1,6 @@
-"""The tests: python -m pytest -q test_all.py. On a CPU, without network, in a few minutes.
+"""The tests: python -m pytest -q -n 2 test_all.py. On a CPU, without network, in a few minutes.
+
+-n 2 shares them out to two processes; without it one process does all.
 
     python test_all.py bench        times ours against named peers, where they are installed
     python test_all.py record       compares six steps of every recipe with assets/record.json
@@ -7,6 +9,10 @@ Comparisons with code that is not ours (transformers, scikit-learn) skip, and sa
 not installed.
 """
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # of several processes that test each computes with one thread; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -24,6 +30,7 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import pickle
 import re
 import shlex
@@ -67,6 +74,22 @@ ABC = ("a", "b", "c")  # class names of made folders
 
 # flags of a run that builds its network fast, from random weights, and adapts from the first step
 TINY = "--backbone mit_b0 --init none --source-steps 0".split()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Nothing is read from the user's cache, or written to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def shallow():
+    """In this process MiT-B0 has one block a stage instead of two: half of a run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.MIT, "mit_b0", (model.MIT["mit_b0"][0], (1, 1, 1, 1)))
+        yield
 
 
 def put(path, array, mode=None):
@@ -600,32 +623,26 @@ def test_cache_with_two_builders(tmp_path, monkeypatch):
     assert not shared._items.pending().size and not shared._facts.pending().size
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_cache_that_cannot_be_written(tmp_path):
     """A folder that is a file, a disk without room for the cache, one that fills in a record."""
+    resource = pytest.importorskip("resource")
     spec = make_folder(tmp_path / "d", 2)
     (tmp_path / "file").write_text("")
     blocked = open_cached(spec, tmp_path / "file" / "cache")
     refused(blocked.prepare, "--cache", tmp_path / "file")
-    script = """
-import resource, data
-dataset = data.open_dataset({spec!r}, "train", ("a", "b", "c"), (20, 14), {cache!r})
-if {room}:
-    dataset[0]
-    limit = dataset._items.record.itemsize + 500
-else:
-    limit = 500
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-try:
-    dataset[1]
-except data.DataError as error:
-    print(error)
-"""
+
+    def full():
+        dataset = open_cached(spec, tmp_path / f"cache{room}")
+        limit = 500
+        if room:
+            dataset.arrays(0)
+            limit += dataset._items.record.itemsize
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        refused(lambda: dataset.arrays(1), "cannot write", "--cache")
+
     for room in (False, True):
-        code = script.format(spec=spec, cache=str(tmp_path / f"cache{room}"), room=room)
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
-        assert "cannot write" in done.stdout and "--cache" in done.stdout
+        assert os.waitpid(in_child(full), 0)[1] == 0
     half = open_cached(spec, tmp_path / "cacheTrue")
     assert half._items.pending().tolist() == [1] and equal_arrays(half.arrays(1), plainly(spec)[1])
 
@@ -2025,7 +2042,7 @@ def made_run(root, source, target, val, *flags, recipe="mic"):
     return recorded_run(argv, root / "out")
 
 
-def test_a_table_of_colours_trains_as_one_of_ids(tmp_path):
+def test_a_table_of_colours_trains_as_one_of_ids(shallow, tmp_path):
     """Bit for bit, in the terms of the loss, the weights of student and teacher, and the scores."""
     (tmp_path / "ids.txt").write_text("4 road\n0 car\n9 sky\n")
     (tmp_path / "colours.txt").write_text("\n".join(f"{r},{g},{b},{name}" for (r, g, b), name in
@@ -2037,7 +2054,7 @@ def test_a_table_of_colours_trains_as_one_of_ids(tmp_path):
     assert rows[0] == rows[1] and len(rows[0]["student"]) >= 3 and rows[0]["miou"][0] > 0
 
 
-def test_two_own_sets_with_different_ids_train_as_rewritten_ones(tmp_path):
+def test_two_own_sets_with_different_ids_train_as_rewritten_ones(shallow, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("1 road\n2 car\n3 sky\n")
     (tmp_path / "b.txt").write_text("sky:70,130,180::\nroad:128,64,128::\ncar:0,0,142::\n")
     (tmp_path / "names.txt").write_text("road\ncar\nsky\n")
@@ -2049,9 +2066,8 @@ def test_two_own_sets_with_different_ids_train_as_rewritten_ones(tmp_path):
                          "--labeled", "2", "--classes", str(tmp_path / "names.txt"))
     assert mixed == rewritten and mixed["miou"][0] > 0
     last = tmp_path / "own" / "out" / "last.pt"
-    command = [sys.executable, evaluation.__file__, last, "--data", own["a"]]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "road" in done.stdout, done.stderr
+    evaluation.main([str(last), "--data", own["a"]])
+    assert "road" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["flat", "folders"])
@@ -2093,7 +2109,7 @@ def test_a_pool_draws_as_one_folder_with_all(layout, tmp_path):
     assert pool[4]["image"].equal(one[4]["image"])
 
 
-def test_a_pooled_source_trains_as_one_folder(tmp_path):
+def test_a_pooled_source_trains_as_one_folder(shallow, tmp_path):
     (tmp_path / "names.txt").write_text("road\ncar\nsky\n")
     for index, count in enumerate((3, 2)):
         make_masks(tmp_path / f"{index}", (0, 1, 2), count, (32, 32))
@@ -2117,10 +2133,8 @@ def test_a_pooled_source_trains_as_one_folder(tmp_path):
     assert saved["classes"] == str(tmp_path / "names.txt")
     # as before
     assert load_checkpoint(tmp_path / "a" / "out" / "last.pt")["flags"]["source"] == specs[0]
-    command = [sys.executable, evaluation.__file__, tmp_path / "b" / "out" / "last.pt", "--save",
-               tmp_path / "panels"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and len(list((tmp_path / "panels").iterdir())) == 5, done.stderr
+    evaluation.main([str(tmp_path / "b/out/last.pt"), "--save", str(tmp_path / "panels")])
+    assert len(list((tmp_path / "panels").iterdir())) == 5
 
 
 def test_what_own_tables_leave_out_is_said_with_its_share(tmp_path):
@@ -2277,13 +2291,9 @@ def test_problems_of_all_sets_are_grouped_by_kind(tmp_path):
     assert "error: " in lines[2] and "labels/001.png: ids 3" in lines[2] and "(3 of 6 items of folder:" in lines[2]
 
     classes = str(tmp_path / "names.txt")
-    done = data_command(argv[argv.index("--source") + 1], "--classes", classes, "--out", tmp_path / "sheet.png")
-    assert done.returncode == 2 and done.stdout.count("problem: ") == 2 and "5 problems" in done.stdout
-
-
-def data_command(*argv):
-    """Run data.py in a process of its own."""
-    return subprocess.run([sys.executable, data.__file__, *map(str, argv)], capture_output=True, text=True)
+    code, out, _ = run_data(argv[argv.index("--source") + 1], "--classes", classes,
+                            "--out", str(tmp_path / "sheet.png"))
+    assert code == 2 and out.count("problem: ") == 2 and "5 problems" in out
 
 
 @pytest.mark.parametrize("size", [None, (30, 20)])
@@ -2392,13 +2402,15 @@ def test_what_is_said_about_images_and_labels(tmp_path):
     streets = data.open_dataset("streets", "train", names, None, tmp_path / "cache")
     assert streets.remarks(crop=128) == [] and "crops of 256" in streets.remarks(crop=256)[0] and streets.check() == []
 
-    done = data_command(spec, "--classes", tmp_path / "names.txt", "--cache", tmp_path / "cache")
-    assert done.returncode == 2 and "names.txt" in done.stderr
+    options = ["--classes", str(tmp_path / "names.txt"), "--cache", str(tmp_path / "cache"),
+               "--out", str(tmp_path / "o.png")]
+    code, _, err = run_data(spec, *options)
+    assert code == 2 and "names.txt" in err
     (tmp_path / "names.txt").write_text("sky\nwall\n")
-    done = data_command(spec, "--classes", tmp_path / "names.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "o.png")
-    words = [line.split() for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and ["sky", "0.000"] in words and ["wall", "100.000"] in words
-    assert "4 images" in done.stdout and "ignored 50 %" in done.stdout
+    code, out, _ = run_data(spec, *options)
+    words = [line.split() for line in out.splitlines()]
+    assert code == 0 and ["sky", "0.000"] in words and ["wall", "100.000"] in words
+    assert "4 images" in out and "ignored 50 %" in out
 
 
 @pytest.mark.parametrize("text, problem", [
@@ -2437,8 +2449,9 @@ def test_where_labels_were_looked_for_is_said(tmp_path):
     done = run_train(["--recipe", "source", "--source", f"cityscapes:{tmp_path}", "--target", "none", "--val", "none",
                       "--out", str(tmp_path / "out")], check=False)
     assert done.returncode == 2 and str(wanted) in done.stderr.splitlines()[-1]
-    done = data_command(f"cityscapes:{tmp_path}", "--cache", tmp_path / "cache", "--out", tmp_path / "sheet.png")
-    assert done.returncode == 0 and str(wanted) in done.stdout
+    code, out, _ = run_data(f"cityscapes:{tmp_path}", "--cache", str(tmp_path / "cache"),
+                            "--out", str(tmp_path / "sheet.png"))
+    assert code == 0 and str(wanted) in out
 
 
 def test_validation_on_training_images_and_own_source_without_target(tmp_path):
@@ -2507,11 +2520,17 @@ def test_palette_files(tmp_path):
         refused(lambda: data.read_colours(path, ("road", "wall")), path, words)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+# the default one is that of all other tests
+OTHER_METHODS = sorted({"spawn", "forkserver"} - {multiprocessing.get_start_method()})
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS)
 def test_processes_of_every_start_method(method, tmp_path):
-    argv = checked_run(tmp_path)
+    argv = [*checked_run(tmp_path), *"--target none --val none".split()]
+    # one worker a pool: each imports torch anew
     (tmp_path / "sitecustomize.py").write_text(
-        f"import multiprocessing\nmultiprocessing.set_start_method({method!r}, force=True)\n")
+        "import multiprocessing, os\nos.cpu_count = lambda: 1\n"
+        f"multiprocessing.set_start_method({method!r}, force=True)\n")
     where = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run_train([*argv, "--workers", "1", "--steps", "1", "--size", "48x40"], **where)
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
@@ -3027,8 +3046,8 @@ def test_upsample_cross_entropy_memory_is_an_eighth_of_eager():
 
 @reads_peaks
 def test_pixel_nce_makes_no_matrix_of_logits():
-    _, peak = extra_kilobytes(["contrast(64, 16)", "contrast(16384, 256)"])
-    assert 0 < peak < 200 * 1024, peak  # KB; one N x M matrix of float32 would be 1 GiB
+    _, peak = extra_kilobytes(["contrast(64, 16)", "contrast(8192, 64)"])
+    assert 0 < peak < 64 * 1024, peak  # KB; one N x M matrix of float32 would be 256 MiB
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3340,24 +3359,6 @@ def test_a_batch_has_no_more_pixels_than_a_frame_of_cityscapes():
     sizes = (1024, 2048), (512, 1024), (192, 256), (2160, 3840)
     assert [evaluation.images_at_once(wide, *size) for size in sizes] == [1, 4, 42, 1]
     assert evaluation.images_at_once(Pointwise(), 192, 256) == 1
-
-
-def test_two_processes_evaluate_as_one(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import json, os, sys\nimport torch\nimport eval as evaluation, train\n"
-        "from test_all import MadeImages, Pointwise\n"
-        "if 'RANK' in os.environ:\n    torch.distributed.init_process_group('gloo')\n"
-        "r = evaluation.evaluate(Pointwise(), MadeImages())\n"
-        "with open(sys.argv[1] + os.environ.get('RANK', 'one'), 'w') as file:\n"
-        "    json.dump([r['iou'], r['accuracy'], r['images']], file)\n"
-        "train.end_processes()\n")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    out = str(tmp_path / "scores_")
-    subprocess.run([sys.executable, str(script), out], check=True, env=env)
-    subprocess.run([*TORCHRUN, str(script), out], check=True, env=env, capture_output=True)
-    one, *two = [json.loads((tmp_path / f"scores_{r}").read_text()) for r in ("one", 0, 1)]
-    assert two == [one, one]
 
 
 def test_adabn_statistics_are_those_of_the_activations(capsys):
@@ -4427,7 +4428,7 @@ def test_exported_weights_load_alone(tmp_path, capsys):
                      "x.safetensors")
 
 
-def test_exported_programs_take_any_batch_and_size(tmp_path, monkeypatch):
+def test_exported_programs_take_any_batch_and_size(shallow, tmp_path, monkeypatch):
     """Of the language decoder, whose kernel has loops; ONNX is written from the same program."""
     torch.manual_seed(0)
     calls = []  # what is read from the file, which takes seconds
@@ -5385,7 +5386,7 @@ def test_checkpointing_computes_activations_again(name):
 
 
 @pytest.mark.parametrize("name, strides, mean", [
-    ("vit_base_patch32_clip_224", (32,) * 4, 0.48145466),
+    ("vit_medium_patch32_clip_224", (32,) * 4, 0.48145466),
     ("resnet50_clip", (4, 8, 16, 32), 0.48145466),
     ("vit_small_patch14_dinov2", (14,) * 4, 0.485),
     ("eva02_tiny_patch14_224", (14,) * 4, 0.48145466)])
@@ -5755,23 +5756,44 @@ def tiny_checkpoint(**changes):
             "optimizer": {}, "step": 1, "versions": {}} | changes
 
 
+SAVES = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from model import save_checkpoint
+torch.set_num_threads(1)
+for line in sys.stdin:  # a child that saves until it is killed
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        os.waitpid(child, 0)
+        print("dead", flush=True)
+        continue
+    for i in range(10 ** 6):
+        state = dict.fromkeys(("flags", "classes", "optimizer", "versions"), 0)
+        state |= dict(student=torch.full((400, 1000), float(i)), teacher=i, step=i)
+        save_checkpoint(sys.argv[2], state)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_checkpoint_survives_sigkill(tmp_path):
     path = tmp_path / "last.pt"
-    script = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); from model import save_checkpoint\n"
-        "for i in range(10 ** 6):\n"
-        "    state = dict.fromkeys(('flags', 'classes', 'optimizer', 'versions'), 0)\n"
-        "    state |= dict(student=torch.full((400, 1000), float(i)), teacher=i, step=i)\n"
-        "    save_checkpoint(sys.argv[2], state); print(i, flush=True)\n")
-    for wait in (0.0, 0.011, 0.023, 0.037, 0.05):
-        command = [sys.executable, "-c", script, HERE, str(path)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE)
-        child.stdout.readline()  # one whole checkpoint is written
-        time.sleep(wait)
-        child.kill()
-        child.wait()
-        state = load_checkpoint(path)
-        assert (state["student"] == state["step"]).all() and state["teacher"] == state["step"]
+    command = [sys.executable, "-c", SAVES, HERE, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as parent:
+        for wait in (0.0, 0.011, 0.023, 0.037, 0.05):
+            path.unlink(missing_ok=True)
+            print("go", file=parent.stdin, flush=True)
+            child = int(parent.stdout.readline())
+            while not path.exists():  # one whole checkpoint is written
+                assert parent.poll() is None
+                time.sleep(0.001)
+            time.sleep(wait)
+            os.kill(child, signal.SIGKILL)
+            assert parent.stdout.readline() == "dead\n"
+            state = load_checkpoint(path)
+            assert (state["student"] == state["step"]).all() and state["teacher"] == state["step"]
+        parent.stdin.close()
 
 
 def test_failed_saves_leave_the_old_checkpoint(tmp_path):
@@ -5783,15 +5805,14 @@ def test_failed_saves_leave_the_old_checkpoint(tmp_path):
             raise RuntimeError("cannot be pickled")
     poisoned = tiny_checkpoint(step=2, optimizer=Poison())
     refused_by(CheckpointError, "cannot be pickled.*intact", save_checkpoint, path, poisoned)
-    script = (
-        "import sys, signal, resource, torch; sys.path.insert(0, sys.argv[1])\n"
-        "from model import save_checkpoint\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))\n"
-        "save_checkpoint(sys.argv[2], dict(student=torch.zeros(10 ** 6)))\n")
-    command = [sys.executable, "-c", script, HERE, str(path)]
-    full = subprocess.run(command, capture_output=True, text=True)
-    assert full.returncode != 0 and re.search("CheckpointError.*MB are free", full.stderr)
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = dict(student=torch.zeros(10 ** 6))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, before[1]))
+    try:
+        refused_by(CheckpointError, "MB are free", save_checkpoint, path, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert load_checkpoint(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
@@ -7138,8 +7159,18 @@ def write_pairs(root, count=5, size=(56, 40), classes=3, name="train"):
 
 
 @pytest.fixture
-def small_run(tmp_path):
+def small_run(tmp_path, shallow):
     """A command line of a tiny run on made data; further flags are added by the tests."""
+    return tiny_run(tmp_path)
+
+
+@pytest.fixture
+def whole_run(tmp_path):
+    """The same, of the network that other processes have too."""
+    return tiny_run(tmp_path)
+
+
+def tiny_run(tmp_path):
     labelled, _ = write_pairs(tmp_path, name="source")
     val, unlabelled = write_pairs(tmp_path, name="target")
     (tmp_path / "names.txt").write_text("sky\nwall\ncar\n")
@@ -7719,18 +7750,18 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(small_run, 
 
 
 KILLS = """
-import os, random, signal, sys
+import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import torch, train
+import torch, model, train
 torch.set_num_threads(1)
-chance = random.Random(0)
+model.MIT["mit_b0"] = model.MIT["mit_b0"][0], (1, 1, 1, 1)  # half of the time
 calls = []
 
 def deadly(module, name, half=None):
     real = getattr(module, name)
     def call(*args, **options):
         calls.append(name)
-        if len(calls) == last:
+        if name == victim and calls.count(name) == number:
             if half:
                 half(*args)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -7746,32 +7777,34 @@ deadly(torch, "save", lambda state, file: file.write(b"PK half") and file.flush(
 deadly(os, "replace")
 deadly(train, "backward")
 deadly(train, "read_out")
-kills = 0
-while True:
-    last = chance.randrange(1, 25)
+
+def status_of(argv):
     child = os.fork()
     if not child:
-        train.main(sys.argv[2:])
+        train.main(argv)
         os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if status != signal.SIGKILL:
-        break
-    kills += 1
-print("kills", kills, "status", status)
+    return os.waitpid(child, 0)[1]
+
+straight, killed, *argv = sys.argv[2:]
+victim = None
+assert status_of([*argv, "--out", straight]) == 0
+for victim, number in (("backward", 2), ("save", 1), ("replace", 3), ("write", 3),
+                       ("read_out", 1)):
+    assert status_of([*argv, "--out", killed]) == signal.SIGKILL, victim
+victim = None
+assert status_of([*argv, "--out", killed]) == 0
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(small_run, tmp_path):
     """In steps, half-written lines and checkpoints, between a checkpoint and its picture, at the end."""
-    small_run += "--steps 8 --save-every 2 --eval-every 3".split()
+    small_run += "--save-every 2 --eval-every 3".split()
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    run_train([*small_run, "--out", str(straight)], OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", KILLS, HERE, *small_run, "--out", str(killed)],
-                          capture_output=True, text=True, timeout=240,
+    command = [sys.executable, "-c", KILLS, HERE, str(straight), str(killed), *small_run]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-    found = re.search(r"kills (\d+) status 0\n", done.stdout)
-    assert found and int(found[1]) >= 4, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     for name in ("last.pt", "best.pt"):
         a, b = (load_checkpoint(out / name) for out in (straight, killed))
         for key in ("student", "teacher", "optimizer", "step", "best"):
@@ -7780,7 +7813,7 @@ def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(small_run, 
     assert a["teacher"]["iou"] == b["teacher"]["iou"] and b["run"] != a["run"]
     losses_of = [{line["step"]: (line["mix"], line["grad_norm"]) for line in events(out, "step")}
                  for out in (straight, killed)]
-    assert losses_of[0] == losses_of[1] and len(losses_of[0]) == 8
+    assert losses_of[0] == losses_of[1] and len(losses_of[0]) == 6
     assert evaluation.table([killed]) == evaluation.table([straight]).replace("straight", "killed")
     names = {path.name for path in killed.iterdir()}
     assert names == {"last.pt", "best.pt", "log.jsonl", "panels"}
@@ -7882,8 +7915,8 @@ def test_teacher_layers_without_a_batch_have_the_statistics_of_the_student(small
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves(number, status, small_run, tmp_path):
-    argv = [*small_run, "--steps", "100000", "--recipe", "source"]
+def test_a_signal_saves_and_leaves(number, status, whole_run, tmp_path):
+    argv = [*whole_run, "--steps", "100000", "--recipe", "source"]
     child = subprocess.Popen([sys.executable, str(Path(HERE) / "train.py"), *argv],
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while "step 2/" not in child.stdout.readline():
@@ -8079,58 +8112,71 @@ def test_init_takes_pretrained_weights_and_our_checkpoints_of_other_heads(small_
 # train.py: several processes, and what breaks a run
 
 
-GRADIENTS = """
-import copy, os, sys, torch, torch.distributed as dist
-sys.path[:0] = [sys.argv[1]]
-import test_all, losses, model, train
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-if world > 1:
-    dist.init_process_group("gloo")
-line = "--threshold 0.4 --fd 1 --sepico 1 --tau 0.1 --crop 64 --recipe"
-flags = train.parse_flags([*line.split(), sys.argv[3]])
-torch.manual_seed(0)
-net = model.Segmenter("mit_b0", "segformer", 3, 8, stages=True, detail=flags.detail_side)
-gaussians = losses.ClassGaussians(3, 512)
-with torch.no_grad():
-    net.decoder.classifier.weight.normal_()
-    imagenet = copy.deepcopy(net).requires_grad_(False).eval()
-    for p in net.parameters():
-        p.add_(0.01 * torch.randn_like(p))
-net.eval()
-teacher = copy.deepcopy(net).requires_grad_(False).eval()
-source, target = test_all.step_inputs(2)
-source.label[0, 9:], source.label[1, 40:] = 1, 2
-student = net
-if world > 1:
-    student = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    part = slice(rank, rank + 1)
-    source = train.View(source.image[part], source.label[part])
-    target = train.View(target.image[part], None, target.weight[part])
-networks = train.Networks(student, teacher, imagenet, None, gaussians)
-terms, _ = test_all.one_step(
-    flags, networks, source, None, target, [1, 2], step=100, seed=5, shard=(rank, world))
-assert set(terms) == {"source", "fd", "mix", "mask", "sepico"}
-sum(terms.values()).backward()
-if rank == 0:
-    torch.save([p.grad for p in net.parameters()], sys.argv[2])
-del student  # DDP holds the processes' group
+def gradients(recipe, rank=0, world=1):
+    """Gradients of a step over two images, list of tensors; of several processes each has one."""
+    line = "--threshold 0.4 --fd 1 --sepico 1 --tau 0.1 --crop 64 --recipe"
+    flags = train.parse_flags([*line.split(), recipe])
+    torch.manual_seed(0)
+    net = Segmenter("mit_b0", "segformer", 3, 8, stages=True, detail=flags.detail_side)
+    statistics = losses.ClassGaussians(3, 512)
+    with torch.no_grad():
+        net.decoder.classifier.weight.normal_()
+        imagenet = copy.deepcopy(net).requires_grad_(False).eval()
+        for p in net.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    net.eval()
+    teacher = copy.deepcopy(net).requires_grad_(False).eval()
+    source, target = step_inputs(2)
+    source.label[0, 9:], source.label[1, 40:] = 1, 2
+    student = net
+    if world > 1:
+        student = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        part = slice(rank, rank + 1)
+        source = train.View(source.image[part], source.label[part])
+        target = train.View(target.image[part], None, target.weight[part])
+    networks = train.Networks(student, teacher, imagenet, None, statistics)
+    terms, _ = one_step(flags, networks, source, None, target, [1, 2], step=100, seed=5,
+                        shard=(rank, world))
+    assert set(terms) == {"source", "fd", "mix", "mask", "sepico"}
+    sum(terms.values()).backward()
+    return [p.grad for p in net.parameters()]
+
+
+def made_scores():
+    """Scores over a made set, which several processes share."""
+    result = evaluation.evaluate(Pointwise(), MadeImages())
+    return [result["iou"], result["accuracy"], result["images"]]
+
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_all, train
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+for recipe in ("mic", "mic_hrda"):
+    result = test_all.gradients(recipe, rank, 2)
+    if rank == 0:
+        torch.save(result, sys.argv[2] + recipe)
+torch.save(test_all.made_scores(), f"{sys.argv[2]}scores{rank}")
 train.end_processes()
 """
 
 
-@pytest.mark.parametrize("recipe", ["mic", "mic_hrda"])
-def test_two_processes_give_the_gradients_of_one(recipe, tmp_path):
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
-    for launcher, out in (((sys.executable,), "one"), (TORCHRUN, "two")):
-        done = subprocess.run([*launcher, str(script), HERE, str(tmp_path / out), recipe],
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
-    scale = max(g.abs().max() for g in one)
-    assert scale > 1e-4
-    for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5 * float(scale))
+def test_two_processes_give_the_gradients_and_scores_of_one(tmp_path):
+    script, out = tmp_path / "ranks.py", f"{tmp_path}/two-"
+    script.write_text(RANKS)
+    done = subprocess.run([*TORCHRUN, str(script), HERE, out], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for recipe in ("mic", "mic_hrda"):
+        one = gradients(recipe)
+        scale = max(g.abs().max() for g in one)
+        assert scale > 1e-4
+        for a, b in zip(one, torch.load(out + recipe), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5 * float(scale))
+    for rank in (0, 1):
+        assert torch.load(f"{out}scores{rank}") == made_scores()
 
 
 def test_two_processes_draw_the_samples_of_one(small_run, monkeypatch):
@@ -8149,16 +8195,16 @@ def test_two_processes_draw_the_samples_of_one(small_run, monkeypatch):
     assert torch.equal(one, two) and len(two.flatten(0, 1).unique(dim=0)) == 16
 
 
-def test_two_processes_train_and_evaluate_like_one(small_run, tmp_path):
+def test_two_processes_train_and_evaluate_like_one(whole_run, tmp_path):
     more = "--steps 4 --batch 1 --crop 64 --t2s 0.1 --cluda 0.1 --sepico 0.1"
-    run_train([*small_run, *more.split()], launcher=TORCHRUN, OMP_NUM_THREADS="1")
+    run_train([*whole_run, *more.split()], launcher=TORCHRUN, OMP_NUM_THREADS="1")
     terms = {"source", "mix", "mask", "t2s", "cluda", "sepico"}
     assert terms <= events(tmp_path / "out", "step")[-1].keys()
     assert sorted(p.name for p in (tmp_path / "out").glob("*.pt")) == ["last.pt"]
     (result,) = events(tmp_path / "out", "result")
     assert result["student"]["images"] == 5  # odd, over two processes
     net = model.build_segmenter(load_checkpoint(tmp_path / "out/last.pt"))
-    val = data.open_dataset(small_run[5], "val", data.class_names(small_run[7]))
+    val = data.open_dataset(whole_run[5], "val", data.class_names(whole_run[7]))
     alone = evaluation.evaluate(net, val)
     assert alone["iou"] == result["student"]["iou"]
     assert alone["accuracy"] == result["student"]["accuracy"]
@@ -8179,14 +8225,18 @@ train.main()
 """
 
 
-def test_a_dying_rank_ends_the_job(small_run, tmp_path):
-    run_train([*small_run, "--stop-at", "2"], launcher=TORCHRUN, OMP_NUM_THREADS="1")
+def test_a_dying_rank_ends_the_job(whole_run, tmp_path):
+    run_train([*whole_run, "--stop-at", "2"])
+    state = load_checkpoint(tmp_path / "out/last.pt")
+    state["flags"]["world"] = 2  # as if two processes had made it
+    save_checkpoint(tmp_path / "out/last.pt", state)
     script = tmp_path / "dying.py"
     script.write_text(DYING.format(here=HERE))
-    before, begin = (tmp_path / "out/last.pt").read_bytes(), time.time()
-    done = subprocess.run([*TORCHRUN, str(script), *small_run], capture_output=True, text=True,
-                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode != 0 and "rank 1 dies" in done.stderr and time.time() - begin < 60
+    before = (tmp_path / "out/last.pt").read_bytes()
+    # the other rank waits for an hour where the job does not end
+    done = subprocess.run([*TORCHRUN, str(script), *whole_run], capture_output=True, text=True,
+                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "rank 1 dies" in done.stderr
     assert (tmp_path / "out/last.pt").read_bytes() == before
 
 
@@ -8424,7 +8474,7 @@ def test_trained_class_vectors_of_the_guidance_go_on_from_a_checkpoint(small_run
     assert torch.equal(first["guidance.vectors"], second["guidance.vectors"])
 
 
-@pytest.mark.parametrize("name", ["resnet50_clip", "vit_base_patch32_clip_224"])
+@pytest.mark.parametrize("name", ["resnet50_clip", "vit_xsmall_patch16_clip_224"])
 def test_vision_language_towers_train_and_evaluate_offline(name, small_run, tmp_path):
     argv = [*small_run, "--backbone", f"timm:{name}", *"--steps 2 --batch 2 --init none".split()]
     done = run_train([*argv, "--recipe", "source"])
@@ -8506,13 +8556,16 @@ def test_a_run_with_a_bad_gradient_names_the_files_of_that_step_and_saves_nothin
 
 
 def test_times_in_the_log_are_of_steps_alone_part_by_part(small_run, tmp_path, monkeypatch):
-    real = evaluation.evaluate
+    """The clock is a counter, which a second more or less of a busy machine does not change."""
+    real, clock = evaluation.evaluate, itertools.count()
+    late = [0]
 
     def slow(*args):
-        time.sleep(2)
+        late[0] += 10 ** 6
         return real(*args)
 
     monkeypatch.setattr(evaluation, "evaluate", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock) + late[0]))
     run_train([*small_run, *"--eval-every 1 --save-every 1 --stop-at 2".split()])
     steps = events(tmp_path / "out", "step")
     assert len(steps) == len(events(tmp_path / "out", "eval")) == 2
@@ -8521,7 +8574,7 @@ def test_times_in_the_log_are_of_steps_alone_part_by_part(small_run, tmp_path, m
                                    "losses", "backward", "optimiser"}
         assert min(step["ms"].values()) > 0
         spent = 1e3 * 4 / step["images_per_s"]  # 2 + 2 images a step
-        assert 0.5 * spent < sum(step["ms"].values()) < 1.1 * spent < 2000
+        assert 0.5 * spent < sum(step["ms"].values()) < 1.1 * spent < 10 ** 9
         assert step["peak_mib"] > 100
 
 
@@ -8770,9 +8823,12 @@ def test_runs_without_triton_and_open_clip(small_run, tmp_path):
     blocker.write_text("import sys\nsys.modules['triton'] = None\nsys.modules['open_clip'] = None\n"
                        "import socket\ndef refuse(*a, **k): raise OSError('no network')\n"
                        "socket.socket.connect = refuse\n")
-    run_train([*small_run, "--steps", "1"], PYTHONPATH=str(tmp_path), TRITON_INTERPRET="0")
-    help_text = run_train(["--help"], PYTHONPATH=str(tmp_path)).stdout
-    assert "--recipe" in help_text
+    script = "import sys, train; train.main(sys.argv[1:]); train.main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", script, *small_run, "--steps", "1"],
+                          cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(tmp_path), TRITON_INTERPRET="0"))
+    assert done.returncode == 0 and events(tmp_path / "out", "result"), done.stderr
+    assert "--recipe" in done.stdout
 
 
 def test_the_record_has_each_recipe_and_holds_for_two_rows():
@@ -9099,23 +9155,12 @@ def test_a_new_loss_in_four_places_as_readme_shows_it(small_run, tmp_path):
         shutil.copy(path, folder)
     block = re.search(r"```diff\n(.*?)```", (Path(HERE) / "README.md").read_text(), re.S)[1]
     apply_example(block, folder)
-    argv = [
-        sys.executable,
-        str(folder / "train.py"),
-        *small_run,
-        "--recipe",
-        "minent",
-        "--steps",
-        "2",
-    ]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    script = "import sys, test_all, train; train.main(sys.argv[1:]); test_all.test_entropy()"
+    argv = [sys.executable, "-c", script, *small_run, *"--recipe minent --steps 2".split()]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [
-        0 < event["entropy"] < 0.01 * np.log(3) + 1e-4 for event in events(tmp_path / "out", "step")
-    ] == [True, True]
-    argv = [sys.executable, "-m", "pytest", "-q", str(folder / "test_all.py"), "-k", "test_entropy"]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    most = 0.01 * np.log(3) + 1e-4
+    assert [0 < event["entropy"] < most for event in events(tmp_path / "out", "step")] == [True] * 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9799,4 +9844,5 @@ if __name__ == "__main__":
         if os.environ["RANK"] == "0":
             Path(sys.argv[2]).write_text(json.dumps(row))
     else:
-        sys.exit("the tests: python -m pytest -q test_all.py; also: python test_all.py bench | record")
+        sys.exit("the tests: python -m pytest -q -n 2 test_all.py; "
+                 "also: python test_all.py bench | record")
