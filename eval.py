@@ -392,7 +392,7 @@ def format_read_outs(results, source_steps):
     if any(scores["absent"] for scores in columns.values()):
         lines.append("-: in neither labels nor predictions, left out of the mean")
     if before:
-        lines.append(f"source: before adaptation, after {source_steps} steps on the source alone")
+        lines.append(f"source: before adaptation, after {source_steps} steps on true labels alone")
     if before and before["adabn"]:
         lines.append("+ AdaBN: the same with BatchNorm statistics of target images, untrained")
     lines.append("student: after the last step; teacher: the average of its weights")
@@ -1341,7 +1341,9 @@ def logged_numbers(events):
         found = {}
         if event["event"] == "step":
             for key, value in event.items():
-                if key not in NO_LOSS:
+                if key == "gate":  # a number to watch
+                    found[key] = value
+                elif key not in NO_LOSS:
                     found[f"loss: {key}"] = value
         elif isinstance(event.get("student"), dict):
             found["mIoU, % (student)"] = event["student"].get("miou")

@@ -4106,7 +4106,7 @@ def test_curves_over_the_steps_of_runs(tmp_path, capsys):
     for name, shift in (("a", 0.0), ("b", 0.5)):
         events = [{"event": "start", "flags": {}}]
         for step in (10, 20, 30):
-            losses_ = {"source": 1 / step + shift, "lr": 1.0, "ms": {"data": 2.0}}
+            losses_ = {"source": 1 / step + shift, "gate": 0.5, "lr": 1.0, "ms": {"data": 2.0}}
             events.append({"event": "step", "step": step, "images_per_s": 9.0} | losses_)
         events.insert(3, {"event": "step", "step": 10, "source": float("nan")})
         events.append({"event": "step", "step": 10, "source": 5.0})  # a resumed run did it again
@@ -4116,16 +4116,16 @@ def test_curves_over_the_steps_of_runs(tmp_path, capsys):
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"ev')
         runs.append(str(tmp_path / name))
     panels = evaluation.step_curves(runs)
-    assert list(panels) == ["mIoU, % (student)", "loss: source"]
+    assert list(panels) == ["mIoU, % (student)", "loss: source", "gate"]  # which is no loss
     assert panels["mIoU, % (student)"] == {"a": {20: 40, 30: 44}, "b": {20: 40.5, 30: 44.5}}
     assert panels["loss: source"]["b"] == pytest.approx({10: 5.0, 20: 0.55, 30: 1 / 30 + 0.5})
     picture = tmp_path / "c.png"
     evaluation.main(["--curves", *runs, "--picture", str(picture)])
-    assert "mIoU, % (student), loss: source over the steps of 2 runs" in capsys.readouterr().out
+    assert "% (student), loss: source, gate over the steps of 2 runs" in capsys.readouterr().out
     sheet = Image.open(picture).convert("RGB")
     colours = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert {tuple(colour) for colour in evaluation.CURVE_COLOURS[:2]} <= colours
-    assert sheet.size[0] == 2 * 420
+    assert sheet.size[0] == 3 * 420
     assert evaluation.axis_values(0.11, 0.19, 1e-6) == pytest.approx(
         [0.1, 0.12, 0.14, 0.16, 0.18, 0.2])
     assert evaluation.axis_values(0, 40_000) == list(range(0, 40_001, 10_000))
@@ -7316,19 +7316,30 @@ def test_a_source_phase_is_a_run_of_its_own_before_adaptation(small_run, tmp_pat
         assert again[name]["iou"] == result[name]["iou"]
 
 
-def test_a_damaged_source_checkpoint_costs_its_columns_alone(small_run, tmp_path):
+@pytest.mark.parametrize("fault", ["damaged", "gone", "of another run"])
+def test_a_bad_source_checkpoint_costs_its_columns_alone(fault, small_run, tmp_path):
     argv = [*small_run, "--source-steps", "3"]
     run_train([*argv, "--stop-at", "5"])
-    (tmp_path / "out/source.pt").write_bytes(b"")
+    source = tmp_path / "out/source.pt"
+    if fault == "damaged":
+        source.write_bytes(b"")
+    elif fault == "gone":
+        source.unlink()
+    else:
+        save_checkpoint(source, load_checkpoint(source) | {"run": "01234567"})
     done = run_train(argv)
-    assert "nothing is shown of the network before adaptation (" in done.stdout
-    assert "\nrecommended: teacher, mIoU " in done.stdout
+    words = {"damaged": "damaged, or not", "gone": "no such checkpoint"}.get(fault, fault)
+    said = f"nothing is shown of the network before adaptation ({source}: {words}"
+    assert said in done.stdout and "\nrecommended: teacher, mIoU " in done.stdout
     (result,) = events(tmp_path / "out", "result")
     assert result["source"] is None and result["teacher"]["miou"] > 0
 
 
 def test_without_validation_a_source_phase_shows_nothing(small_run, tmp_path):
-    run_train([*small_run, *"--steps 3 --source-steps 2 --val none".split()])
+    argv = [*small_run, *"--steps 3 --source-steps 2 --val none".split()]
+    stopped, done, again = (run_train([*argv, "--stop-at", n]).stdout for n in "233")
+    use = f"use it: python eval.py {tmp_path}/out/last.pt --weights teacher --images PATH\n"
+    assert use not in stopped and use in done and use in again and "is worth" not in done
     assert "mix" in events(tmp_path / "out", "step")[-1] and not events(tmp_path / "out", "result")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"source.pt", "last.pt", "log.jsonl", "panels"}
@@ -8397,11 +8408,14 @@ def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     parser = train.build_parser()
     method = {a.dest for group in parser._action_groups for a in group._group_actions
               if group.title.startswith("method")}
-    assert train.OF_ADAPTATION == method | {"language", "text", "source_steps"}
+    assert train.flags_of_adaptation() == method | {"language", "text", "source_steps"}
+    assert {"mix", "gate", "tau"} < method and not {"detail", "crop", "seed"} & method
     for line in ("lcmsm --text stub --mask-ratio 0.5", "cluda --tau 0.2 --control --border 5 9",
-                 "t2sda --restyled 1", "semidavil --labeled 2", "t2sda_dg --target none"):
-        words = shlex.split(train.source_only(train.parse_flags(["--recipe", *line.split()])))
-        assert train.parse_flags(words[2:]).recipe == "source"
+                 "t2sda --restyled 1", "semidavil --labeled 2", "t2sda_dg --target none",
+                 "hrda", "cluda_hrda --gate half --detail 0.25", "mic_hrda --detail=0.25"):
+        f = train.parse_flags(["--recipe", *line.split()])
+        other = train.parse_flags(shlex.split(train.source_only(f))[2:])
+        assert other.recipe == "source" and other.detail == f.detail
 
 
 def test_a_picture_is_drawn_wherever_a_checkpoint_is_saved(small_run, tmp_path):
@@ -8922,14 +8936,14 @@ def test_a_new_loss_in_four_places_as_readme_shows_it(small_run, tmp_path):
         *small_run,
         "--recipe",
         "minent",
-        "--steps",
-        "2",
+        *"--steps 3 --source-steps 1".split(),
     ]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [
-        0 < event["entropy"] < 0.01 * np.log(3) + 1e-4 for event in events(tmp_path / "out", "step")
-    ] == [True, True]
+    # a run without flags begins with a source phase too, which has no ClassMix image
+    source, *steps = events(tmp_path / "out", "step")
+    assert "entropy" not in source and len(steps) == 2
+    assert all(0 < event["entropy"] < 0.01 * np.log(3) + 1e-4 for event in steps)
     argv = [sys.executable, "-m", "pytest", "-q", str(folder / "test_all.py"), "-k", "test_entropy"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout

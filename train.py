@@ -94,11 +94,6 @@ FREE_ON_RESUME = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_e
 # Flags that say where something lies. Another place is free if the same lies there.
 PLACES = ("source", "target", "val", "classes", "labeled", "init", "text")
 
-# Flags of adaptation: with them a run is more than --recipe source.
-OF_ADAPTATION = {"mix", "mask", "mask_block", "mask_ratio", "fd", "rcs", "threshold", "border",
-                 "alpha", "consistency", "dyce", "cluda", "gate", "sepico", "t2s", "restyled",
-                 "tau", "control", "language", "text", "source_steps"}
-
 
 def between(least, most, kind=float):
     """An argparse type: a number from least to most."""
@@ -202,7 +197,8 @@ def build_parser():
       help="class vectors: FILE.npz, clip:MODEL/TAG, stub (of no language), learned, none, "
            "shuffled:FILE; auto: a cached bank, else stub")
 
-    a = p.add_argument_group("method (a loss of weight 0 is off)").add_argument
+    p.method = p.add_argument_group("method (a loss of weight 0 is off)")
+    a = p.method.add_argument
     a("--mix", type=factor, default=0.0, metavar="X",
       help="weight of self-training on ClassMix images")
     a("--mask", type=factor, default=0.0, metavar="X",
@@ -248,9 +244,9 @@ def build_parser():
     a("--steps", type=count, default=1000, metavar="N",
       help="length of the schedule; published: 40,000")
     a("--source-steps", type=count_or_0, metavar="N",
-      help="the first N of --steps learn from the source alone, with a schedule of their own; what "
-           "adaptation then gains over that is shown at the end (default: a third of --steps in a "
-           "run that adapts, 0 from 10,000 steps on, as published)")
+      help="the source phase: the first N of --steps learn from true labels alone, with a schedule "
+           "of their own; what adaptation then gains over that is shown at the end (default: a "
+           "third of --steps in a run that adapts, 0 from 10,000 steps on, as published)")
     a("--stop-at", type=count, metavar="N",
       help="save and stop after this step of the schedule (default: --steps)")
     a("--warmup", type=count_or_0, metavar="N",
@@ -2179,7 +2175,10 @@ def before_adaptation(run):
     if RANK == 0:
         try:
             box = [model.load_checkpoint(run.source)]
+            if box[0].get("run") != run.id:
+                raise model.CheckpointError(f"{run.source}: of another run")
         except model.CheckpointError as error:
+            box = [None]
             print0(f"note: nothing is shown of the network before adaptation ({error})")
     if dist.is_initialized():
         dist.broadcast_object_list(box)
@@ -2225,7 +2224,6 @@ def read_out(run):
     run.log.write("result", step=run.f.steps, **results)
     print0(f"{words(run.f.val)}, val, {len(run.sets.val)} images:")
     print0(evaluation.format_read_outs(results, run.f.source_steps))
-    say_what_to_read(run)
 
 
 def save_picture(sheet, path):
@@ -2251,27 +2249,45 @@ def draw_result(run, before, after, name):
 
 
 def say_what_to_read(run):
-    """Which read-out is the recommended one, and how to get what it has to beat."""
+    """How to use what an adapted run has made, and how to get what it has to beat."""
     f = run.f
     if not f.adapts:
         return
-    print0(f"use it: python eval.py {run.last} --weights teacher --images PATH")
-    if f.source != "none":
-        print0(f"what adaptation is worth, the same without it: {source_only(f)}")
+    print0(f"use it: {use_command(run)}")
+    if f.source != "none" and f.val != "none":
+        print0(f"what adaptation is worth, as many steps without it: {source_only(f)}")
+
+
+def use_command(run):
+    """The command that predicts images with the read-out that is recommended."""
+    weights = " --weights teacher" if run.f.adapts else ""
+    return f"python eval.py {run.last}{weights} --images PATH"
+
+
+def flags_of_adaptation():
+    """Names of the flags with which a run is more than --recipe source."""
+    names = {"language", "text", "source_steps"}
+    for action in build_parser().method._group_actions:
+        names.add(action.dest)
+    return names
 
 
 def source_only(f):
     """The command of a run that learns from the source alone, else with the flags as typed."""
+    adaptation = flags_of_adaptation()
     kept = []
     keeps = True
     for word in f.typed:
         if word.startswith("--"):
             name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-            keeps = name not in OF_ADAPTATION | {"recipe", "out"}
+            keeps = name not in adaptation | {"recipe", "out"}
         if keeps:
             kept.append(word)
+    # as the recipe has them
     if f.target == "none" and "--target" not in kept:
-        kept += ["--target", "none"]  # as the recipe has it
+        kept += ["--target", "none"]
+    if f.detail and not any(word.startswith("--detail") for word in kept):
+        kept += ["--detail", f"{f.detail:g}"]
     launch = ["python"]
     if WORLD > 1:
         launch = ["torchrun", "--nproc-per-node", str(WORLD)]
@@ -2332,9 +2348,8 @@ def train(f, device):
     if this.moved or not finished:
         this.open_data()
     if finished:
-        images = " --images PATH" if f.val == "none" else ""
         print0(f"{this.last} is at step {this.start} of {f.steps}, nothing is left to do; "
-               f"use it with: python eval.py {this.last}{images}")
+               f"use it: {use_command(this)}")
         return
     this.open()
     this.announce()
@@ -2347,6 +2362,8 @@ def train(f, device):
             print0(f"all {f.steps} steps are done and saved in {this.last}, the read-out is not; "
                    "the same command does it again, without training")
             raise
+    if f.stop_at == f.steps:
+        say_what_to_read(this)
     print0(f"step {f.stop_at} of {f.steps}: checkpoint {this.last}, panels {this.out / 'panels'}, "
            f"log {this.out / 'log.jsonl'}")
 
