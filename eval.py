@@ -486,7 +486,9 @@ def accumulate_cells(model, dataset, head, centroids=None, known=None):
     items = read_ahead(dataset, range(len(dataset)))
     with eval_mode(model):
         for item in tqdm(items, "alignment", len(dataset), disable=None, leave=False):
-            features = model(to_batch(item["image"], model), head).features.float()  # (1,C,H,W)
+            # features are of the context: at two resolutions one detail crop will do, at any corner
+            out = model(to_batch(item["image"], model), head, corner=(0, 0))
+            features = out.features.float()  # (1,C,H,W)
             h = math.ceil(features.shape[2] / 2)
             w = math.ceil(features.shape[3] / 2)
             unit = F.normalize(F.adaptive_avg_pool2d(features, (h, w)), dim=1)

@@ -3024,7 +3024,7 @@ class Pointwise(torch.nn.Module):
             self.conv.weight.copy_(weight[..., None, None])  # (K,3) -> (K,3,1,1)
             self.conv.bias.copy_(-0.1 * k ** 2)
 
-    def forward(self, x, head="plain"):
+    def forward(self, x, head="plain", corner=None):
         return Output(self.conv(x), x, [x])
 
 
@@ -4025,7 +4025,7 @@ def test_alignment_of_known_domains():
 
 def test_alignment_sees_collapse():
     class Changed(Pointwise):
-        def forward(self, x, head="plain"):
+        def forward(self, x, head="plain", corner=None):
             return Output(None, self.change(x), None)
 
     net, source = Changed(3), Painted(AXES)
@@ -4042,7 +4042,7 @@ def test_alignment_sees_collapse():
     assert point["nearest_class_accuracy"] == pytest.approx(100 / 3)
 
 
-def test_evaluation_at_two_resolutions():
+def test_evaluation_at_two_resolutions(monkeypatch):
     net, image = detailed_net(classes=19), torch.rand(1, 3, 64, 96)
     whole = evaluation.predict(net, image)
     assert torch.equal(evaluation.predict(net, image, window=96), whole)  # the image is the window
@@ -4056,8 +4056,13 @@ def test_evaluation_at_two_resolutions():
     assert not torch.allclose(slid, whole, atol=1e-3)
 
     images = MadeImages(n=2, names=NAMES19, size=(64, 96))
-    one = evaluation.accumulate_cells(net, SixteenWide(images), "plain")
+    with monkeypatch.context() as patch:
+        passes = Mock(wraps=net.one_scale)
+        patch.setattr(net, "one_scale", passes)
+        one = evaluation.accumulate_cells(net, SixteenWide(images), "plain")
     assert one.count.sum() == 2 * 4 * 6  # cells of 16 x 16 pixels
+    sizes = [tuple(call.args[0].shape) for call in passes.call_args_list]
+    assert sizes == 2 * [(1, 3, 32, 48), (1, 3, 32, 32)]  # features need no window but one
     adapted = evaluation.adapt_batchnorm(net, images, 2, 2)
     norm = adapted.decoder.fusion.bn
     assert norm.num_batches_tracked == 2  # one batch of contexts, one of details
@@ -4088,7 +4093,7 @@ def test_alignment_of_absent_classes_and_wrong_input():
     assert none["distance"] is none["nearest_accuracy"] is none["nearest_class_accuracy"] is None
     assert "left out: a, b, c" in evaluation.format_alignment(none)
     centred = Pointwise(3)
-    centred.forward = lambda x, head: Output(None, x - 0.5, None)
+    centred.forward = lambda x, head, corner: Output(None, x - 0.5, None)
     far = Painted(255 - AXES, classes=(1,))
     opposite = evaluation.alignment(centred, Painted(AXES, classes=(1,)), far)
     assert opposite["distance"] == pytest.approx(2)
@@ -7826,7 +7831,7 @@ class OnMps(torch.Tensor):
 
 def test_scores_and_alignment_are_the_same_from_any_device():
     class Away(Pointwise):
-        def forward(self, x, head="plain"):
+        def forward(self, x, head="plain", corner=None):
             out = super().forward(x, head)
             return out._replace(features=out.features.as_subclass(OnMps))
 
@@ -8331,6 +8336,28 @@ def test_a_run_with_a_bad_gradient_names_the_files_of_that_step_and_saves_nothin
     before = last.read_bytes()
     again = fails(argv, f"{last} is from before", status=1)
     assert f"files: {', '.join(files)};" in again and last.read_bytes() == before
+
+
+def test_a_bad_step_at_the_end_of_a_source_phase_is_not_saved(small_run, tmp_path, monkeypatch):
+    """On a GPU, too, where the gradient of a step is looked at only when something is due."""
+    real = train.step_terms
+
+    def step_terms(f, step, nets, source, labeled, target, **options):
+        if step == 1:
+            source = source._replace(image=source.image * float("nan"))
+        return real(f, step, nets, source, labeled, target, **options)
+
+    def delayed_guard(*args):
+        guard = real_guard(*args)
+        guard.delayed = True
+        return guard
+
+    real_guard = train.GradientGuard
+    monkeypatch.setattr(train, "step_terms", step_terms)
+    monkeypatch.setattr(train, "GradientGuard", delayed_guard)
+    argv = [*small_run, *"--source-steps 2 --steps 4 --log-every 100".split()]
+    fails(argv, "step 1: the gradient is not finite", "nothing was saved yet", status=1)
+    assert not list((tmp_path / "out").glob("*.pt"))
 
 
 def test_times_in_the_log_are_of_steps_alone_part_by_part(small_run, tmp_path, monkeypatch):
