@@ -395,7 +395,7 @@ def format_read_outs(results, source_steps):
     if any(scores["absent"] for scores in columns.values()):
         lines.append("-: in neither labels nor predictions, left out of the mean")
     if before:
-        lines.append(f"source: before adaptation, after {source_steps} steps on the source alone")
+        lines.append(f"source: before adaptation, after {source_steps} steps on true labels alone")
     if before and before["adabn"]:
         lines.append("+ AdaBN: the same with BatchNorm statistics of target images, untrained")
     lines.append("student: after the last step; teacher: the average of its weights")
@@ -489,7 +489,9 @@ def accumulate_cells(model, dataset, head, centroids=None, known=None):
     items = read_ahead(dataset, range(len(dataset)))
     with eval_mode(model):
         for item in tqdm(items, "alignment", len(dataset), disable=None, leave=False):
-            features = model(to_batch(item["image"], model), head).features.float()  # (1,C,H,W)
+            # features are of the context: at two resolutions one detail crop will do, at any corner
+            out = model(to_batch(item["image"], model), head, corner=(0, 0))
+            features = out.features.float()  # (1,C,H,W)
             h = math.ceil(features.shape[2] / 2)
             w = math.ceil(features.shape[3] / 2)
             unit = F.normalize(cell_means(features, (h, w)), dim=1)
@@ -1363,7 +1365,9 @@ def logged_numbers(events):
         found = {}
         if event["event"] == "step":
             for key, value in event.items():
-                if key not in NO_LOSS:
+                if key == "gate":  # a number to watch
+                    found[key] = value
+                elif key not in NO_LOSS:
                     found[f"loss: {key}"] = value
         elif isinstance(event.get("student"), dict):
             found["mIoU, % (student)"] = event["student"].get("miou")

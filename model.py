@@ -1061,7 +1061,7 @@ class Segmenter(nn.Module):
         for step in (2 * self.stride, self.backbone.multiple):
             if self.detail % step:
                 raise WeightsError(f"--detail: a crop of {self.detail} pixels is no multiple of "
-                                   f"{step}, as {name} needs it; take another --crop")
+                                   f"{step}, as {name} needs it; give a side that is")
 
     def compilable(self):
         """The modules that torch.compile takes whole, whatever the recipe: the backbone and the

@@ -3071,7 +3071,7 @@ class Pointwise(torch.nn.Module):
             self.conv.weight.copy_(weight[..., None, None])  # (K,3) -> (K,3,1,1)
             self.conv.bias.copy_(-0.1 * k ** 2)
 
-    def forward(self, x, head="plain"):
+    def forward(self, x, head="plain", corner=None):
         return Output(self.conv(x), x, [x])
 
 
@@ -4062,7 +4062,7 @@ def test_alignment_of_known_domains():
 
 def test_alignment_sees_collapse():
     class Changed(Pointwise):
-        def forward(self, x, head="plain"):
+        def forward(self, x, head="plain", corner=None):
             return Output(None, self.change(x), None)
 
     net, source = Changed(3), Painted(AXES)
@@ -4079,7 +4079,7 @@ def test_alignment_sees_collapse():
     assert point["nearest_class_accuracy"] == pytest.approx(100 / 3)
 
 
-def test_evaluation_at_two_resolutions():
+def test_evaluation_at_two_resolutions(monkeypatch):
     net, image = detailed_net(classes=19), torch.rand(1, 3, 64, 96)
     whole = evaluation.predict(net, image)
     assert torch.equal(evaluation.predict(net, image, window=96), whole)  # the image is the window
@@ -4093,8 +4093,13 @@ def test_evaluation_at_two_resolutions():
     assert not torch.allclose(slid, whole, atol=1e-3)
 
     images = MadeImages(n=2, names=NAMES19, size=(64, 96))
-    one = evaluation.accumulate_cells(net, SixteenWide(images), "plain")
+    with monkeypatch.context() as patch:
+        passes = Mock(wraps=net.one_scale)
+        patch.setattr(net, "one_scale", passes)
+        one = evaluation.accumulate_cells(net, SixteenWide(images), "plain")
     assert one.count.sum() == 2 * 4 * 6  # cells of 16 x 16 pixels
+    sizes = [tuple(call.args[0].shape) for call in passes.call_args_list]
+    assert sizes == 2 * [(1, 3, 32, 48), (1, 3, 32, 32)]  # features need no window but one
     adapted = evaluation.adapt_batchnorm(net, images, 2, 2)
     norm = adapted.decoder.fusion.bn
     assert norm.num_batches_tracked == 2  # one batch of contexts, one of details
@@ -4125,7 +4130,7 @@ def test_alignment_of_absent_classes_and_wrong_input():
     assert none["distance"] is none["nearest_accuracy"] is none["nearest_class_accuracy"] is None
     assert "left out: a, b, c" in evaluation.format_alignment(none)
     centred = Pointwise(3)
-    centred.forward = lambda x, head: Output(None, x - 0.5, None)
+    centred.forward = lambda x, head, corner: Output(None, x - 0.5, None)
     far = Painted(255 - AXES, classes=(1,))
     opposite = evaluation.alignment(centred, Painted(AXES, classes=(1,)), far)
     assert opposite["distance"] == pytest.approx(2)
@@ -4143,7 +4148,7 @@ def test_curves_over_the_steps_of_runs(tmp_path, capsys):
     for name, shift in (("a", 0.0), ("b", 0.5)):
         events = [{"event": "start", "flags": {}}]
         for step in (10, 20, 30):
-            losses_ = {"source": 1 / step + shift, "lr": 1.0, "ms": {"data": 2.0}}
+            losses_ = {"source": 1 / step + shift, "gate": 0.5, "lr": 1.0, "ms": {"data": 2.0}}
             events.append({"event": "step", "step": step, "images_per_s": 9.0} | losses_)
         events.insert(3, {"event": "step", "step": 10, "source": float("nan")})
         events.append({"event": "step", "step": 10, "source": 5.0})  # a resumed run did it again
@@ -4154,16 +4159,16 @@ def test_curves_over_the_steps_of_runs(tmp_path, capsys):
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"ev')
         runs.append(str(tmp_path / name))
     panels = evaluation.step_curves(runs)
-    assert list(panels) == ["mIoU, % (student)", "loss: source"]
+    assert list(panels) == ["mIoU, % (student)", "loss: source", "gate"]  # which is no loss
     assert panels["mIoU, % (student)"] == {"a": {20: 40, 30: 44}, "b": {20: 40.5, 30: 44.5}}
     assert panels["loss: source"]["b"] == pytest.approx({10: 5.0, 20: 0.55, 30: 1 / 30 + 0.5})
     picture = tmp_path / "c.png"
     evaluation.main(["--curves", *runs, "--picture", str(picture)])
-    assert "mIoU, % (student), loss: source over the steps of 2 runs" in capsys.readouterr().out
+    assert "% (student), loss: source, gate over the steps of 2 runs" in capsys.readouterr().out
     sheet = Image.open(picture).convert("RGB")
     colours = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert {tuple(colour) for colour in evaluation.CURVE_COLOURS[:2]} <= colours
-    assert sheet.size[0] == 2 * 420
+    assert sheet.size[0] == 3 * 420
     assert evaluation.axis_values(0.11, 0.19, 1e-6) == pytest.approx(
         [0.1, 0.12, 0.14, 0.16, 0.18, 0.2])
     assert evaluation.axis_values(0, 40_000) == list(range(0, 40_001, 10_000))
@@ -7501,19 +7506,30 @@ def test_a_source_phase_is_a_run_of_its_own_before_adaptation(small_run, tmp_pat
         assert again[name]["iou"] == result[name]["iou"]
 
 
-def test_a_damaged_source_checkpoint_costs_its_columns_alone(small_run, tmp_path):
+@pytest.mark.parametrize("fault", ["damaged", "gone", "of another run"])
+def test_a_bad_source_checkpoint_costs_its_columns_alone(fault, small_run, tmp_path):
     argv = [*small_run, "--source-steps", "3"]
     run_train([*argv, "--stop-at", "5"])
-    (tmp_path / "out/source.pt").write_bytes(b"")
+    source = tmp_path / "out/source.pt"
+    if fault == "damaged":
+        source.write_bytes(b"")
+    elif fault == "gone":
+        source.unlink()
+    else:
+        save_checkpoint(source, load_checkpoint(source) | {"run": "01234567"})
     done = run_train(argv)
-    assert "nothing is shown of the network before adaptation (" in done.stdout
-    assert "\nrecommended: teacher, mIoU " in done.stdout
+    words = {"damaged": "damaged, or not", "gone": "no such checkpoint"}.get(fault, fault)
+    said = f"nothing is shown of the network before adaptation ({source}: {words}"
+    assert said in done.stdout and "\nrecommended: teacher, mIoU " in done.stdout
     (result,) = events(tmp_path / "out", "result")
     assert result["source"] is None and result["teacher"]["miou"] > 0
 
 
 def test_without_validation_a_source_phase_shows_nothing(small_run, tmp_path):
-    run_train([*small_run, *"--steps 3 --source-steps 2 --val none".split()])
+    argv = [*small_run, *"--steps 3 --source-steps 2 --val none".split()]
+    stopped, done, again = (run_train([*argv, "--stop-at", n]).stdout for n in "233")
+    use = f"use it: python eval.py {tmp_path}/out/last.pt --weights teacher --images PATH\n"
+    assert use not in stopped and use in done and use in again and "is worth" not in done
     assert "mix" in events(tmp_path / "out", "step")[-1] and not events(tmp_path / "out", "result")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"source.pt", "last.pt", "log.jsonl", "panels"}
@@ -8014,7 +8030,7 @@ class OnMps(torch.Tensor):
 
 def test_scores_and_alignment_are_the_same_from_any_device():
     class Away(Pointwise):
-        def forward(self, x, head="plain"):
+        def forward(self, x, head="plain", corner=None):
             out = super().forward(x, head)
             return out._replace(features=out.features.as_subclass(OnMps))
 
@@ -8555,6 +8571,28 @@ def test_a_run_with_a_bad_gradient_names_the_files_of_that_step_and_saves_nothin
     assert f"files: {', '.join(files)};" in again and last.read_bytes() == before
 
 
+def test_a_bad_step_at_the_end_of_a_source_phase_is_not_saved(small_run, tmp_path, monkeypatch):
+    """On a GPU, too, where the gradient of a step is looked at only when something is due."""
+    real = train.step_terms
+
+    def step_terms(f, step, nets, source, labeled, target, **options):
+        if step == 1:
+            source = source._replace(image=source.image * float("nan"))
+        return real(f, step, nets, source, labeled, target, **options)
+
+    def delayed_guard(*args):
+        guard = real_guard(*args)
+        guard.delayed = True
+        return guard
+
+    real_guard = train.GradientGuard
+    monkeypatch.setattr(train, "step_terms", step_terms)
+    monkeypatch.setattr(train, "GradientGuard", delayed_guard)
+    argv = [*small_run, *"--source-steps 2 --steps 4 --log-every 100".split()]
+    fails(argv, "step 1: the gradient is not finite", "nothing was saved yet", status=1)
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
 def test_times_in_the_log_are_of_steps_alone_part_by_part(small_run, tmp_path, monkeypatch):
     """The clock is a counter, which a second more or less of a busy machine does not change."""
     real, clock = evaluation.evaluate, itertools.count()
@@ -8633,11 +8671,14 @@ def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     parser = train.build_parser()
     method = {a.dest for group in parser._action_groups for a in group._group_actions
               if group.title.startswith("method")}
-    assert train.OF_ADAPTATION == method | {"language", "text", "source_steps"}
+    assert train.flags_of_adaptation() == method | {"language", "text", "source_steps"}
+    assert {"mix", "gate", "tau"} < method and not {"detail", "crop", "seed"} & method
     for line in ("lcmsm --text stub --mask-ratio 0.5", "cluda --tau 0.2 --control --border 5 9",
-                 "t2sda --restyled 1", "semidavil --labeled 2", "t2sda_dg --target none"):
-        words = shlex.split(train.source_only(train.parse_flags(["--recipe", *line.split()])))
-        assert train.parse_flags(words[2:]).recipe == "source"
+                 "t2sda --restyled 1", "semidavil --labeled 2", "t2sda_dg --target none",
+                 "hrda", "cluda_hrda --gate half --detail 0.25", "mic_hrda --detail=0.25"):
+        f = train.parse_flags(["--recipe", *line.split()])
+        other = train.parse_flags(shlex.split(train.source_only(f))[2:])
+        assert other.recipe == "source" and other.detail == f.detail
 
 
 def test_a_picture_is_drawn_wherever_a_checkpoint_is_saved(small_run, tmp_path):
@@ -9156,11 +9197,14 @@ def test_a_new_loss_in_four_places_as_readme_shows_it(small_run, tmp_path):
     block = re.search(r"```diff\n(.*?)```", (Path(HERE) / "README.md").read_text(), re.S)[1]
     apply_example(block, folder)
     script = "import sys, test_all, train; train.main(sys.argv[1:]); test_all.test_entropy()"
-    argv = [sys.executable, "-c", script, *small_run, *"--recipe minent --steps 2".split()]
+    flags = "--recipe minent --steps 3 --source-steps 1".split()
+    argv = [sys.executable, "-c", script, *small_run, *flags]
     done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    most = 0.01 * np.log(3) + 1e-4
-    assert [0 < event["entropy"] < most for event in events(tmp_path / "out", "step")] == [True] * 2
+    # a run without flags begins with a source phase too, which has no ClassMix image
+    source, *steps = events(tmp_path / "out", "step")
+    assert "entropy" not in source and len(steps) == 2
+    assert all(0 < event["entropy"] < 0.01 * np.log(3) + 1e-4 for event in steps)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -53,6 +53,13 @@ from losses import cross_entropy, mean_over_ranks
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What is where, from top to bottom. Who adds a loss needs the first two; README shows the places.
+#     recipes and flags     RECIPES, build_parser, parse_flags and what flags mean for a step
+#     the method            step_terms, one step: views, a pass of the student for each, terms
+#     optimiser, set-up     learning rates; processes, data, networks; may this run go on?
+#     what is watched       time, gradients, the folder's lock, the log
+#     the run               Run, which holds it all; loop, over the steps; read_out, at the end
+
 # -------------------------------------------------------------------------------------------------
 # Recipes and flags
 
@@ -93,11 +100,6 @@ FREE_ON_RESUME = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_e
                   "cache", "skip_bad", "device"}
 # Flags that say where something lies. Another place is free if the same lies there.
 PLACES = ("source", "target", "val", "classes", "labeled", "init", "text")
-
-# Flags of adaptation: with them a run is more than --recipe source.
-OF_ADAPTATION = {"mix", "mask", "mask_block", "mask_ratio", "fd", "rcs", "threshold", "border",
-                 "alpha", "consistency", "dyce", "cluda", "gate", "sepico", "t2s", "restyled",
-                 "tau", "control", "language", "text", "source_steps"}
 
 
 def between(least, most, kind=float):
@@ -202,7 +204,8 @@ def build_parser():
       help="class vectors: FILE.npz, clip:MODEL/TAG, stub (of no language), learned, none, "
            "shuffled:FILE; auto: a cached bank, else stub")
 
-    a = p.add_argument_group("method (a loss of weight 0 is off)").add_argument
+    p.method = p.add_argument_group("method (a loss of weight 0 is off)")
+    a = p.method.add_argument
     a("--mix", type=factor, default=0.0, metavar="X",
       help="weight of self-training on ClassMix images")
     a("--mask", type=factor, default=0.0, metavar="X",
@@ -248,9 +251,9 @@ def build_parser():
     a("--steps", type=count, default=1000, metavar="N",
       help="length of the schedule; published: 40,000")
     a("--source-steps", type=count_or_0, metavar="N",
-      help="the first N of --steps learn from the source alone, with a schedule of their own; what "
-           "adaptation then gains over that is shown at the end (default: a third of --steps in a "
-           "run that adapts, 0 from 10,000 steps on, as published)")
+      help="the source phase: the first N of --steps learn from true labels alone, with a schedule "
+           "of their own; what adaptation then gains over that is shown at the end (default: a "
+           "third of --steps in a run that adapts, 0 from 10,000 steps on, as published)")
     a("--stop-at", type=count, metavar="N",
       help="save and stop after this step of the schedule (default: --steps)")
     a("--warmup", type=count_or_0, metavar="N",
@@ -324,10 +327,10 @@ def parse_flags(argv=None):
         f.stop_at = f.steps
     if f.labeled.isdecimal():
         f.labeled = str(int(f.labeled))  # 00 is 0
-    all_labels = words(f.source) == "target"
+    all_labels = words(f.source) == "target"  # asked before that becomes the target's SPEC
     settle_data(f, parser)
 
-    # what follows from them, and how they were said
+    # what follows from the flags, and how they were typed: not saved
     f.typed = typed
     f.lcmsm = f.language == "lcmsm"
     f.contrasts = bool(f.cluda or f.sepico or f.t2s)
@@ -365,7 +368,11 @@ def adapts(f):
 
 
 def flags_at(f, step):
-    """The flags of a step: in the first --source-steps without what needs target images."""
+    """The flags of a step: in the first --source-steps without what needs target images.
+
+    So a term that reads the view "mix" or "mask" asks whether it is there. What needs source images
+    alone, contrasts too, is on in both phases.
+    """
     if step >= f.source_steps:
         return f
     f = copy.copy(f)
@@ -407,6 +414,7 @@ def settle_data(f, parser):
         # a teacher that has learned next to nothing yet would mislead a short run
         f.source_steps = f.steps // 3 if f.steps < 10_000 and adapts(f) else 0
 
+    # every flag of the parser, filled in: what a resumed run has to repeat
     saved = dict(vars(f))
     for name, value in saved.items():
         if isinstance(value, tuple):
@@ -414,7 +422,7 @@ def settle_data(f, parser):
     f.saved = saved
     f.asked_val = asked_val
     f.own_ids = own_ids
-    f.class_names = data.class_names(f.classes or data.default_classes(specs(known(f))[0]))
+    f.class_names = data.class_names(f.classes or data.default_classes(specs(labelled_specs(f))[0]))
 
 
 def one_or_several(value, name, parser):
@@ -439,14 +447,14 @@ def words(value):
     return " ".join(specs(value))
 
 
-def known(f):
+def labelled_specs(f):
     """The SPECs whose labels are learned first: those of --source, else of --target."""
     return f.target if f.source == "none" else f.source
 
 
 def usual_classes(f):
     """cityscapes19, None where the first labelled SPEC has names of its own, camvid11 at night."""
-    first = specs(known(f))[0]
+    first = specs(labelled_specs(f))[0]
     if first != "none":
         usual = data.default_classes(first)
         if usual and not isinstance(usual, str):
@@ -514,6 +522,7 @@ Networks = namedtuple("Networks", "student teacher imagenet class_confidence gau
 HEADS = {"mask_source": "language", "mask_mix": "language", "jittered": None}
 
 # Where random numbers come from: a CPU generator for the joint batch; shard = (rank, processes).
+# Functions of data.py take both as their last arguments, *draw.
 Draws = namedtuple("Draws", "generator shard")
 
 
@@ -664,9 +673,9 @@ def supervise(loss, out, *maps):
 def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     """The losses of one batch, {name: 0-d tensor}, and the views they are of, {name: View}.
 
-    source: View. labeled: View of target images with true labels, or None. target: View without a
-    label, or None. things: classes of the feature distance, int (n,). The views are for a picture:
-    "target" is as the teacher sees it.
+    f: the flags of this step, see flags_at. source: View. labeled: View of target images with true
+    labels, or None. target: View without a label, or None. things: classes of the feature distance,
+    int (n,). The views are for a picture: "target" is as the teacher sees it.
     """
     # 1. views; the teacher speaks first
     valid = None
@@ -685,19 +694,20 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
 
     # 3. terms: the supervised loss, on source and labelled target
     terms = {}
-    known, out = true_labels(views, outs)
+    known, known_out = true_labels(views, outs)
     if f.dyce:
         hardest = functools.partial(losses.dyce, hardest=f.dyce)
-        terms["source"] = supervise(hardest, out, known.label)
+        terms["source"] = supervise(hardest, known_out, known.label)
     else:
-        terms["source"] = supervise(cross_entropy, out, known.label)
+        terms["source"] = supervise(cross_entropy, known_out, known.label)
 
     # stay near to ImageNet's features of things (DAFormer)
     if nets.imagenet:
         with torch.no_grad():
             reference = nets.imagenet.encode(nets.imagenet.context(known.image))[-1]
         label = data.majority_label(known.label, reference.shape[2:], nets.teacher.num_classes)
-        terms["fd"] = f.fd * losses.feature_distance(out.pyramid[-1], reference, label, things)
+        features = known_out.pyramid[-1]
+        terms["fd"] = f.fd * losses.feature_distance(features, reference, label, things)
 
     # every other view teaches by its labels, at the weight of its loss
     loss_weights = {
@@ -723,7 +733,7 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     clock("losses")
     if f.contrasts:
         said = (target.label, confidence) if f.adapts else None
-        terms |= contrast_terms(f, step, nets, source, known, out, views, outs, said)
+        terms |= contrast_terms(f, step, nets, source, known, known_out, views, outs, said)
         clock("contrast")
     if f.adapts:
         views["target"] = target
@@ -812,12 +822,12 @@ def contrast_within(f, net, out, view):
     return value, gate.detach().mean()
 
 
-def contrast_terms(f, step, nets, source, known, out, views, outs, said):
+def contrast_terms(f, step, nets, source, known, known_out, views, outs, said):
     """The contrasts, {name: 0-d tensor}, on what the passes have seen.
 
-    Never on masked views, where a hidden cell shows nothing of its class. known, out: see
-    true_labels. said: the teacher's labels of the target and their confidence, or None. "gate" is
-    no loss but a number to watch, without a gradient.
+    Never on masked views, where a hidden cell shows nothing of its class. source: before jitter and
+    blur. known, known_out: see true_labels. said: the teacher's labels of the target and their
+    confidence, or None. "gate" is no loss but a number to watch, without a gradient.
     """
     student, teacher, _, class_confidence, gaussians = nets
     started = not f.t2s or step >= f.warmup  # T2S-DA, and what is trained beside it, wait for it
@@ -838,7 +848,7 @@ def contrast_terms(f, step, nets, source, known, out, views, outs, said):
     # SePiCo contrasts cells of the source and of the target with the source's Gaussians, from step
     # 3,000 of 40,000 on
     if f.sepico:
-        value = losses.sepico(*stage_cells(student, out.pyramid, known), gaussians, f.tau)
+        value = losses.sepico(*stage_cells(student, known_out.pyramid, known), gaussians, f.tau)
         if "jittered" in views:
             side = stage_cells(student, outs["jittered"].pyramid, views["jittered"])
             value = value + losses.sepico(*side, gaussians, f.tau)
@@ -847,7 +857,7 @@ def contrast_terms(f, step, nets, source, known, out, views, outs, said):
 
     # CLUDA contrasts the cells of the source and of the ClassMix image, each with all others
     if f.cluda:
-        passes = [(out, known)]
+        passes = [(known_out, known)]
         if "mix" in views:
             passes.append((outs["mix"], views["mix"]))
         values, gates = zip(*[contrast_within(f, student, *one) for one in passes])
@@ -1840,8 +1850,8 @@ class Run:
         self.flags = f.saved | {"world": WORLD, "dtype": self.dtype_name}
         self.out = Path(f.out)
         self.last = self.out / "last.pt"
-        self.source = self.out / "source.pt"  # the network before adaptation
-        self.start = 0
+        self.source_pt = self.out / "source.pt"  # the network before adaptation
+        self.start = 0  # the first step that is left to do
         self.best = -1.0  # the highest mIoU so far, of --eval-every
         self.window = f.crop if f.slide else None
 
@@ -2115,7 +2125,7 @@ def backward(run, step):
     generator = torch.Generator()
     total = {}
     for part in range(f.accum):
-        batch = {}
+        batch = {}  # "source", "labeled", "target": the arguments of step_terms, a View or None
         for name, loader in run.loaders.items():
             used = loader and (name != "target" or f.adapts)
             batch[name] = next(loader) if used else None
@@ -2183,7 +2193,7 @@ def loop(run, signals):
         adapts_next = done == f.source_steps
         saves = finished or leaves or done % f.save_every == 0
 
-        if reports or validates or saves:
+        if reports or validates or saves or adapts_next:
             run.check_gradients()  # statistics of a bad step are neither saved nor scored
         if reports:
             values = {"lr": optimizer.param_groups[0]["lr"], "grad_norm": round(norm.item(), 4)}
@@ -2195,6 +2205,7 @@ def loop(run, signals):
                 model.settle_batchnorm(student, teacher, mean_over_ranks)
             if adapts_next:
                 run.save("source.pt", done)
+                print0(f"step {done}: the source phase ends; its network is {run.source_pt}")
             if validates:
                 run.validate(done)
             if saves:
@@ -2216,14 +2227,17 @@ def before_adaptation(run):
     box = [None]
     if RANK == 0:
         try:
-            box = [model.load_checkpoint(run.source)]
+            box = [model.load_checkpoint(run.source_pt)]
+            if box[0].get("run") != run.id:
+                raise model.CheckpointError(f"{run.source_pt}: of another run")
         except model.CheckpointError as error:
+            box = [None]
             print0(f"note: nothing is shown of the network before adaptation ({error})")
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     if box[0] is None:
         return None
-    return model.build_segmenter(box[0], "student", run.source).to(run.device)
+    return model.build_segmenter(box[0], "student", run.source_pt).to(run.device)
 
 
 def with_adabn(run, net):
@@ -2273,7 +2287,6 @@ def read_out(run):
     run.log.write("result", step=run.f.steps, **results)
     print0(f"{words(run.f.val)}, val, {len(run.sets.val)} images:")
     print0(evaluation.format_read_outs(results, run.f.source_steps))
-    say_what_to_read(run)
 
 
 def draw_result(run, before, after, name):
@@ -2289,27 +2302,45 @@ def draw_result(run, before, after, name):
 
 
 def say_what_to_read(run):
-    """Which read-out is the recommended one, and how to get what it has to beat."""
+    """How to use what an adapted run has made, and how to get what it has to beat."""
     f = run.f
     if not f.adapts:
         return
-    print0(f"use it: python eval.py {run.last} --weights teacher --images PATH")
-    if f.source != "none":
-        print0(f"what adaptation is worth, the same without it: {source_only(f)}")
+    print0(f"use it: {use_command(run)}")
+    if f.source != "none" and f.val != "none":
+        print0(f"what adaptation is worth, as many steps without it: {source_only(f)}")
+
+
+def use_command(run):
+    """The command that predicts images with the read-out that is recommended."""
+    weights = " --weights teacher" if run.f.adapts else ""
+    return f"python eval.py {run.last}{weights} --images PATH"
+
+
+def flags_of_adaptation():
+    """Names of the flags with which a run is more than --recipe source."""
+    names = {"language", "text", "source_steps"}
+    for action in build_parser().method._group_actions:
+        names.add(action.dest)
+    return names
 
 
 def source_only(f):
     """The command of a run that learns from the source alone, else with the flags as typed."""
+    adaptation = flags_of_adaptation()
     kept = []
     keeps = True
     for word in f.typed:
         if word.startswith("--"):
             name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-            keeps = name not in OF_ADAPTATION | {"recipe", "out"}
+            keeps = name not in adaptation | {"recipe", "out"}
         if keeps:
             kept.append(word)
+    # as the recipe has them
     if f.target == "none" and "--target" not in kept:
-        kept += ["--target", "none"]  # as the recipe has it
+        kept += ["--target", "none"]
+    if f.detail and not any(word.startswith("--detail") for word in kept):
+        kept += ["--detail", f"{f.detail:g}"]
     launch = ["python"]
     if WORLD > 1:
         launch = ["torchrun", "--nproc-per-node", str(WORLD)]
@@ -2357,48 +2388,49 @@ def process_note(before, flags):
             f"bit what {before['world']} would give")
 
 
-def say_where_it_goes_on(this):
+def say_where_it_goes_on(run):
     """One line, or several, at the start of a run that has a checkpoint."""
     left = ""
-    if this.start >= this.f.steps:
+    if run.start >= run.f.steps:
         left = "; only the read-out is left"
-    print0(f"goes on from {this.last}, step {this.start}{left}")
-    before = this.checkpoint["flags"]
+    print0(f"goes on from {run.last}, step {run.start}{left}")
+    before = run.checkpoint["flags"]
     if before.get("world", 1) != WORLD:
-        print0(process_note(before, this.flags))
+        print0(process_note(before, run.flags))
 
 
 def train(f, device):
     """Set-up, the loop, the read-out, in a folder that no other run writes into."""
-    this = Run(f, device)
-    finished = this.checkpoint and this.finished()
-    if this.checkpoint and not finished:
-        say_where_it_goes_on(this)
+    run = Run(f, device)
+    finished = run.checkpoint and run.finished()
+    if run.checkpoint and not finished:
+        say_where_it_goes_on(run)
     if not finished:
-        evaluation.check_folder("--out", this.out)
-    if this.moved or not finished:
-        this.open_data()
+        evaluation.check_folder("--out", run.out)
+    if run.moved or not finished:
+        run.open_data()
     if finished:
-        images = " --images PATH" if f.val == "none" else ""
-        print0(f"{this.last} is at step {this.start} of {f.steps}, nothing is left to do; "
-               f"use it with: python eval.py {this.last}{images}")
+        print0(f"{run.last} is at step {run.start} of {f.steps}, nothing is left to do; "
+               f"use it: {use_command(run)}")
         return
-    this.open()
-    this.announce()
-    loop(this, catch_signals())
+    run.open()
+    run.announce()
+    loop(run, catch_signals())
     release_signals()
-    if this.sets.val and f.stop_at == f.steps:
+    if run.sets.val and f.stop_at == f.steps:
         try:
-            read_out(this)
+            read_out(run)
         except BaseException:
-            print0(f"all {f.steps} steps are done and saved in {this.last}, the read-out is not; "
+            print0(f"all {f.steps} steps are done and saved in {run.last}, the read-out is not; "
                    "the same command does it again, without training")
             raise
-    print0(f"step {f.stop_at} of {f.steps}: checkpoint {this.last}, panels {this.out / 'panels'}, "
-           f"log {this.out / 'log.jsonl'}")
+    if f.stop_at == f.steps:
+        say_what_to_read(run)
+    print0(f"step {f.stop_at} of {f.steps}: checkpoint {run.last}, panels {run.out / 'panels'}, "
+           f"log {run.out / 'log.jsonl'}")
 
 
-def run(argv=None):
+def start(argv=None):
     """One training, from its command line on."""
     f = parse_flags(argv)
     device = setup(f.device)
@@ -2428,9 +2460,9 @@ def lost_another_process(error):
 
 
 def main(argv=None):
-    """run(); status 2 for bad input, 1 for a run that broke, each with one line."""
+    """start(); status 2 for bad input, 1 for a run that broke, each with one line."""
     try:
-        run(argv)
+        start(argv)
     except (data.DataError, model.WeightsError, model.CheckpointError, model.TextError) as error:
         data.fail("train.py", error, 2)
     except (FloatingPointError, OSError) as error:
