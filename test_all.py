@@ -3768,12 +3768,12 @@ def figures(text):
 
 
 def test_figures_of_readme_and_results_are_those_of_the_logs():
-    text = (Path(HERE) / "assets/results.md").read_text()
+    results = (Path(HERE) / "assets/results.md").read_text()
     compared = 0
     made = []  # figures of the commands of the code block above
     in_code = False
     before = ""
-    for line in text.splitlines():
+    for line in results.splitlines():
         if line.startswith("```"):
             in_code = not in_code
             if in_code:
@@ -3790,10 +3790,10 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
         before = line
     assert compared > 200
 
-    main = "python eval.py --table assets/logs/camvid-{source,daformer,mic,oracle}-?.jsonl"
     readouts = {}
-    for row in rows_of_command(main):
-        readouts.setdefault((row[0], row[1]), row)  # the first; a second one has IoUs of classes
+    for rows in ("camvid-{source,daformer,mic,oracle}", "night-{source,mic,oracle}"):
+        for row in rows_of_command(f"python eval.py --table assets/logs/{rows}-?.jsonl"):
+            readouts.setdefault((row[0], row[1]), row)  # the first; a second one has IoUs of classes
     readme = (Path(HERE) / "README.md").read_text()
     for start, name, readout in (("`source`", "source", "student"),
                                  ("`source` with AdaBN", "source", "adabn"),
@@ -3801,11 +3801,22 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
                                  ("`mic` (default), teacher", "mic", "teacher"),
                                  ("`oracle`", "oracle", "student")):
         line = re.search(rf"^\| {re.escape(start)} \| .*\|$", readme, re.M)[0]
-        _, mean, minus, _ = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        _, photographs, minus, night, _ = [cell.strip(" *") for cell in line.strip("|").split("|")]
         found = readouts[f"camvid-{name}", readout]
-        mean_column = found.index(next(cell for cell in found if "±" in cell))
-        assert mean == found[mean_column]
-        assert minus in ("", f"{found[mean_column + 1]} ({found[mean_column + 2]})")
+        mean = found.index(next(cell for cell in found if "±" in cell))
+        assert photographs == found[mean]
+        assert minus in ("", f"{found[mean + 1]} ({found[mean + 2]})")
+        if night:
+            assert night in readouts[f"night-{name}", readout]
+
+    before, adabn = [], []  # of the default run, at the end of its source phase
+    for log in sorted((Path(HERE) / "assets/logs").glob("night-mic-?.jsonl")):
+        source = evaluation.read_run(log).result["source"]
+        before.append(source["miou"])
+        adabn.append(source["adabn"]["miou"])
+    for values, text in ((before, readme), (before, results), (adabn, results)):
+        center, deviation, _ = evaluation.spread(values)
+        assert f"{center:.1f} ± {deviation:.1f}" in text
 
 
 def write_log(path, *events):
