@@ -4157,7 +4157,7 @@ def test_alignment_of_absent_classes_and_wrong_input():
 def test_curves_over_the_steps_of_runs(tmp_path, capsys):
     runs = []
     for name, shift in (("a", 0.0), ("b", 0.5)):
-        events = [{"event": "start", "flags": {}}]
+        events = [{"event": "start", "flags": {"recipe": "mic", "seed": 0}}]
         for step in (10, 20, 30):
             losses_ = {"source": 1 / step + shift, "gate": 0.5, "lr": 1.0, "ms": {"data": 2.0}}
             events.append({"event": "step", "step": step, "images_per_s": 9.0} | losses_)
@@ -4193,9 +4193,10 @@ def test_curves_over_the_steps_of_runs(tmp_path, capsys):
         eval_fails(capsys, ["--curves", tmp_path / f"{name}.jsonl"], f"{name}.jsonl: neither losses")
 
     # A folder's second run: what the first one had later is not the second one's
-    events = [{"event": "start", "run": "1"}]
+    events = [{"event": "start", "run": "1", "flags": {"recipe": "mic", "seed": 0}}]
     events += [{"event": "step", "step": step, "source": 9.0, "run": "1"} for step in (10, 20, 30)]
-    events += [{"event": "start", "run": "2"}, {"event": "step", "step": 10, "source": 1.0, "run": "2"},
+    events += [{"event": "start", "run": "2", "flags": {"recipe": "mic", "seed": 0}},
+               {"event": "step", "step": 10, "source": 1.0, "run": "2"},
                {"event": "resume", "run": "2"}, {"event": "step", "step": 20, "source": 2.0, "run": "2"}]
     (tmp_path / "again.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"ev')
     panels = evaluation.step_curves([tmp_path / "again.jsonl"])
@@ -8303,13 +8304,13 @@ def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path
     (WeightsError("a.pth: x"), 2, "a.pth: x"), (CheckpointError("a.pt: x"), 2, "a.pt: x")])
 def test_what_ends_a_run_from_outside_is_one_line(error, status, words, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", Mock())  # Ctrl-C stays pytest's
-    monkeypatch.setattr(train, "run", Mock(side_effect=error))
+    monkeypatch.setattr(train, "start", Mock(side_effect=error))
     with pytest.raises(SystemExit) as caught:
         train.main([])
     err = capsys.readouterr().err
     assert caught.value.code == status and words in err and err.count("\n") == 1
     assert status == 130 or err.startswith("train.py: error: ")
-    monkeypatch.setattr(train, "run", lambda argv: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(train, "start", lambda argv: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         train.main([])  # a fault of ours keeps its traceback
 
