@@ -1094,6 +1094,7 @@ def _image_names(images):
     names = [re.sub("_(leftImg8bit|rgb_anon)$", "", image.stem) for image in images]
     if len(set(names)) == len(images):
         return names
+    images = [Path(os.path.normpath(image)) for image in images]  # without ..
     top = os.path.commonpath([image.parent for image in images])
     return ["__".join(image.relative_to(top).with_suffix("").parts) for image in images]
 

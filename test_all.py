@@ -408,6 +408,10 @@ def test_lists(listed, tmp_path):
     elsewhere = listed(f"c.png ../outside.png\nd.png {tmp_path}/outside.png")
     assert int(elsewhere[1]["label"].max()) == 0
     refused(lambda: data.open_dataset(f"list:{tmp_path}", "val", ("x",)), "no such file")
+    # images of one name elsewhere are named by their folders, and never lead out of one
+    put(tmp_path / "set" / "e.png", np.zeros((4, 4, 3)))
+    put(tmp_path / "other" / "e.png", np.zeros((4, 4, 3)))
+    assert listed("e.png m.png\n../other/e.png m.png\n").names == ["set__e", "other__e"]
     # a comment, but not where it is the name of a file
     put(tmp_path / "set" / "#1 e.png", np.zeros((4, 4, 3)))
     lines = "# two images\n\n #c.png m.png\nc.png m.png\n#\tof three\tcells\n#1 e.png m.png\n"
@@ -2868,6 +2872,18 @@ def test_upsample_cross_entropy_with_nothing_to_learn_is_zero_with_a_graph(reduc
         assert (value == 0).all() and value.grad_fn is not None
         value.sum().backward()
         assert (leaf.grad == 0).all()
+
+
+@each_backend
+def test_text_correlation_is_the_cosine_of_short_vectors_too(backend):
+    """The 1e-6 beneath the root is nothing beside lengths of 1e-3."""
+    torch.manual_seed(0)
+    features = 1e-3 * torch.randn(2, 8, 3, 4)
+    text = 1e-3 * torch.randn(5, 8)
+    wanted = torch.einsum("bchw,kc->bkhw", F.normalize(features.double(), dim=1),
+                          F.normalize(text.double(), dim=1))
+    found = kernels.text_correlation(features, text, 3.0, backend=backend)
+    torch.testing.assert_close(found.double(), 3 * wanted, rtol=1e-4, atol=1e-4)
 
 
 @each_backend
@@ -7325,7 +7341,7 @@ def test_adabn_of_one_value_is_said_and_loses_no_read_out(small_run, tmp_path, c
     spec = f"folder:{tmp_path}/one"
     more = "--backbone timm:resnet18 --recipe source --steps 1 --crop 64 --target"
     done = run_train([*small_run, *more.split(), spec])
-    assert f"note: no read-out with AdaBN: {spec} has one image" in done.stdout
+    assert f"note: no read-out with AdaBN: {spec} has one image" in done.stdout, done.stdout
     (result,) = events(tmp_path / "out", "result")
     assert result["adabn"] is None and result["student"]["images"] == 5
     with pytest.raises(SystemExit) as stop:
