@@ -1,6 +1,8 @@
-"""The tests: python -m pytest -q -n 2 test_all.py. On a CPU, without network, in a few minutes.
+"""The tests, on a CPU and without network, in five minutes on two cores:
 
--n 2 shares them out to two processes; without it one process does all.
+    python -m pytest -q -n 2 --dist worksteal test_all.py
+
+-n 2 shares them out to two processes, the faster one of which takes over; without it one does all.
 
     python test_all.py bench        times ours against named peers, where they are installed
     python test_all.py record       compares six steps of every recipe with assets/record.json
@@ -9916,5 +9918,5 @@ if __name__ == "__main__":
         if os.environ["RANK"] == "0":
             Path(sys.argv[2]).write_text(json.dumps(row))
     else:
-        sys.exit("the tests: python -m pytest -q -n 2 test_all.py; "
+        sys.exit("the tests: python -m pytest -q -n 2 --dist worksteal test_all.py; "
                  "also: python test_all.py bench | record")
