@@ -3321,7 +3321,7 @@ _SQUARE = np.array([(0, 0), (1, 0), (1, 1), (0, 1)]).T
 _ANGLES = np.arange(10) * 0.63  # rad: ten corners make a wheel
 _WHEEL = 0.5 + 0.5 * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)])
 _WHOLE = (0, 1, 0, 1)  # the panel fills its face
-_GREYS = np.arange(256)[:, None]  # (256,1)
+_GREYS = np.arange(256, dtype=np.uint16)[:, None]  # (256,1)
 _BRANCHES = [0] * 61 + [255] * 195  # opacities that are labelled: thin branches count too
 
 # -- noise and tree crowns
@@ -3550,8 +3550,9 @@ class _Street:
         upwards. The first panel holds the others. colour None: nothing but the label.
         shape: outline of every panel within its bounds, (2, corners).
         """
-        if len(rows) == 1 and rows[0][:4] == _WHOLE and shape is _SQUARE:  # as most are
-            outline = [self.project(*corner) for corner in face]
+        if len(rows) == 1:  # of few numbers Python is faster than numpy
+            corners = _panel_corners(face, rows[0][:4], shape)
+            outline = [self.project(*corner) for corner in corners]
             self.label_pen.polygon(outline, label)
             self.image_pen.polygon(outline, rows[0][4])
             return
@@ -3574,13 +3575,15 @@ class _Street:
 
     def strip(self, x0, x1, z0, z1, material):
         """Lays a piece of ground from x0 to x1 and z0 to z1. It follows the street's bend."""
-        long = z1 - z0 >= 3  # metres: short pieces are straight
+        straight = z1 - z0 < 3  # metres
         z0 = max(z0, NEAR)
         z1 = max(z1, NEAR)
-        z = np.array([z0, z1])
-        if long:
-            z = 10 ** np.linspace(math.log10(z0), math.log10(z1), 9)
-            z[[0, -1]] = z0, z1
+        if straight:
+            corners = (x0, z0), (x0, z1), (x1, z1), (x1, z0)
+            self.ground_pen.polygon([self.project(x, 0, z) for x, z in corners], material)
+            return
+        z = 10 ** np.linspace(math.log10(z0), math.log10(z1), 9)
+        z[[0, -1]] = z0, z1
         x = np.repeat((x0, x1), len(z))
         z = np.concatenate([z, z[::-1]])  # there and back
         u, v = self.project(x, 0, z)
@@ -3612,6 +3615,22 @@ class _Street:
 
 
 # -- houses and trees
+
+
+def _panel_corners(face, bounds, shape):
+    """Corners (x, y, z) in metres of one panel; see _Street.panels."""
+    if shape is _SQUARE and bounds == _WHOLE:  # as of most
+        return face
+    s0, s1, t0, t1 = bounds
+    corners = []
+    for across, up in shape.T.tolist():
+        s = s0 + (s1 - s0) * across
+        t = t0 + (t1 - t0) * up
+        corner = []
+        for a, b, c, d in zip(*face):  # x, y, z
+            corner.append((1 - t) * ((1 - s) * a + s * b) + t * ((1 - s) * d + s * c))
+        corners.append(corner)
+    return corners
 
 
 def _windows(street, bays, floors, shop, z, frame, sign, glass):
@@ -3730,7 +3749,7 @@ def _draw_foliage(street, x, z, width, low, high, leaf, bare=False):
     if street.night:
         lit = street.sunshine(x, z)
     # A palette gives each grey its shade of the colour.
-    shades = _GREYS * street.tone(colour, lit, z) // 255  # (256,3)
+    shades = _GREYS * np.array(street.tone(colour, lit, z), np.uint16) // 255  # (256,3)
     tone.putpalette(shades.astype(np.uint8).tobytes())
     street.image.paste(tone.convert("RGB"), (left, top), alpha)
     if bare:
@@ -4089,9 +4108,14 @@ def _mark_road(street):
 # of 3.
 
 
+def _bands(planes):
+    """The three planes, float32 (H, W), as grey PIL pictures, cut off at 0 and 255."""
+    return [Image.fromarray(plane.clip(0, 255).astype(np.uint8)) for plane in planes]
+
+
 def _picture(planes):
-    """PIL picture of three planes, float32 (H, W), in 0..255 or cut off there."""
-    return Image.merge("RGB", [Image.fromarray(p.clip(0, 255).astype(np.uint8)) for p in planes])
+    """PIL picture of three planes, float32 (H, W), cut off at 0 and 255."""
+    return Image.merge("RGB", _bands(planes))
 
 
 def _planes(picture):
@@ -4317,13 +4341,14 @@ def _photograph(street):
     saturation = rng.uniform(0.55, 1.15)
     noise = rng.uniform(*street.style["noise"])
     noise = noise * street.field(0)
-    photo = _picture([grey + (plane - grey) * saturation + noise for plane in planes])
+    planes = [grey + (plane - grey) * saturation + noise for plane in planes]
 
     # The file: a gamma curve with raised black, blur, JPEG.
     gamma = rng.uniform(0.85, 1.35)
     curve = 255 * (np.arange(256) / 255) ** gamma + rng.uniform(0, 12)
-    photo = photo.point(curve.clip(0, 255).astype(int).tolist() * 3)
-    photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(*street.style["blur"])))
+    curve = curve.clip(0, 255).astype(int).tolist()
+    blur = ImageFilter.GaussianBlur(rng.uniform(*street.style["blur"]))
+    photo = Image.merge("RGB", [band.point(curve).filter(blur) for band in _bands(planes)])
     file = io.BytesIO()
     photo.save(file, "JPEG", quality=int(rng.integers(55, 96)))
     return np.array(Image.open(file)), label
