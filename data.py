@@ -742,7 +742,7 @@ def _exists(path, kind):
 
 
 def _as_stored(path, kind):
-    """A path of a SPEC, str, with ~ as the user's folder and accents as the file system has them."""
+    """A path of a SPEC, str; ~ is the user's folder, accents are as the file system has them."""
     path = home(path)
     if not path:
         return path
@@ -2808,8 +2808,8 @@ def restyle(image, looks, generator, shard=(0, 1)):
 
     looks: target images (B,3,H,W), of which each image draws one to take its low frequencies from;
     T2S-DA's pseudo-target. None draws a random look, for domain generalisation, once per step:
-    colour jitter and blur (strong_augment); or a gain and a shift per image and channel; or the low frequencies of
-    other images of the batch, beta from 0.01..0.1. Source: after T2S-DA (Wang et al., 2023).
+    colour jitter and blur (strong_augment); or a gain and a shift per image and channel; or the low
+    frequencies of other images of the batch, beta from 0.01..0.1. Source: after T2S-DA (Wang et al., 2023).
     """
     styles = image if looks is None else looks
     # Both kinds of look draw these first.

@@ -1987,7 +1987,8 @@ def load_checkpoint(path):
         with open(path, "rb") as file:
             if file.read(2) != b"PK":  # ours are zip archives, older published files are not
                 remedy = f"{remedy}; {published}"
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason}); {remedy}") from None
+        text = f"{path}: damaged, or not a checkpoint ({reason}); {remedy}"
+        raise CheckpointError(text) from None
     if broken:
         raise CheckpointError(f"{path}: damaged ({broken} fails its checksum); {remedy}")
 
@@ -1995,7 +1996,8 @@ def load_checkpoint(path):
     missing = ", ".join(key for key in CHECKPOINT_KEYS if key not in found)
     if missing:
         raise CheckpointError(
-            f"{path}: not one of our checkpoints (no {missing}); {published}; backbones go to --init"
+            f"{path}: not one of our checkpoints (no {missing}); {published}; "
+            "backbones go to --init"
         )
     return state
 

@@ -2,7 +2,7 @@
 
     python -m pytest -q -n 2 --dist worksteal test_all.py
 
--n 2 shares them out to two processes, the faster one of which takes over; without it one does all.
+-n 2 runs them in two processes; the one that is done first takes tests of the other.
 
     python test_all.py bench        times ours against named peers, where they are installed
     python test_all.py record       compares six steps of every recipe with assets/record.json
