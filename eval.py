@@ -52,8 +52,8 @@ from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, 
                   leave_out_bad, legend, majority_label, open_dataset, output, overlay, palette,
                   parse_size, read_colours, read_image, resize_image, save_ids, save_picture, walk,
                   whole_file, with_legend)
-from model import (CheckpointError, WeightsError, build_segmenter, current_flags,
-                   has_one_value, is_out_of_memory, load, open_checkpoint, reason_of, starts,
+from model import (CheckpointError, WeightsError, build_segmenter, current_flags, has_one_value,
+                   images_at_once, is_out_of_memory, load, open_checkpoint, reason_of, starts,
                    upsample_pseudo_label, why_unwritable, write_exported)
 
 if __name__ == "__main__":
@@ -174,22 +174,6 @@ def read_ahead(dataset, indices, threads=4):
             yield waiting.popleft().result()
 
 
-# On an accelerator images of one size are predicted together, as many as have the pixels of one
-# Cityscapes frame: a batch then needs no more memory than that one image.
-BATCH_PIXELS = 2048 * 1024
-
-
-def images_at_once(model, height, width):
-    """How many images of a size are predicted in one batch, 1 or more; on a CPU always 1.
-
-    There a batch of 2 to 8 takes 1.1 to 1.4 times as long as its images one by one. What batches
-    gain on a GPU has not been measured.
-    """
-    if model.pixel_mean.device.type == "cpu":
-        return 1
-    return max(1, BATCH_PIXELS // (height * width))
-
-
 def in_batches(model, items, sizes_of):
     """Yield lists of consecutive items of equal sizes, no longer than images_at_once.
 
@@ -202,7 +186,7 @@ def in_batches(model, items, sizes_of):
             yield batch
             batch = []
         batch.append(item)
-        if len(batch) >= images_at_once(model, *sizes[:2]):
+        if len(batch) >= images_at_once(model.pixel_mean.device, *sizes[:2]):
             yield batch
             batch = []
     if batch:

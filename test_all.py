@@ -3373,10 +3373,10 @@ def test_batches_of_one_size_predict_as_single_images(window, monkeypatch):
 
 
 def test_a_batch_has_no_more_pixels_than_a_frame_of_cityscapes():
-    wide = SimpleNamespace(pixel_mean=torch.zeros(1, device="meta"))
     sizes = (1024, 2048), (512, 1024), (192, 256), (2160, 3840)
-    assert [evaluation.images_at_once(wide, *size) for size in sizes] == [1, 4, 42, 1]
-    assert evaluation.images_at_once(Pointwise(), 192, 256) == 1
+    gpu = torch.device("meta")  # any that is no CPU
+    assert [model.images_at_once(gpu, *size) for size in sizes] == [1, 4, 42, 1]
+    assert model.images_at_once(torch.device("cpu"), 192, 256) == 1
 
 
 def test_adabn_statistics_are_those_of_the_activations(capsys):
@@ -5608,6 +5608,23 @@ def test_full_attention_is_the_detail_and_none_is_the_context():
     assert sorted(set(count.flatten().tolist())) == [1, 2, 4]
     torch.testing.assert_close(attend(net, 50)(x).logits, total / count)
     torch.testing.assert_close(attend(net, -50)(x).logits, context)
+
+
+def test_crops_of_an_image_come_in_one_batch_only_in_training(monkeypatch):
+    net, x = detailed_net(), torch.rand(2, 3, 64, 64)  # 9 crops of 32
+    one_by_one = net(x).logits
+    for most, batches in ((1, [2] * 9), (4, [8, 8, 2]), (100, [18])):
+        monkeypatch.setattr(model, "images_at_once", lambda *_: most)
+        passes = Mock(wraps=net.one_scale)
+        with monkeypatch.context() as patch:
+            patch.setattr(net, "one_scale", passes)
+            torch.testing.assert_close(net(x).logits, one_by_one)
+        assert [len(call.args[0]) for call in passes.call_args_list] == [2] + batches
+    monkeypatch.setattr(model, "images_at_once", lambda *_: 1)
+    with torch.no_grad():
+        teacher = model.teacher_mode(net)
+        teacher(x)
+    assert teacher.decoder.fusion.bn.num_batches_tracked == 2  # the contexts, and all crops
 
 
 @pytest.mark.parametrize("size", [(63, 97), (37, 32), (20, 24), (1, 1), (64, 64)])
