@@ -2809,7 +2809,8 @@ def restyle(image, looks, generator, shard=(0, 1)):
     looks: target images (B,3,H,W), of which each image draws one to take its low frequencies from;
     T2S-DA's pseudo-target. None draws a random look, for domain generalisation, once per step:
     colour jitter and blur (strong_augment); or a gain and a shift per image and channel; or the low
-    frequencies of other images of the batch, beta from 0.01..0.1. Source: after T2S-DA (Wang et al., 2023).
+    frequencies of other images of the batch, beta from 0.01..0.1. Source: after T2S-DA (Wang et
+    al., 2023).
     """
     styles = image if looks is None else looks
     # Both kinds of look draw these first.
@@ -3066,7 +3067,9 @@ def main(argv=None):
         interrupted()
 
 
-# ---- the rendered streets: render_street(seed, index, style, size) -> image uint8 (H,W,3), label uint8 (H,W)
+# ---- the rendered streets
+#
+# render_street(seed, index, style, size) -> image uint8 (H,W,3), label uint8 (H,W)
 #
 # A small world for the default commands, drawn with numpy and Pillow. How a picture comes to be:
 #

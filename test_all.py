@@ -528,7 +528,8 @@ def test_fingerprints_are_of_content_not_of_place(tmp_path):
                                          "images/002.png labels/002.png\n")
     shutil.copytree(tmp_path / "a", tmp_path / "deep/er/b")
     seen = set()
-    for spec in ("folder:A/images:A/labels", "glob:A/images/*.png:A/labels/*.png", "list:A/list.txt",
+    for spec in ("folder:A/images:A/labels", "glob:A/images/*.png:A/labels/*.png",
+                 "list:A/list.txt",
                  "folder:A/images"):
         one, two = (open_train(spec.replace("A", str(tmp_path / place)), ABC, partial=True)
                     for place in ("a", "deep/er/b"))
@@ -731,7 +732,8 @@ def test_ctrl_c_ends_the_work_of_processes_at_once_and_in_one_line():
             "def task(i):\n    os.write(1, f'{os.getpid()}\\n'.encode())\n    time.sleep(60)\n"
             "try:\n    data._in_processes(task, range(400), 'waiting')\n"
             "except KeyboardInterrupt:\n    data.interrupted()")
-    run = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True,
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
+                           text=True,
                            stderr=subprocess.PIPE, start_new_session=True)
     worker = int(run.stdout.readline())
     began = time.time()
@@ -1211,7 +1213,7 @@ def test_strong_augment():
 
 @pytest.mark.parametrize("each", [False, True])
 def test_factors_are_each_images_own(each):
-    """Over 200 batches; with each, the order of the parts and sigma too, as the released code has it."""
+    """Over 200 batches; with each, the order of the parts and sigma too, as in released code."""
     image = torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1).expand(4, 3, 6, 6)  # blur keeps it
     order_seen, sigmas, jittered, apart = set(), [], [], []
     real_jitter, real_blur = data._jitter, data._blur
@@ -1322,7 +1324,7 @@ def test_data_command(tmp_path):
     assert wrong.stderr.count("\n") == 1
 
 
-# ---------------------------------------------------------------- data.py: masks and SPECs as they are
+# ------------------------------------------------------------ data.py: masks and SPECs as they are
 
 
 def table_of(tmp_path, text):
@@ -1433,7 +1435,8 @@ def test_names_that_no_other_file_could_tell_apart_are_refused(tmp_path):
 
 def test_a_title_that_may_be_a_class_is_said(tmp_path):
     ids = tmp_path / "ids.txt"
-    for text, said in (("label\ntext\n", True), ("text\nlabel\n", False), ("id,name\n0,text", False)):
+    for text, said in (("label\ntext\n", True), ("text\nlabel\n", False),
+                       ("id,name\n0,text", False)):
         ids.write_text(text)
         dataset = data.open_dataset(f"{make_masks(tmp_path, (0,))}:{ids}", "val")
         assert any("label, is taken for a title" in note for note in dataset.notes) == said
@@ -1599,7 +1602,8 @@ def test_train_ids_and_own_ids_of_the_same_names_have_caches_of_their_own(tmp_pa
     (tmp_path / "ids.txt").write_text("0 road\n1 car")
     found = []
     for classes in ("names.txt", "ids.txt", "names.txt"):
-        dataset = data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/m", "train", str(tmp_path / classes),
+        dataset = data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/m", "train",
+                                    str(tmp_path / classes),
                                     (24, 18), tmp_path / "cache")
         found.append(int(dataset[0]["label"][0, 0]))
     assert found == [255, 1, 255]
@@ -1870,7 +1874,8 @@ def test_lists_of_names_fill_the_stars_of_two_patterns(tmp_path):
     (tmp_path / "Class" / "2007_2.png").unlink()
     refused(opened(f"{images}:{tmp_path}/Class/*.png"), "1 of 2 images have no label")
     # without the patterns the error says that they are missing
-    refused(lambda: data.open_dataset(f"list:{tmp_path}/train.txt", "train", ("x",)), "train.txt: line 1",
+    refused(lambda: data.open_dataset(f"list:{tmp_path}/train.txt", "train", ("x",)),
+            "train.txt: line 1",
             "list:FILE:IMAGES:MASKS")
 
 
@@ -2147,42 +2152,54 @@ def test_what_own_tables_leave_out_is_said_with_its_share(tmp_path):
     (tmp_path / "ids.txt").write_text("0 road\n1 -\n2 kerb stone\n3 sky\n")
     spec = f"{make_masks(tmp_path / 'd', (0, 1, 2, 3))}:{tmp_path}/ids.txt"
     dataset = data.open_dataset(spec, "val", ("road", "sky"), cache=tmp_path / "cache")
-    raw = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "d" / "masks").iterdir())])
+    masks = sorted((tmp_path / "d" / "masks").iterdir())
+    raw = np.stack([np.asarray(Image.open(path)) for path in masks])
     remarks = "; ".join(dataset.remarks())
-    assert f"{100 * (raw == 2).mean():.3g} % of the pixels are ignored because the classes lack their names: kerb" in remarks
+    share = f"{100 * (raw == 2).mean():.3g} %"
+    said = f"{share} of the pixels are ignored because the classes lack their names: kerb"
+    assert said in remarks
     assert f"ignored {100 * np.isin(raw, (1, 2)).mean():.3g} % of the pixels" in remarks
-    assert "lack" not in "; ".join(data.open_dataset(spec, "val", cache=tmp_path / "cache").remarks())
+    own = data.open_dataset(spec, "val", cache=tmp_path / "cache")
+    assert "lack" not in "; ".join(own.remarks())
 
 
 def test_palettes_that_differ_are_a_problem_where_ids_are_read_by_index(tmp_path):
-    """Colour masks that a tool reduced to palettes, file by file; with a table of colours they are right."""
+    """Colour masks that a tool reduced to palettes, file by file; a table of colours reads them."""
     (tmp_path / "colours.txt").write_text("128 64 128 road\n0 0 142 car\n70 130 180 sky")
     spec = make_masks(tmp_path / "d", COLOURS, write=save_colour_palette)
-    Image.fromarray(np.full((18, 24, 3), COLOURS[2], np.uint8)).quantize().save(tmp_path / "d" / "masks" / "p01.png")
-    argv = ["--source", spec, "--target", "none", "--val", "none", "--recipe", "source", "--steps", "1", "--crop", "16",
-            *TINY, "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    sky = Image.fromarray(np.full((18, 24, 3), COLOURS[2], np.uint8))
+    sky.quantize().save(tmp_path / "d" / "masks" / "p01.png")
+    argv = ["--source", spec, "--target", "none", "--val", "none", "--recipe", "source",
+            "--steps", "1", "--crop", "16", *TINY, "--channels", "8",
+            "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     (tmp_path / "names.txt").write_text("road\ncar\nsky")
     done = run_train([*argv, "--classes", str(tmp_path / "names.txt")], check=False)
-    assert done.returncode == 2 and "palettes in 3 masks" in done.stderr and not (tmp_path / "out").exists()
+    assert done.returncode == 2 and "palettes in 3 masks" in done.stderr
+    assert not (tmp_path / "out").exists()
     run_train([argv[0], f"{spec}:{tmp_path}/colours.txt", *argv[2:]])
-    alike = data.open_dataset(make_masks(tmp_path / "alike", (0, 1, 2), write=save_palette), "val", ("a", "b", "c"),
+    alike = data.open_dataset(make_masks(tmp_path / "alike", (0, 1, 2), write=save_palette), "val",
+                              ("a", "b", "c"),
                               cache=tmp_path / "cache")
     assert not alike.check() and not alike.label_problem()
 
 
 def test_bad_pairs_of_a_pooled_source_are_left_out(tmp_path):
     (tmp_path / "names.txt").write_text("road\ncar\nsky")
-    specs = [make_masks(tmp_path / name, (0, 1, 2), count, (32, 32)) for name, count in (("a", 3), ("b", 4))]
+    specs = [make_masks(tmp_path / name, (0, 1, 2), count, (32, 32))
+             for name, count in (("a", 3), ("b", 4))]
     (tmp_path / "a" / "images" / "p01.png").write_bytes(b"")
-    argv = ["--source", *specs, "--target", specs[1], "--val", "none", "--recipe", "source", "--steps", "2", "--crop", "16",
-            *TINY, "--channels", "8", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--classes",
+    argv = ["--source", *specs, "--target", specs[1], "--val", "none", "--recipe", "source",
+            "--steps", "2", "--crop", "16", *TINY, "--channels", "8",
+            "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--classes",
             str(tmp_path / "names.txt"), "--rcs", "0.01"]
     done = run_train(argv, check=False)
-    assert done.returncode == 2 and "a/images/p01.png" in done.stderr and "--skip-bad 1" in done.stderr
+    assert done.returncode == 2
+    assert "a/images/p01.png" in done.stderr and "--skip-bad 1" in done.stderr
     done = run_train([*argv, "--skip-bad", "1"])
     assert "(6 images)" in done.stdout
     assert "4 of the 4 target images are also images of the source" in done.stdout
-    assert list(events(tmp_path / "out", "start")[0]["left_out"].values()) == [[str(tmp_path / "a/images/p01.png")]]
+    left_out = events(tmp_path / "out", "start")[0]["left_out"]
+    assert list(left_out.values()) == [[str(tmp_path / "a/images/p01.png")]]
 
 
 def test_pools_of_tables_labels_and_names(tmp_path):
@@ -2239,7 +2256,8 @@ def cut(path):
 def relabel(ids, size=(56, 40), **how):
     """A change that writes stripes of these ids into a mask."""
     def change(path):
-        label = np.repeat(np.array(ids, how.get("dtype", np.uint8)), -(-size[1] // len(ids)))[:size[1]]
+        label = np.repeat(np.array(ids, how.get("dtype", np.uint8)),
+                          -(-size[1] // len(ids)))[:size[1]]
         image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(label[:, None], size[::-1])))
         image.save(path, how.get("format", "PNG"))
     return change
@@ -2247,20 +2265,24 @@ def relabel(ids, size=(56, 40), **how):
 
 FAULTS = {  # what happens to files of the made run, which ones, and the words of the one line
     "truncated image": (cut, "source/images/003.png", "no readable image"),
-    "empty image": (lambda path: path.write_bytes(b""), "source/images/003.png", "restore or remove it"),
+    "empty image": (lambda path: path.write_bytes(b""), "source/images/003.png",
+                    "restore or remove it"),
     "truncated mask": (cut, "source/labels/003.png", "no readable image"),
     "image of the target": (cut, "the target/images/002.png", "no readable image"),
     "image of the validation set": (cut, "val/images/002.png", "no readable image"),
     "mask of the validation set": (relabel((0, 7)), "val/labels/002.png", "ids 7"),
     "unequal sizes": (relabel((0, 1), (56, 39)), "source/labels/005.png", "56x40 but"),
     "unequal sizes in validation": (relabel((0, 1), (40, 56)), "val/labels/000.png", "56x40 but"),
-    "ids from 1": (relabel((1, 2, 3)), "source/labels/*.png", "do the ids start at 1? write `1 NAME`"),
+    "ids from 1": (relabel((1, 2, 3)), "source/labels/*.png",
+                   "do the ids start at 1? write `1 NAME`"),
     "void is 0": (relabel((0, 1, 2, 3)), "source/labels/*.png", "is 0 no class? write `0 -`"),
     "stray id": (relabel((0, 9)), "source/labels/004.png", "values of these masks: 0, 9"),
-    "binary": (relabel((0, 255)), "source/labels/*.png", "write `0 sky` and `255 wall` in an IDS file"),
+    "binary": (relabel((0, 255)), "source/labels/*.png",
+               "write `0 sky` and `255 wall` in an IDS file"),
     "binary validation": (relabel((0, 255)), "val/labels/*.png", "255 is ignored"),
     "ignored only": (relabel((255,)), "source/labels/*.png", "no pixel of its labels"),
-    "colours": (lambda path: Image.new("RGB", (56, 40), (9, 8, 7)).save(path), "source/labels/002.png", "colour"),
+    "colours": (lambda path: Image.new("RGB", (56, 40), (9, 8, 7)).save(path),
+                "source/labels/002.png", "colour"),
     "16 bits": (relabel((0, 1000), dtype=np.uint16), "source/labels/002.png", "labels/002.png"),
     "JPEG": (relabel((0, 1), format="JPEG"), "source/labels/002.png", "JPEG"),
 }
@@ -2294,7 +2316,8 @@ def test_problems_of_all_sets_are_grouped_by_kind(tmp_path):
     assert done.returncode == 2 and len(lines) == 3
     assert "val/labels/001.png" in lines[1] and "(1 of 3 items of folder:" in lines[1]
     assert "images/000.png" in lines[0] and "(2 of 6 items of folder:" in lines[0]
-    assert "error: " in lines[2] and "labels/001.png: ids 3" in lines[2] and "(3 of 6 items of folder:" in lines[2]
+    assert "error: " in lines[2] and "labels/001.png: ids 3" in lines[2]
+    assert "(3 of 6 items of folder:" in lines[2]
 
     classes = str(tmp_path / "names.txt")
     code, out, _ = run_data(argv[argv.index("--source") + 1], "--classes", classes,
@@ -2345,7 +2368,8 @@ def test_left_out_pairs_are_as_if_they_were_not_there(size, tmp_path):
     assert len(a) == 5 and a.names == b.names and (a.class_counts() == b.class_counts()).all()
     assert a.check() == [] and all(same(a[i], b[i]) for i in range(5))
     a = pickle.loads(pickle.dumps(a))  # as a loader's process has it
-    crops = [data.Crops(dataset, 32, 1, data.RareClassSampler(dataset.class_counts())) for dataset in (a, b)]
+    crops = [data.Crops(dataset, 32, 1, data.RareClassSampler(dataset.class_counts()))
+             for dataset in (a, b)]
     assert all(same(crops[0][k], crops[1][k]) for k in range(12))
 
 
@@ -2366,7 +2390,8 @@ def test_skip_bad(tmp_path):
     done = run_train([*argv, "--skip-bad", "2"], launcher=TORCHRUN, OMP_NUM_THREADS="1")
     assert "goes without 1 images" in done.stdout and "source (5 images)" not in done.stdout
     left_out = events(tmp_path / "out", "start")[0]["left_out"]
-    assert list(left_out.values()) == [[str(tmp_path / "source/images/003.png")], [str(tmp_path / "val/images/001.png")]]
+    assert list(left_out.values()) == [[str(tmp_path / "source/images/003.png")],
+                                       [str(tmp_path / "val/images/001.png")]]
     assert events(tmp_path / "out", "result")[0]["student"]["images"] == 2
     relabel((0, 9))(tmp_path / "source/labels/000.png")
     shutil.rmtree(tmp_path / "out")
@@ -2378,7 +2403,8 @@ def test_published_labels_of_another_size_are_resized_and_counted(tmp_path):
     for i, height in enumerate((20, 18, 20)):
         put(tmp_path / f"images/{i}.png", np.zeros((20, 30, 3)))
         put(tmp_path / f"labels/{i}.png", np.repeat([7, 23], height // 2)[:, None].repeat(30, 1))
-    dataset = data.open_dataset(f"gta:{tmp_path}", "train", "cityscapes19", None, tmp_path / "cache")
+    dataset = data.open_dataset(f"gta:{tmp_path}", "train", "cityscapes19", None,
+                                tmp_path / "cache")
     dataset.size, dataset.cached = None, False
     assert dataset.check() == []
     assert any(remark.startswith("1 labels have another size") for remark in dataset.remarks())
@@ -2396,7 +2422,8 @@ def test_what_is_said_about_images_and_labels(tmp_path):
     said = dataset.remarks(crop=80)
     assert said == [
         "1 images are turned by their EXIF tag",
-        "crops of 80 are larger than 100% of the images (56x40): 65% of the crops is padding; use a smaller --crop or "
+        "crops of 80 are larger than 100% of the images (56x40): 65% of the crops is padding; "
+        "use a smaller --crop or "
         "a larger --size",
         "ignored 12.5 % of the pixels of its labels", "no pixel of 1 of 4 classes: never"]
     assert dataset.remarks(labels=False) == said[:1] and len(dataset.remarks(crop=40)) == 3
@@ -2404,9 +2431,11 @@ def test_what_is_said_about_images_and_labels(tmp_path):
     for i in range(4):
         relabel((1, 255))(tmp_path / f"train/labels/00{i}.png")
     one = data.open_dataset(spec, "train", names, None, tmp_path / "cache")
-    assert any("ONE CLASS ONLY: all masks hold wall" in remark for remark in one.remarks()) and not one.label_problem()
+    assert any("ONE CLASS ONLY: all masks hold wall" in remark for remark in one.remarks())
+    assert not one.label_problem()
     streets = data.open_dataset("streets", "train", names, None, tmp_path / "cache")
-    assert streets.remarks(crop=128) == [] and "crops of 256" in streets.remarks(crop=256)[0] and streets.check() == []
+    assert streets.remarks(crop=128) == [] and streets.check() == []
+    assert "crops of 256" in streets.remarks(crop=256)[0]
 
     options = ["--classes", str(tmp_path / "names.txt"), "--cache", str(tmp_path / "cache"),
                "--out", str(tmp_path / "o.png")]
@@ -2431,14 +2460,16 @@ def test_binary_masks_are_a_problem_unless_a_table_ignores_values(text, problem,
 
 
 def test_masks_beside_images_are_no_images(tmp_path):
-    for name in ("a.jpg", "a-Masks.png", "b.png", "b_label.png", "c.png", "c.gt.png", "d_mask.png", "_mask.png"):
+    for name in ("a.jpg", "a-Masks.png", "b.png", "b_label.png", "c.png", "c.gt.png", "d_mask.png",
+                 "_mask.png"):
         put(tmp_path / "x" / name, np.zeros((4, 4, 3)))
     dataset = data.open_dataset(f"folder:{tmp_path / 'x'}", "train", "camvid11")
     assert dataset.names == ["_mask", "a", "b", "c", "d_mask"]
     by_glob = data.open_dataset(f"glob:{tmp_path / 'x'}/*.*", "train", "camvid11")
     assert by_glob.names == dataset.names
     note = dataset.notes[0]
-    assert "MASKS" in note and " 3 files" in note and all(name in note for name in ("a-Masks.png", "b_label.png", "c.gt.png"))
+    assert "MASKS" in note and " 3 files" in note
+    assert all(name in note for name in ("a-Masks.png", "b_label.png", "c.gt.png"))
     (tmp_path / "x" / "list.txt").write_text("a.jpg\na-Masks.png\nb.png\n")
     listed = data.open_dataset(f"list:{tmp_path / 'x'}/list.txt", "train", "camvid11")
     assert listed.names == ["a", "b"] and "MASKS" in listed.notes[0]
@@ -2452,7 +2483,8 @@ def test_where_labels_were_looked_for_is_said(tmp_path):
     put(tmp_path / "leftImg8bit/train/x/x_0_leftImg8bit.png", np.zeros((8, 8, 3)))
     put(tmp_path / "gtFine/train/x/x_0_gtFine_color.png", np.zeros((8, 8, 3)))
     wanted = tmp_path / "gtFine/train/x/x_0_gtFine_labelIds.png"
-    done = run_train(["--recipe", "source", "--source", f"cityscapes:{tmp_path}", "--target", "none", "--val", "none",
+    done = run_train(["--recipe", "source", "--source", f"cityscapes:{tmp_path}",
+                      "--target", "none", "--val", "none",
                       "--out", str(tmp_path / "out")], check=False)
     assert done.returncode == 2 and str(wanted) in done.stderr.splitlines()[-1]
     code, out, _ = run_data(f"cityscapes:{tmp_path}", "--cache", str(tmp_path / "cache"),
@@ -2471,11 +2503,15 @@ def test_validation_on_training_images_and_own_source_without_target(tmp_path):
                   ["--recipe", "dacs", "--source", source, "--target", target],
                   ["--recipe", "source", "--source", source, "--target", "none", "--val", link]):
         done = run_train([*flags, *rest], check=False)
-        assert done.returncode == 2 and "are images of the training set" in done.stderr and "if you want" in done.stderr
-    for flags in (["--recipe", "source", "--source", source, "--target", target],  # the target is not trained on
+        assert done.returncode == 2
+        assert "are images of the training set" in done.stderr and "if you want" in done.stderr
+    for flags in (# the target is not trained on
+                  ["--recipe", "source", "--source", source, "--target", target],
                   ["--recipe", "source", "--source", source, "--target", "none", "--val", source],
-                  ["--recipe", "dacs", "--source", "none", "--labeled", "2", "--target", target, "--val", target],
-                  ["--recipe", "dacs", "--source", source, "--target", target.rpartition(":")[0], "--val", target]):
+                  ["--recipe", "dacs", "--source", "none", "--labeled", "2", "--target", target,
+                   "--val", target],
+                  ["--recipe", "dacs", "--source", source, "--target", target.rpartition(":")[0],
+                   "--val", target]):
         said = run_train([*flags, *rest]).stdout
         assert ("VALIDATION ON TRAINING IMAGES" in said) == ("--val" in flags)
         shutil.rmtree(tmp_path / "out")
@@ -2492,20 +2528,23 @@ def test_legends_show_the_classes_that_occur(tmp_path):
     names = ("sky", "wall", "car", "never")
     colours = [tuple(colour) for colour in data.palette(names).tolist()]
     sheet = data.contact_sheet(data.open_dataset(spec, "train", names, None, tmp_path / "cache"))
-    plain = data.grid([[np.zeros((320 * 40 // 56, 320, 3), np.uint8)] * 3] * 2, ["image", "label", "overlay"])
+    plain = data.grid([[np.zeros((320 * 40 // 56, 320, 3), np.uint8)] * 3] * 2,
+                      ["image", "label", "overlay"])
     below = {colour for _, colour in sheet.crop((0, plain.height, *sheet.size)).getcolors(9999)}
     assert below >= set(colours[:3]) and colours[3] not in below
     label = np.array([[0, 2], [255, 2]], np.uint8)
     assert data.legend([label, torch.from_numpy(label)], names, colours) == [
         ("sky", colours[0]), ("car", colours[2]), ("not labelled", (0, 0, 0))]
-    narrow = data.with_legend(Image.new("RGB", (8, 8)), [("a name that is longer than the sheet", (1, 2, 3))])
+    narrow = data.with_legend(Image.new("RGB", (8, 8)),
+                              [("a name that is longer than the sheet", (1, 2, 3))])
     assert narrow.width > 150 and narrow.getpixel((6, 14)) == (1, 2, 3)
 
     put(tmp_path / "in.png", np.array([[[0, 0, 0], [85, 0, 0], [255, 0, 0]]]).repeat(2, 0))
     own = tmp_path / "colours.txt"
     own.write_text("#010203 never\nwall,9,8,7\n")
     for flags, wall in (({}, colours[1]), ({"colors": data.read_colours(own, names)}, (9, 8, 7))):
-        evaluation.predict_images(Pointwise(), tmp_path / "in.png", names, tmp_path / "out", **flags)
+        evaluation.predict_images(Pointwise(), tmp_path / "in.png", names, tmp_path / "out",
+                                  **flags)
         ids = Image.open(tmp_path / "out/in_ids.png")
         assert ids.mode == "P" and np.asarray(ids).tolist() == [[0, 1, 3]] * 2
         rgb = ids.convert("RGB")
@@ -2517,10 +2556,13 @@ def test_legends_show_the_classes_that_occur(tmp_path):
 
 def test_palette_files(tmp_path):
     path = tmp_path / "p.txt"
-    for text in ("1 2 3 traffic light", "traffic light,1,2,3", "# label:color_rgb:parts:actions\ntraffic light:1,2,3::",
-                 "#010203 traffic light", "name,r,g,b\nroad,128,64,128\ntraffic light, 1, 2, 3\nelse,4,4,4"):
+    for text in ("1 2 3 traffic light", "traffic light,1,2,3",
+                 "# label:color_rgb:parts:actions\ntraffic light:1,2,3::",
+                 "#010203 traffic light",
+                 "name,r,g,b\nroad,128,64,128\ntraffic light, 1, 2, 3\nelse,4,4,4"):
         path.write_text(text)
-        assert data.read_colours(path, ("road", "traffic light")).tolist() == [[128, 64, 128], [1, 2, 3]]
+        colours = data.read_colours(path, ("road", "traffic light"))
+        assert colours.tolist() == [[128, 64, 128], [1, 2, 3]]
     for text, words in (("road\nwall", "128 64 128 road"), ("1 2 256 road", "from 0 to 255")):
         path.write_text(text)
         refused(lambda: data.read_colours(path, ("road", "wall")), path, words)
@@ -2540,15 +2582,18 @@ def test_processes_of_every_start_method(method, tmp_path):
     where = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run_train([*argv, "--workers", "1", "--steps", "1", "--size", "48x40"], **where)
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    code = f"import sys; sys.path.insert(0, {HERE!r}); import data; data._in_processes(exec, [{code!r}], 'waiting')"
-    pool = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | where)
-    worker = int(pool.stdout.readline())  # it did not end itself, and does when its parent is killed
+    code = (f"import sys; sys.path.insert(0, {HERE!r}); import data; "
+            f"data._in_processes(exec, [{code!r}], 'waiting')")
+    pool = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                            env=os.environ | where)
+    worker = int(pool.stdout.readline())  # it does not end itself, but when its parent is killed
     time.sleep(1)
     assert Path(f"/proc/{worker}").exists() or sys.platform != "linux"
     pool.kill()
     pool.wait()
     for _ in range(50):
-        if not Path(f"/proc/{worker}").exists() or Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+        stat = Path(f"/proc/{worker}/stat")
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
             return
         time.sleep(0.2)
     pytest.fail("a worker outlived its parent")
@@ -2564,7 +2609,7 @@ def test_windows_gets_no_more_than_61_workers(monkeypatch):
         assert pool.call_args.args == (workers,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # kernels.py
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -2859,7 +2904,8 @@ def test_upsample_pseudo_label_by_way_of_another_size(via, size, backend):
     ours = kernels.upsample_pseudo_label(
         logits.float().to(DEVICE), size, 0.5, backend=backend, via=via)
     torch.testing.assert_close(ours[1].cpu().double(), wanted, rtol=0, atol=1e-5)
-    assert torch.equal(ours[0].cpu().long(), label) and ours[2].cpu() == (wanted >= 0.5).float().mean()
+    assert torch.equal(ours[0].cpu().long(), label)
+    assert ours[2].cpu() == (wanted >= 0.5).float().mean()
 
 
 @each_backend
@@ -3142,7 +3188,8 @@ def test_read_outs_stand_side_by_side_with_what_was_gained():
         "source + AdaBN student teacher".split(), "road 10.00 16.00 30.00 30.50".split(),
         "sky 20.00 20.00 - 32.00".split(), "mIoU 15.00 18.00 30.00 31.25".split()]
     assert lines[0].endswith("source  + AdaBN  student  teacher") and "333 steps" in lines[5]
-    assert lines[-1] == "recommended: teacher, mIoU 31.25, +16.25 over source, +13.25 over its AdaBN"
+    assert lines[-1] == ("recommended: teacher, mIoU 31.25, +16.25 over source, "
+                         "+13.25 over its AdaBN")
     results |= {"source": None, "recommended": "student"}
     lines = evaluation.format_read_outs(results, 0).splitlines()
     assert lines[0].split() == ["student", "teacher"] and lines[-1].endswith("student, mIoU 30.00")
@@ -3226,7 +3273,7 @@ def test_scores_over_16_and_13_classes():
 
 @torch.no_grad()
 def probabilities_of(model, image, size=None, **how):
-    """Class probabilities, float32 (B,K,h,w), of the logits that evaluation.predict_labels takes."""
+    """Class probabilities, float32 (B,K,h,w), of the logits that predict_labels takes."""
     logits = evaluation.raw_logits(model, image, **how)
     size = size or image.shape[2:]
     return F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
@@ -3431,9 +3478,11 @@ def test_panel_of_a_training_step_leaves_the_network_alone():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     views = {"source": torch.rand(5, 3, 8, 8), "label": torch.full((5, 8, 8), 255).byte()}
     sheet = evaluation.training_panel(model, views, "abcd")
-    plain = data.grid([[np.zeros((8, 8, 3), np.uint8)] * 3] * 4, views)  # three columns, at most four rows
+    # three columns, at most four rows
+    plain = data.grid([[np.zeros((8, 8, 3), np.uint8)] * 3] * 4, views)
     shown = {colour for _, colour in sheet.crop((0, plain.height, *sheet.size)).getcolors(999)}
-    assert sheet.height > plain.height and shown & {tuple(colour) for colour in data.palette("abcd").tolist()}
+    colours = {tuple(colour) for colour in data.palette("abcd").tolist()}
+    assert sheet.height > plain.height and shown & colours
     assert model.conv[1].training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -3738,7 +3787,8 @@ def test_table_rows_are_runs_without_their_seed(tmp_path, monkeypatch):
             for seed, path, bank in ((0, "a/bank.npz", "1f"), (1, "b/bank.npz", "1f"),
                                      (2, "a/bank.npz", "2e"), (3, "b/bank.npz", None))]
     assert rows_of(*text[:2]) == ["text"]
-    refused(lambda: evaluation.table([text[0], text[2]]), "text a/bank.npz (digest None 2e) instead of a/bank.npz (digest None 1f)")
+    refused(lambda: evaluation.table([text[0], text[2]]),
+            "text a/bank.npz (digest None 2e) instead of a/bank.npz (digest None 1f)")
     refused(lambda: evaluation.table([text[0], text[3]]), "b/bank.npz instead of a/bank.npz")
     made_log(tmp_path / "mic-1.jsonl", 1, 40, **new | dict(tau=0.5, dyce=0.5))
     refused(lambda: evaluation.table([named[0], tmp_path / "mic-1.jsonl"]), "row mic with",
@@ -3811,7 +3861,8 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
     readouts = {}
     for rows in ("camvid-{source,daformer,mic,oracle}", "night-{source,mic,oracle}"):
         for row in rows_of_command(f"python eval.py --table assets/logs/{rows}-?.jsonl"):
-            readouts.setdefault((row[0], row[1]), row)  # the first; a second one has IoUs of classes
+            # the first; a second one has IoUs of classes
+            readouts.setdefault((row[0], row[1]), row)
     readme = (Path(HERE) / "README.md").read_text()
     for start, name, readout in (("`source`", "source", "student"),
                                  ("`source` with AdaBN", "source", "adabn"),
@@ -4208,14 +4259,16 @@ def test_curves_over_the_steps_of_runs(tmp_path, capsys):
             ("other", [{"event": "step", "source": 1.0}, {"event": "eval", "student": "x"},
                        {"event": "result", "step": 1, "student": {"miou": None}}])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, events)))
-        eval_fails(capsys, ["--curves", tmp_path / f"{name}.jsonl"], f"{name}.jsonl: neither losses")
+        eval_fails(capsys, ["--curves", tmp_path / f"{name}.jsonl"],
+                   f"{name}.jsonl: neither losses")
 
     # A folder's second run: what the first one had later is not the second one's
     events = [{"event": "start", "run": "1", "flags": {"recipe": "mic", "seed": 0}}]
     events += [{"event": "step", "step": step, "source": 9.0, "run": "1"} for step in (10, 20, 30)]
     events += [{"event": "start", "run": "2", "flags": {"recipe": "mic", "seed": 0}},
                {"event": "step", "step": 10, "source": 1.0, "run": "2"},
-               {"event": "resume", "run": "2"}, {"event": "step", "step": 20, "source": 2.0, "run": "2"}]
+               {"event": "resume", "run": "2"},
+               {"event": "step", "step": 20, "source": 2.0, "run": "2"}]
     (tmp_path / "again.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"ev')
     panels = evaluation.step_curves([tmp_path / "again.jsonl"])
     assert panels == {"loss: source": {"again": {10: 1.0, 20: 2.0}}}
@@ -4367,7 +4420,8 @@ def test_what_eval_writes_is_written_whole_or_not_at_all(tmp_path, capsys, monke
 def test_own_masks_demand_ids_where_the_run_had_its_names_from_ids(tmp_path, capsys):
     spec = make_folder(tmp_path, 1)
     (tmp_path / "ids.txt").write_text("0 road\n1 sky\n2 own thing")
-    for classes, demanded in ((None, True), (str(tmp_path / "gone.txt"), True), ("cityscapes19", False),
+    for classes, demanded in ((None, True), (str(tmp_path / "gone.txt"), True),
+                              ("cityscapes19", False),
                               (str(tmp_path / "ids.txt"), False)):
         checkpoint = made_checkpoint(tmp_path / "last.pt", classes=("road", "sky", "own thing"))
         state = load_checkpoint(checkpoint)
@@ -4603,7 +4657,8 @@ def test_command_line_fails_in_one_line(tmp_path, capsys, monkeypatch):
             ([checkpoint, *data, "--picture", "no/x.png", "--before", other], "no such folder"),
             ([checkpoint, *data, "--picture", "x", "--before", other], "write FILE.png"),
             ([checkpoint, *data, "--save", checkpoint], f"--save {checkpoint}: "),
-            ([checkpoint, *data, "--save", f"{checkpoint}/x/y"], "last.pt is a file; give a folder"),
+            ([checkpoint, *data, "--save", f"{checkpoint}/x/y"],
+             "last.pt is a file; give a folder"),
             ([checkpoint, "--images", tmp_path / "images", "--save", checkpoint], "is a file"),
             ([checkpoint, *data, "--submit", checkpoint], "is a file; give a folder"),
             ([checkpoint, *data, "--json", tmp_path], "a folder; give a file"),
@@ -5014,17 +5069,20 @@ def test_a_published_segmenter_needs_its_three_names(tmp_path):
         model.load(tmp_path / "net.pth", "mit_b0", "segformer", "cityscapes20")
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\n")
     for classes in (tuple(names), tmp_path / "names.txt", str(tmp_path / "names.txt")):
-        assert model.load(tmp_path / "net.pth", "mit_b0", "segformer", classes).classes == tuple(names)
+        assert model.load(tmp_path / "net.pth", "mit_b0", "segformer",
+                          classes).classes == tuple(names)
 
 
 def test_a_file_of_a_teacher_alone_is_a_teacher(tmp_path):
     net = random_segmenter("daformer")
-    state = {f"ema_model.{key}": value for key, value in published_file(net, dict, DAFORMER).items()}
+    state = {f"ema_model.{key}": value for key,
+             value in published_file(net, dict, DAFORMER).items()}
     torch.save({"state_dict": state}, tmp_path / "ema.pth")
     names = "mit_b0", "daformer", list("abcde")
     loaded = model.load(tmp_path / "ema.pth", *names, weights="teacher")
     assert same_tensors(dict(loaded.state_dict()), dict(net.state_dict()))
-    refused_by(CheckpointError, "ema.pth: holds no student", model.load, tmp_path / "ema.pth", *names)
+    refused_by(CheckpointError, "ema.pth: holds no student", model.load, tmp_path / "ema.pth",
+               *names)
     other = random_segmenter("daformer", 1)
     load_backbone(other, tmp_path / "ema.pth")
     assert same_tensors(dict(other.state_dict()), dict(net.state_dict()))
@@ -5084,7 +5142,8 @@ def test_quantised_weights_are_no_weights(tmp_path):
     state = published_file(net, dict, NVIDIA_MLP, True)
     name = "decode_head.linear_pred.weight"
     torch.save(state | {name: state[name].to(torch.int8)}, tmp_path / "int.pth")
-    refused_by(CheckpointError, "int.pth: .*other types 1 .decoder.classifier.weight torch.int8 for",
+    refused_by(CheckpointError,
+               "int.pth: .*other types 1 .decoder.classifier.weight torch.int8 for",
                model.load, tmp_path / "int.pth", "mit_b0", "segformer", list("abcde"))
 
 
@@ -6557,10 +6616,12 @@ def test_sepico():
     for c in range(3):  # of the whole history, each row alike
         own = keys[key_label == c]
         torch.testing.assert_close(mean[c], own.mean(0).double(), rtol=0, atol=1e-6)
-        torch.testing.assert_close(variance[c], own.var(0, correction=0).double(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(variance[c], own.var(0, correction=0).double(), rtol=0,
+                                   atol=1e-6)
     assert mean[3:].abs().max() == variance[3:].abs().max() == 0
     x, label = unit(6, 8, seed=7).requires_grad_(), torch.tensor([0, 1, 2, 0, 255, 4])
-    for tau in (100.0, 1.0, 0.3):  # classes 3 and 4 have no statistics: 0 in the sum, as positive too
+    for tau in (100.0, 1.0,
+                0.3):  # classes 3 and 4 have no statistics: 0 in the sum, as positive too
         value = losses.sepico(x, label, gaussians, tau)
         wanted = plain_sepico(x, label, mean, variance, tau)
         torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
@@ -7475,7 +7536,7 @@ def test_two_thresholds_of_the_version_before_are_one_only_where_one_counted():
 
 
 def test_statistics_and_contrasts_stay_in_float32_under_autocast():
-    """A confidence of bf16 products can pass 1, and the root of what is left is then not a number."""
+    """A confidence of bf16 products can pass 1; the root of what is left is then not a number."""
     confidence = losses.ClassConfidence(1)
     with torch.autocast("cpu", torch.bfloat16):
         confidence.update(torch.zeros(259, dtype=torch.int64), torch.full((259,), 0.9999))
@@ -7526,7 +7587,8 @@ def test_a_source_phase_is_a_run_of_its_own_before_adaptation(small_run, tmp_pat
     assert before["step"] == 3 and same_tensors(before["student"], alone["student"])
 
     steps = events(tmp_path / "straight", "step")
-    assert [step["images_per_s"] > 0 and "mix" in step for step in steps] == 3 * [False] + 3 * [True]
+    adapting = [step["images_per_s"] > 0 and "mix" in step for step in steps]
+    assert adapting == 3 * [False] + 3 * [True]
     rates = [train.learning_rate(step % 3, 1e-3, 3, 0) for step in range(6)]
     assert [step["lr"] for step in steps] == pytest.approx(rates)
 
@@ -7584,7 +7646,8 @@ def test_without_validation_a_source_phase_shows_nothing(small_run, tmp_path):
 
 def test_two_processes_share_a_source_phase_of_every_module(small_run, tmp_path):
     """DDP ends a run in which a step leaves a parameter without a gradient."""
-    more = "--steps 4 --batch 1 --crop 64 --source-steps 2 --recipe lcmsm --text stub --mask-block 4"
+    more = ("--steps 4 --batch 1 --crop 64 --source-steps 2 --recipe lcmsm --text stub "
+            "--mask-block 4")
     contrasts = "--t2s 0.1 --cluda 0.1 --sepico 0.1"
     run_train([*small_run, *more.split(), *contrasts.split()], launcher=TORCHRUN,
               OMP_NUM_THREADS="1")
@@ -7626,7 +7689,8 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
         if name in free:
             check()
         else:
-            with pytest.raises(CheckpointError, match=f"other flags: {shown} .*, is {value}; repeat"):
+            with pytest.raises(CheckpointError,
+                               match=f"other flags: {shown} .*, is {value}; repeat"):
                 check()
     with pytest.raises(CheckpointError, match="the names in --classes were .*, are .*'sofa'"):
         train.check_resume(flags, [*names[:2], "sofa"], state, "last.pt")
@@ -7726,7 +7790,8 @@ def test_another_number_of_processes_goes_on_with_as_many_images_per_step(small_
     fails(small_run, "the number of processes was 4, is 1; repeat them, or give --out NEW; "
           "--batch 2 --accum 4 keep the 8 images per step")
     as_if(2, 2, 1)
-    fails([*small_run, *"--batch 4 --lr 0.5".split()], "other flags: --lr was 0.001, is 0.5; repeat")
+    fails([*small_run, *"--batch 4 --lr 0.5".split()],
+          "other flags: --lr was 0.001, is 0.5; repeat")
     as_if(1, 4, 1)
     fails([*small_run, *"--batch 2 --accum 2".split()], "--batch was 4, is 2, --accum was 1, is 2;")
     before = {"batch": 3, "accum": 1, "world": 2}
@@ -7745,7 +7810,8 @@ def test_a_longer_schedule_and_a_used_folder_say_the_way_on(small_run, tmp_path)
     # without last.pt too the scores of another run are not overwritten
     (out / "last.pt").unlink()
     for path in ("log.jsonl", "best.pt"):
-        fails([*argv, "--mix", "1"], f"out/{path} is of a run with other flags: --mix was 0.0, is 1.0",
+        fails([*argv, "--mix", "1"],
+              f"out/{path} is of a run with other flags: --mix was 0.0, is 1.0",
               "--out NEW")
         (out / path).rename(tmp_path / path)
     (tmp_path / "log.jsonl").rename(out / "log.jsonl")
@@ -7861,7 +7927,7 @@ assert status_of([*argv, "--out", killed]) == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(small_run, tmp_path):
-    """In steps, half-written lines and checkpoints, between a checkpoint and its picture, at the end."""
+    """In steps, in half-written lines and checkpoints, before a picture, at the end."""
     small_run += "--save-every 2 --eval-every 3".split()
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     command = [sys.executable, "-c", KILLS, HERE, str(straight), str(killed), *small_run]
@@ -7993,15 +8059,17 @@ def test_a_signal_saves_and_leaves(number, status, whole_run, tmp_path):
 
 
 def test_what_another_launcher_left_is_refused_or_said(small_run):
-    """Else a stale WORLD_SIZE waits for ever, and each task of SLURM is silently a run of its own."""
+    """Else a stale WORLD_SIZE waits for ever, and each task of SLURM is a run of its own."""
     for left in (dict(WORLD_SIZE="2"), dict(RANK="1"), dict(WORLD_SIZE="4", RANK="3")):
         said = " ".join(f"{name}={value}" for name, value in left.items())
-        with pytest.raises(DataError, match=f"{said} is set, .* torchrun --nproc-per-node N train.py"):
+        with pytest.raises(DataError,
+                           match=f"{said} is set, .* torchrun --nproc-per-node N train.py"):
             train.check_launcher(left)
     train.check_launcher(dict(WORLD_SIZE="1", RANK="0"))
     fails(small_run, "RANK=1 is set", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29999")
 
-    for slurm, says in ((dict(SLURM_NTASKS="2"), True), (dict(SLURM_NTASKS="1"), False), ({}, False),
+    for slurm, says in ((dict(SLURM_NTASKS="2"), True), (dict(SLURM_NTASKS="1"), False),
+                        ({}, False),
                         (dict(SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="1"), False),
                         (dict(SLURM_NTASKS="4", SLURM_PROCID="1"), False)):
         with pytest.MonkeyPatch.context() as patch:
@@ -8326,7 +8394,8 @@ def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path
         source.write_bytes(whole)
     argv = [*small_run, "--source", good, "--out", str(tmp_path / "last")]
     breaks(target)
-    fails([*argv, *"--recipe source --target none --steps 2".split()], f"{target}: no readable image")
+    fails([*argv, *"--recipe source --target none --steps 2".split()],
+          f"{target}: no readable image")
     assert load_checkpoint(tmp_path / "last/last.pt")["step"] == 2  # the final evaluation failed
 
 
@@ -8955,8 +9024,8 @@ def test_the_record_has_each_recipe_and_holds_for_two_rows():
 # A change of the code that should change no number is checked here: six steps of each row on made
 # images, in fp32 on one CPU thread, have to give the same loss terms, gradient norms, weights and
 # scores bit for bit. A change that should change a number writes its rows again, and its commit
-# says why. On another kind of machine or version of torch the rounding differs; there only the first
-# step's terms are compared, to one percent.
+# says why. On another kind of machine or version of torch the rounding differs; there only the
+# first step's terms are compared, to one percent.
 
 RECORD = Path(HERE) / "assets" / "record.json"
 RECORD_STEPS = 6
@@ -9040,7 +9109,7 @@ def digest(*arrays):
 
 
 def recorded_run(argv, out):
-    """Run train.py's main() -> {"terms": a dict a batch; "norm", "student", "teacher": a value a step}.
+    """Run train.py's main() -> {"terms": a dict a batch; "norm", "student", "teacher": one a step}.
 
     With validation data also "miou": of student, teacher and student with AdaBN.
     """
@@ -9883,7 +9952,8 @@ def bench(argv):
     train.keep_freed_memory()  # likewise
     torch.manual_seed(0)
     about["ceilings"] = ceilings()
-    print("ceilings: " + ", ".join(f"{rate:.3g} {name}" for name, rate in about["ceilings"].items()))
+    print("ceilings: " + ", ".join(f"{rate:.3g} {name}" for name,
+                                   rate in about["ceilings"].items()))
     tables = []
     for name in args.names or BENCH_SHAPES:
         for shape in BENCH_SHAPES[name]:
