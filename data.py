@@ -2190,15 +2190,17 @@ def leave_out_bad(datasets, bad):
 def fingerprint(dataset):
     """
     Digest of what a data set gives, wherever it lies: names and sizes of its files in their order,
-    and what its masks mean; 16 hex digits. Where two are equal, so are all crops that are drawn.
+    and what its masks mean; 16 hex digits. Where two are equal, so are all crops that are drawn at
+    one --size. Files are the same at every size; what is rendered is another picture at each.
     """
-    content = [dataset.kind, dataset.split, dataset.size]
+    content = [dataset.kind, dataset.split]
     for part in dataset.parts:
+        rendered_at = part.size if part.files is None else None
         sizes = []
         for path in itertools.chain.from_iterable(part.files or []):
             sizes.append(path and path.stat().st_size)
         meaning = (sorted(part.ids.names.items()), part.ids.nearest, part.train_ids)
-        content.append((part.kind, part.size, part.names, sizes, meaning))
+        content.append((part.kind, rendered_at, part.names, sizes, meaning))
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 

@@ -906,8 +906,8 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
          2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 # What has to be the same in all runs of one table: flags, and what read_run adds to them. Size,
 # crop and batch need not be: labels are scored at their own size, and rows at one and at several
-# resolutions differ in all three.
-COMPARABLE = ("target", "val", "classes", "steps", "backbone", "decoder", "channels", "init",
+# resolutions differ in all three. Nor need steps, which the table then shows.
+COMPARABLE = ("target", "val", "classes", "backbone", "decoder", "channels", "init",
               "slide", "validation images", "resizing of predictions")
 # Flags that may differ within a row: the seed, and those that change no number. The number of
 # processes counts by the images per step.
@@ -1157,6 +1157,17 @@ def read_outs(rows):
     return found
 
 
+def titles_of_rows(rows):
+    """{row: what a table calls it}: its name, with its steps where those of the rows differ."""
+    steps = {}
+    for row, runs in rows.items():
+        run = next(iter(runs.values()))
+        steps[row] = flag_of(run, "steps")
+    if len(set(steps.values())) == 1:
+        return {row: row for row in rows}
+    return {row: f"{row}, {count} steps" for row, count in steps.items()}
+
+
 def table(paths, against=None):
     """Markdown: mIoU of each row's read-outs over seeds, paired differences, then the IoUs.
 
@@ -1171,6 +1182,7 @@ def table(paths, against=None):
         raise DataError(f"--against {against!r}: no such row; there are: {', '.join(rows)}")
     reference = against or source_only_row(rows)
     found = read_outs(rows)
+    titles = titles_of_rows(rows)
     seeds = set()
     for results in found.values():
         seeds.update(results)
@@ -1184,7 +1196,7 @@ def table(paths, against=None):
     for (row, readout), results in found.items():
         mious = {seed: result["miou"] for seed, result in results.items()}
         center, deviation, _ = spread(list(mious.values()))
-        cells = [row, readout]
+        cells = [titles[row], readout]
         cells += [number(mious.get(seed), ".1f") for seed in seeds]
         cells.append(f"{center:.1f} ± {number(deviation, '.1f')}")
         if reference:
@@ -1200,7 +1212,7 @@ def table(paths, against=None):
     first = next(iter(found.values()))  # {seed: scores}
     names = list(next(iter(first.values()))["iou"])
     for (row, readout), results in found.items():
-        cells = [row, readout]
+        cells = [titles[row], readout]
         for name in names:
             cells.append(number(mean(result["iou"][name] for result in results.values()), ".1f"))
         classes.append(cells)
@@ -1225,11 +1237,14 @@ def label_curves(rows):
     """
     groups = {}
     ticks = {}
+    first = next(iter(next(iter(rows.values())).values()))
     for row, runs in rows.items():
         run = next(iter(runs.values()))
         source = flag_of(run, "source")
         if source == flag_of(run, "target"):
             raise DataError(f"--picture: {row} learns from all labels of the target; leave it out")
+        if different := differences(run, first, ["steps"]):
+            raise DataError(f"--picture: {row} has {different}; leave one out")
         group = groups.setdefault((run.flags["recipe"], str(source)), {})
         if run.labels in group:
             raise DataError(f"--picture: {group[run.labels]} and {row} are the same recipe, source "

@@ -544,8 +544,12 @@ def test_fingerprints_are_of_content_not_of_place(tmp_path):
     assert data.fingerprint(data.open_dataset(spec, "val", ABC)) != before
     (tmp_path / "a/labels/001.png").write_bytes((tmp_path / "a/images/001.png").read_bytes())
     assert data.fingerprint(open_train(spec)) != before
+    # files are the same at every size, rendered pictures are not
+    before = data.fingerprint(open_train(spec))
+    assert data.fingerprint(open_train(spec, size=(80, 60))) == before
     streets = [data.fingerprint(open_train(spec)) for spec in ("streets", "streets:shifted")]
-    assert len(set(streets)) == 2
+    streets.append(data.fingerprint(open_train("streets", size=(80, 60))))
+    assert len(set(streets)) == 3
 
 
 def test_facts_of_images(tmp_path):
@@ -3983,11 +3987,17 @@ def test_table_refuses_what_it_cannot_compare(tmp_path, capsys):
     for bad, words in ((tmp_path / "foreign", "no log of train.py"),
                        (tmp_path / "last.pt", "a checkpoint"),
                        (made_log(tmp_path / "other/one-0", 0, 1), "second run of one with seed 0"),
-                       (made_log(tmp_path / "long", 1, 1, steps=30), "steps 30 instead of 20"),
                        (made_log(tmp_path / "killed", 2, 1, finished=False), "no result event"),
                        (tmp_path / "text", "no start event")):
         refused(lambda: evaluation.table([one, bad]), bad, words)
     refused(lambda: evaluation.table([one], "two"), "--against 'two': no such row; there are: one")
+    # rows of other steps stand in one table, which shows them; in one row they may not
+    long = made_log(tmp_path / "long-0", 0, 43, 47, steps=30)
+    shown = evaluation.table([one, long], "one")
+    assert shown.count("| one, 20 steps |") == shown.count("| long, 30 steps |") == 4
+    assert "steps" not in evaluation.table([one], "one")
+    refused(lambda: evaluation.table([one, made_log(tmp_path / "one-1", 1, 1, steps=30)]),
+            "not of one row", "steps 30 instead of 20")
     # rows of one and of several resolutions stand in one table
     hrda = made_log(tmp_path / "hrda-0", 0, 44, 45, size=[48, 36], crop=32, batch=1, detail=0.5)
     assert "| hrda |" in evaluation.table([one, hrda], "one")
@@ -4025,6 +4035,7 @@ def test_curve_over_the_number_of_labels(tmp_path, capsys):
     assert evaluation.axis_values(39.7, 61.9) == [35, 40, 45, 50, 55, 60, 65]
     assert evaluation.axis_values(50, 50) == [50, 51]
     for name, words, more in (("oracle", "all labels", dict(source="t", labels=0)),
+                              ("long", "long has steps 30 instead of 20", dict(steps=30)),
                               ("again", "src-9 and again", dict(labels=9, labeled="9"))):
         more = made_log(tmp_path / name, 0, 1, recipe="source", **more)
         refused(lambda: evaluation.label_curves(evaluation.read_runs([*runs, more])), words)
