@@ -66,7 +66,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
-READING = 2  # of files; a higher number where the same files are read to other values or faults
+READING = 3  # of files; a higher number where the same files are read to other values or faults
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
@@ -355,9 +355,14 @@ _NOTATIONS = (
     ("id", rf"(?P<id>-?\d+){_GAP}(?P<name>.+)"),  # 7 road
     ("id", r"(?P<name>.+?)\s*[\t,;:=]\s*(?P<id>-?\d+)"),  # road, 7
     ("position", r"(?P<name>.+)"))  # road
-# A name that begins or ends with another value; marks of JSON, YAML and the like.
+# A name that begins or ends with another value; marks of JSON, YAML and the like, of a labelmap.txt
+# without colours (road:::) and of half a bracket.
 _NUMBERS = rf"[-+]?(0[xX][0-9a-fA-F]+|[\d.]+)({_GAP}.*)?|.*[,;]\s*[\d.]+"
-_MARKS = r"[-*~] .*|~.*|<.*|.*[{}\[\]\"].*"
+_MARKS = r"[-*~|] .*|~.*|<.*|.*[{}\[\]\"].*|.*::.*|[^()]*\([^()]*"
+_MARKS += r"|.*\d[\s,;]+\d+[\s,;]+\d.*"  # a colour in some other place
+# Both ends of a name at which a number may stand that is meant as its value: 1) road, road 1.
+_FIRST_NUMBER = r"\W*(?P<number>\d+)[\W_]+(?P<rest>.*)"
+_LAST_NUMBER = r"(?P<rest>.*?)[\W_]+(?P<number>\d+)\W*"
 # The first line of a list of names is a title if it is one of these words, that of values and names
 # if it holds one.
 _TITLES = ("name", "names", "class", "classes", "classname", "label", "labels", "category")
@@ -388,9 +393,12 @@ def read_table(path):
     if title:
         lines = lines[1:]
     if not lines:
-        raise DataError(f"{path}: names no class; write one a line")
+        raise DataError(f"{path}: names no class; write one a line (behind # is a comment)")
 
     first, kind, _, _, tilde = lines[0]
+    if kind == "id" and len(re.split(r"[,;\t]", title)) > 2:
+        raise DataError(f"{path}: its title, {title!r}, names more columns than a value and a "
+                        "name; leave the others out")
     names = {}
     where = {}
     for position, (number, own_kind, value, name, own_tilde) in enumerate(lines):
@@ -409,6 +417,8 @@ def read_table(path):
                             "already; remove one")
         names[value] = None if name == "-" else name
         where[value] = number
+    if kind == "position":
+        _refuse_numbers(path, list(names.values()))
     return Table(names, kind, nearest=tilde, title=title if kind == "position" else None)
 
 
@@ -435,6 +445,21 @@ def _parse_line(line, where):
     return kind, value, name, tilde
 
 
+def _refuse_numbers(path, names):
+    """
+    Raises DataError where each of several names, str or None, holds a number that may be its value.
+    """
+    for pattern in (_FIRST_NUMBER, _LAST_NUMBER):
+        found = [re.fullmatch(pattern, name or "") for name in names]
+        if len(names) < 2 or not all(found):
+            continue
+        numbers = {match["number"] for match in found}
+        rests = {match["rest"] for match in found}
+        if len(numbers) == len(rests) == len(names):  # not lane 1, lane 2
+            raise DataError(f"{path}: all its lines hold a number, such as {names[0]!r}: write "
+                            "`ID NAME` where that is the value, or else `0 NAME`, `1 NAME`")
+
+
 def _value(parts):
     """(id or colour (red, green, blue), the largest number that it may hold)."""
     if parts.get("id"):
@@ -450,7 +475,8 @@ def _title(lines):
         return ""
     name = lines[0][3]
     if any(kind == "position" for _, kind, *_ in lines[1:]):
-        return name if _plain(name) in _TITLES else ""
+        # labelme counts from -1: its __ignore__ is saved as 255
+        return name if _plain(name) in _TITLES or name == "__ignore__" else ""
     return name if _TITLE_WORD.search(name.replace("_", " ")) else ""
 
 
@@ -691,6 +717,9 @@ def parse_spec(text, split="train"):
                         f"list:FILE:IMAGES[:MASKS[:IDS]] or {published}")
     if kind in SETS:
         return Spec(kind, _as_stored(rest, "folder"))
+    if "" in rest.split(":"):
+        raise DataError(f"{text!r}: nothing stands between two of its colons or behind the last; "
+                        "fill it in, or leave the colon out")
     rest = rest.replace("{split}", split)
     kinds = OWN[kind]
     if kind == "list" and "*" in rest:
@@ -773,12 +802,17 @@ def _some(items):
 
 
 def walk(folder, above=()):
-    """Files below a folder, also in linked ones, but not in a link to a folder that it is in."""
+    """
+    Files below a folder, also in linked ones, but not in a link to a folder that it is in. Hidden
+    files and folders, such as .ipynb_checkpoints or a Mac's ._a.png, do not count.
+    """
     real = os.path.realpath(folder)
     inside = any(os.path.join(one, "").startswith(os.path.join(real, "")) for one in above)
     if inside or not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
+        if entry.name[0] == ".":
+            continue
         if entry.is_dir():
             yield from walk(entry.path, (*above, real))
         elif entry.is_file():
@@ -787,9 +821,9 @@ def walk(folder, above=()):
 
 def _glob(dataset, root, pattern):
     """
-    [(image file, what its stars matched)] below a folder, sorted; hidden files do not count. Those
-    that Pillow cannot read are named in the data set's notes. Raises DataError where two match
-    alike, x.jpg and x.JPG.
+    [(image file, what its stars matched)] below a folder, as of walk, sorted. Those that Pillow
+    cannot read are named in the data set's notes. Raises DataError where two match alike, x.jpg and
+    x.JPG.
     """
     stars = _star_groups(_composed(pattern))
     found = []
@@ -797,7 +831,7 @@ def _glob(dataset, root, pattern):
     for file in walk(root):
         match = stars.fullmatch(_composed(file.relative_to(root).as_posix()))
         suffix = file.suffix.lower()
-        if not match or file.name[0] == ".":
+        if not match:
             continue
         if suffix in SUFFIXES:
             found.append((file, match.groups()))
@@ -842,7 +876,7 @@ def _composed_names(folder):
 
 def _existing(path):
     """The path, or one that exists and differs in the form of its accents, or None."""
-    if path.exists():
+    if os.path.exists(path):  # False too for what is too long for a name
         return path
     if str(path).isascii() or path == path.parent:
         return None
@@ -1102,21 +1136,28 @@ def _image_names(images):
 # ---------------------------------------------------------------- reading files
 
 def _open(path):
-    """Decoded PIL image. Whatever is wrong with the file becomes a DataError that names it."""
+    """
+    Decoded PIL image; info["orientation"] is its EXIF tag, 1 to 8. Whatever is wrong with the file
+    becomes a DataError that names it.
+    """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 # Damaged PNG data may well be decoded, to other pixels; their checksums tell.
                 if image.format == "PNG":
                     image.verify()
-            with Image.open(path) as image:
+            # From a file object: Pillow maps an uncompressed TIFF of a path into memory, with the
+            # rows as long as those of the turned image where its tag turns it.
+            with Image.open(file) as image:
+                orientation = image.getexif().get(0x0112, 1)  # loading a TIFF removes it
                 image.load()
+                image.info["orientation"] = orientation
                 return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; "
                         "make it smaller") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
         raise DataError(f"{path}: no readable image ({type(error).__name__}: {error}); "
                         "restore or remove it", spares_others=True) from error
 
@@ -1145,8 +1186,8 @@ def _bits(path, image):
 
 def _upright(image):
     """(the image as its EXIF tag shows it, whether that turned or mirrored it)."""
-    turned = image.getexif().get(0x0112, 1) in range(2, 9)  # 1, and an odd tag, is upright
-    return ImageOps.exif_transpose(image), turned
+    turned = image.info["orientation"] in range(2, 9)  # 1, and an odd tag, is upright
+    return ImageOps.exif_transpose(image), turned  # a TIFF is turned already
 
 
 def _read_upright(path):
@@ -1176,14 +1217,14 @@ def read_label(path, lossy=False):
 
     They are read from 8- and 16-bit grey, from the indices of a palette, never from its colours,
     and from RGB(A) whose channels are equal or all of whose values are red (CARLA). lossy: JPEG and
-    its like are taken as well, as grey.
+    its like are taken as well; the values are grey ones then, of a palette those of its colours.
     """
     image = _open(path)
     bits = _bits(path, image)
-    fault = None
-    if lossy and image.mode not in ("1", "L", "P"):
-        image = image.convert("L")
-    if _is_lossy(image) and not lossy:
+    fault = _values_in_alpha(image)
+    if fault:
+        pass
+    elif _is_lossy(image) and not lossy:
         fault = f"a lossy {image.format}, which does not keep ids exactly"
     elif image.mode in ("L", "LA") and bits in range(2, 8):
         fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
@@ -1195,6 +1236,8 @@ def read_label(path, lossy=False):
         fault = f"a {bits}-bit colour picture"
     elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and image.mode[0] != "I":
         fault = f"a picture of mode {image.mode} and no class ids"
+    if fault is None and lossy and image.mode[0] != "I":
+        image, fault = _grey_values(image)
     if fault is None:
         ids = np.asarray(_upright(image)[0])
         if ids.ndim == 3:
@@ -1214,11 +1257,31 @@ def _one_channel(channels, mode):
         return ids, None
     equal = (channels[:, :, 1:3] == channels[:, :, :1]).all()
     red = not channels[:, :, 1:3].any()
-    if mode == "RGBA" and not channels[:, :, :3].any() and np.ptp(channels[:, :, 3]):
-        return ids, "black, with all its values in the alpha channel"
     if equal or red:
         return ids, None
     return ids, f"a colour picture ({mode}) and no class ids"
+
+
+def _values_in_alpha(image):
+    """The fault, or None, of a mask that is one colour but for its opacity, as brushes save it."""
+    if image.mode not in ("LA", "RGBA"):
+        return None
+    *colours, (least, most) = image.getextrema()
+    if least == most or any(low != high for low, high in colours):
+        return None
+    return "of one colour, with all its values in the alpha channel"
+
+
+GREY_SPREAD = 48  # channels of a grey JPEG, re-saved or not, differ by less
+
+
+def _grey_values(image):
+    """(a mask as a grey PIL image, fault or None where its channels are too unlike for grey)."""
+    channels = np.asarray(image.convert("RGB"))  # (H,W,3)
+    fault = None
+    if np.ptp(channels, 2).max() > GREY_SPREAD:
+        fault = "a colour picture, and ~ in IDS stands before grey values"
+    return image.convert("L"), fault
 
 
 def read_mask_colours(path):
@@ -1227,8 +1290,10 @@ def read_mask_colours(path):
     dropped, grey repeated. Raises DataError.
     """
     image = _open(path)
-    fault = None
-    if _is_lossy(image):
+    fault = _values_in_alpha(image)
+    if fault:
+        pass
+    elif _is_lossy(image):
         fault = f"a lossy {image.format}, which does not keep colours exactly"
     elif image.mode[0] in "IF" or _bits(path, image) > 8:
         fault = f"a picture of more than 8 bits per channel (mode {image.mode})"
@@ -1667,7 +1732,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def _note_names(self):
         """Sets which names the classes lack; notes whose ids masks named labelTrainIds hold."""
-        if not self.labeled or self.classes in CLASS_SPACES.values():
+        # Published data and published classes lack names of each other by their nature.
+        if not self.labeled or self.kind not in OWN and self.classes in CLASS_SPACES.values():
             return
         shown = self._shown_ids()
         named = table_classes(shown)
@@ -2121,11 +2187,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
 Fault = namedtuple("Fault", "index text spares_others values")
 
 
-def describe_faults(dataset, faults):
+def describe_faults(dataset, faults, bad_pairs=None):
     """
     The faults of a data set in words, list of str: a line for each kind, the most frequent first,
-    with its first file, how many there are, and for ids what may be behind them.
+    with its first file, how many there are, and for ids what may be behind them. bad_pairs: how
+    many --skip-bad would have to leave out in all; None: those of this data set.
     """
+    if bad_pairs is None:
+        bad_pairs = sum(fault.spares_others for fault in faults)
     kinds = {}
     for fault in faults:
         kind = "ids"
@@ -2143,7 +2212,7 @@ def describe_faults(dataset, faults):
         if values:
             text += _diagnosis(values, dataset)
         if group[0].spares_others:
-            text += f"; or train.py --skip-bad {len(group)} leaves out as many"
+            text += f"; or train.py --skip-bad {bad_pairs} leaves out as many"
         lines.append(f"{text} ({len(group)} of {len(dataset)} items of {dataset.spec})")
     return lines
 
@@ -2156,13 +2225,14 @@ def check_sets(datasets, skip=0):
     whose pair is unreadable or of unequal sizes. Raises DataError with the first kind of problem;
     the others are printed before, a line each.
     """
-    bad, problems = [], []
+    found, problems = [], []
     faulty = {}  # an image that two of the sets have counts once
     for dataset, _ in datasets:
-        faults = dataset.check()
-        bad.append([fault.index for fault in faults])
-        faulty.update((fault.text, fault.spares_others) for fault in faults)
-        problems += describe_faults(dataset, faults)
+        found.append(dataset.check())
+        faulty.update((fault.text, fault.spares_others) for fault in found[-1])
+    for (dataset, _), faults in zip(datasets, found):
+        problems += describe_faults(dataset, faults, sum(faulty.values()))
+    bad = [[fault.index for fault in faults] for faults in found]
     if len(faulty) <= skip and all(faulty.values()):
         problems = []
     for dataset, labels in datasets:
@@ -2530,9 +2600,12 @@ def labeled_indices(dataset, spec):
 
 def _listed_indices(dataset, known, spec):
     """The indices, of `known`, that a file lists."""
-    images = []
+    images = {}  # name or end of a path: indices
     for i in known:
-        images.append((i, _composed(dataset.names[i]), _composed(dataset.image_path(i))))
+        path = _composed(dataset.image_path(i))
+        ends = {path[slash.end():] for slash in re.finditer("/", path)}
+        for end in {_composed(dataset.names[i])} | ends:
+            images.setdefault(end, []).append(i)
     found = set()
     for line in read_lines(spec):
         matches = _images_in_line(images, line)
@@ -2555,12 +2628,11 @@ def _listed_indices(dataset, known, spec):
 
 
 def _images_in_line(images, line):
-    """Indices of the images (index, name, path) that a line of a list means."""
+    """Indices of the images {name or end of a path: indices} that a line of a list means."""
     whole, tab, _ = _composed(line).replace("\\", "/").removeprefix("./").partition("\t")
     candidates = [whole] if tab else [whole, whole.rpartition(" ")[0]]  # a name may hold spaces
     for wanted in filter(None, candidates):
-        end = "/" + wanted.lstrip("/")
-        matches = [i for i, name, path in images if name == wanted or path.endswith(end)]
+        matches = images.get(wanted.lstrip("/"))
         if matches:
             return matches
     return []

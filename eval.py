@@ -768,9 +768,8 @@ def images_below(path, results):
     inside = path.resolve() in results.parents
     files = []
     for file in walk(path):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         ours = inside and results in file.resolve().parents
-        if file.suffix.lower() in SUFFIXES and not hidden and not ours:
+        if file.suffix.lower() in SUFFIXES and not ours:
             files.append(file)
     if not files:
         raise DataError(f"{path}: no images here ({', '.join(sorted(SUFFIXES))})")
