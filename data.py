@@ -1721,12 +1721,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def _shown_ids(self):
         """The table that says most about the masks: published ids without those of no name."""
-        if self.kind in OWN:
-            return self.ids
         table = self.ids
         labels = [label for _, label in self.files or [] if label]
         if labels and all(map(self._holds_train_ids, labels)):
             table = TRAIN_IDS
+        elif self.kind in OWN:
+            return table
         named = {value: name for value, name in table.names.items() if name is not None}
         return table._replace(names=named)
 
@@ -1736,8 +1736,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if not self.labeled or self.kind not in OWN and self.classes in CLASS_SPACES.values():
             return
         shown = self._shown_ids()
-        named = table_classes(shown)
-        lacking = sorted(name for name in named if class_index(name, self.classes, False) == IGNORE)
+        became = _classes_of_values(shown, self.classes)
+        ignored = {name for value, name in shown.names.items() if became[value] == IGNORE}
+        lacking = sorted(ignored - {None})
         if lacking:
             self.lacking_names = lacking
             marked = {}
@@ -1880,6 +1881,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
                            "to it")
         remarks += self._crop_remarks(crop, np.array([self.size]) if self.size else facts["size"])
         if labels and self.labeled:
+            alone = facts["alone"].sum()
+            if alone:
+                remarks.append(f"{alone} of the turned images have a mask without such a tag: does "
+                               "it lie on its image? `python data.py SPEC` draws both")
             remarks += self._label_remarks(*self._native_counts())
         return remarks
 
@@ -2109,6 +2114,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """Writes item i, as _read gives it, into the facts and, where there is one, the cache."""
         facts = {"turned": turned, "fitted": fitted, "lacking": lacking}
         mask = self.files[i][1]
+        if turned and mask:
+            facts["alone"] = not _upright(_open(mask))[1]
         if mask and self.kind in OWN and self.ids.kind != "colour":
             facts["palette"] = palette_digest(mask)
         self._note(i, image.shape[1::-1], label, **facts)
@@ -2144,14 +2151,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def _facts(self):
         """
         Cache of what is known about each item, whose files were read and fit: size (W,H) of the
-        image; whether EXIF turned it; whether the label was resized to it; palette_digest of own
-        masks that are read by index; pixels of names that the classes lack; pixels per class in the
-        label at the image's size (native) and as served.
+        image; whether EXIF turned it, and it alone, as its mask has no tag; whether the label was
+        resized to it; palette_digest of own masks that are read by index; pixels of names that the
+        classes lack; pixels per class in the label at the image's size (native) and as served.
         """
         num_classes = len(self.classes)
         fields = [
-            ("size", "u4", (2,)), ("turned", "?"), ("fitted", "?"), ("palette", "S16"),
-            ("lacking", "i8"),
+            ("size", "u4", (2,)), ("turned", "?"), ("alone", "?"), ("fitted", "?"),
+            ("palette", "S16"), ("lacking", "i8"),
             ("native", "i8", (num_classes,)), ("served", "i8", (num_classes,))]
         tables = [self.table.tobytes(), self.train_table.tobytes()]
         return Cache(self._cache_path(".facts", *tables, fields), len(self), fields)

@@ -1759,8 +1759,11 @@ def test_tagged_masks_turn_with_their_images(tmp_path):
         picture = Image.fromarray(label[..., None].repeat(3, 2) * 90)
         picture.save(tmp_path / "i" / f"{tag}.png", exif=exif)
         Image.fromarray(label).save(tmp_path / "m" / f"{tag}.png", exif=exif)
-    for item in data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/m", "val", ("a", "b", "c")):
+    both = data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/m", "val", ("a", "b", "c"),
+                             cache=tmp_path / "cache")
+    for item in both:
         assert torch.equal(item["image"][0], 90 * item["label"]), item["name"]
+    assert not any("without such a tag" in remark for remark in both.remarks())
 
 
 def test_tagged_tiffs_are_turned_once_and_counted(tmp_path):
@@ -1899,6 +1902,15 @@ def test_own_train_ids_are_read_by_name_unless_ids_say_more(tmp_path):
     put(tmp_path / city[1], np.array([[0, 1, 2], [0, 1, 255]]))
     own = data.open_dataset(f"list:{tmp_path}/list.txt:{tmp_path}/names.txt", "train", names)
     assert own[0]["label"].tolist() == [[0, 1, 2], [0, 1, 255]] and not own.notes
+    # without IDS an own SPEC shows what it reads, and what the classes lack
+    bare = data.open_dataset(f"list:{tmp_path}/list.txt", "train", names, cache=tmp_path / "cache")
+    assert bare[0]["label"].tolist() == [[0, 255, 255], [0, 255, 255]]
+    assert bare.mapping[1] == "1 -> ignored (sidewalk)" and bare.mapping[13] == "13 -> car"
+    assert any("50 % of the pixels are ignored because the classes lack" in remark
+               for remark in bare.remarks())
+    known = data.open_dataset(f"list:{tmp_path}/list.txt", "train", "camvid11")
+    assert known[0]["label"].tolist() == [[3, 4, 1], [3, 4, 255]]
+    assert known.lacking is None  # sidewalk is Pavement there
 
 
 def test_specs_by_glob(tmp_path):
@@ -2546,8 +2558,10 @@ def test_what_is_said_about_images_and_labels(tmp_path):
         "crops of 80 are larger than 100% of the images (56x40): 65% of the crops is padding; "
         "use a smaller --crop or "
         "a larger --size",
+        "1 of the turned images have a mask without such a tag: does it lie on its image? "
+        "`python data.py SPEC` draws both",
         "ignored 12.5 % of the pixels of its labels", "no pixel of 1 of 4 classes: never"]
-    assert dataset.remarks(labels=False) == said[:1] and len(dataset.remarks(crop=40)) == 3
+    assert dataset.remarks(labels=False) == said[:1] and len(dataset.remarks(crop=40)) == 4
     assert dataset.label_problem() == ""
     for i in range(4):
         relabel((1, 255))(tmp_path / f"train/labels/00{i}.png")
