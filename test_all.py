@@ -8452,10 +8452,13 @@ def test_two_processes_give_the_gradients_and_scores_of_one(tmp_path):
         assert torch.load(f"{out}scores{rank}") == made_scores()
 
 
-def test_two_processes_draw_the_samples_of_one(small_run, monkeypatch):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_two_processes_draw_the_samples_of_one(pooled, small_run, monkeypatch):
     def samples(world, batch):
         f = train.parse_flags([*small_run, "--batch", str(batch), "--accum", "2"])
-        dataset = data.open_dataset(f.source, "train", data.class_names(f.classes))
+        spec = [f.source, f.val] if pooled else f.source
+        dataset = data.open_dataset(spec, "train", data.class_names(f.classes))
+        assert isinstance(dataset, data.Pool) == pooled
         drawn = []
         for rank in range(world):
             monkeypatch.setattr(train, "RANK", rank)
