@@ -4013,6 +4013,11 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
         if night:
             assert night in readouts[f"night-{name}", readout]
 
+    sentence = re.search(r"`hrda` (\d+\.\d), one resolution at the same\s+cost (\d+\.\d)", readme)
+    for figure, name in zip(sentence.groups(), ("hrda", "naive184"), strict=True):
+        run = evaluation.read_run(Path(HERE) / f"assets/logs/multi-{name}-0.jsonl")
+        assert figure == f"{run.result['teacher']['miou']:.1f}"
+
     before, adabn = [], []  # of the default run, at the end of its source phase
     for log in sorted((Path(HERE) / "assets/logs").glob("night-mic-?.jsonl")):
         source = evaluation.read_run(log).result["source"]
