@@ -366,6 +366,7 @@ _LAST_NUMBER = r"(?P<rest>.*?)[\W_]+(?P<number>\d+)\W*"
 # The first line of a list of names is a title if it is one of these words, that of values and names
 # if it holds one.
 _TITLES = ("name", "names", "class", "classes", "classname", "label", "labels", "category")
+_MORE_OF_A_TITLE = ("id", "ids", "index", "value", "color", "colour", "rgb", "hex")  # beside one
 _TITLE_WORD = re.compile(r"name|class|label|categor|index|value|colou?r|rgb|\b(id|idx|r)\b", re.I)
 _KINDS = {"position": "no value, a name by its position", "id": "an id", "colour": "a colour"}
 
@@ -476,7 +477,10 @@ def _title(lines):
     name = lines[0][3]
     if any(kind == "position" for _, kind, *_ in lines[1:]):
         # labelme counts from -1: its __ignore__ is saved as 255
-        return name if _plain(name) in _TITLES or name == "__ignore__" else ""
+        words = re.findall(r"[a-z]+", name.lower())  # Class names, class_id,class_name
+        known = set(words) <= {*_TITLES, *_MORE_OF_A_TITLE}
+        titles = known and not set(words).isdisjoint(_TITLES)
+        return name if titles or name == "__ignore__" else ""
     return name if _TITLE_WORD.search(name.replace("_", " ")) else ""
 
 

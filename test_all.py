@@ -1464,10 +1464,12 @@ def test_names_that_no_other_file_could_tell_apart_are_refused(tmp_path):
 def test_a_title_that_may_be_a_class_is_said(tmp_path):
     ids = tmp_path / "ids.txt"
     for text, said in (("label\ntext\n", True), ("text\nlabel\n", False),
-                       ("id,name\n0,text", False)):
+                       ("id,name\n0,text", False), ("Class names\ntext\n", True),
+                       ("id name\ntext\n", True), ("class_id,class_name\ntext\n", True),
+                       ("Name;Color\ntext\n", True), ("name plate\ntext\n", False)):
         ids.write_text(text)
         dataset = data.open_dataset(f"{make_masks(tmp_path, (0,))}:{ids}", "val")
-        assert any("label, is taken for a title" in note for note in dataset.notes) == said
+        assert any(", is taken for a title" in note for note in dataset.notes) == said
 
 
 def test_names_of_own_lists_swallow_nothing(tmp_path):
