@@ -363,10 +363,10 @@ _MARKS += r"|.*\d[\s,;]+\d+[\s,;]+\d.*"  # a colour in some other place
 # Both ends of a name at which a number may stand that is meant as its value: 1) road, road 1.
 _FIRST_NUMBER = r"\W*(?P<number>\d+)[\W_]+(?P<rest>.*)"
 _LAST_NUMBER = r"(?P<rest>.*?)[\W_]+(?P<number>\d+)\W*"
-# The first line of a list of names is a title if it is one of these words, that of values and names
-# if it holds one.
-_TITLES = ("name", "names", "class", "classes", "classname", "label", "labels", "category")
-_MORE_OF_A_TITLE = ("id", "ids", "index", "value", "color", "colour", "rgb", "hex")  # beside one
+# The first line of a list of names is a title if it is made of these words, one of _TITLES at
+# least; that of values and names if it holds one.
+_TITLES = {"name", "names", "class", "classes", "classname", "label", "labels", "category"}
+_MORE_OF_A_TITLE = {"id", "ids", "index", "value", "color", "colour", "rgb", "hex"}
 _TITLE_WORD = re.compile(r"name|class|label|categor|index|value|colou?r|rgb|\b(id|idx|r)\b", re.I)
 _KINDS = {"position": "no value, a name by its position", "id": "an id", "colour": "a colour"}
 
@@ -476,10 +476,9 @@ def _title(lines):
         return ""
     name = lines[0][3]
     if any(kind == "position" for _, kind, *_ in lines[1:]):
+        words = set(re.findall(r"[^\W_]+", name.lower()))  # of Class names, or class_id,class_name
+        titles = bool(words & _TITLES) and words <= _TITLES | _MORE_OF_A_TITLE
         # labelme counts from -1: its __ignore__ is saved as 255
-        words = re.findall(r"[a-z]+", name.lower())  # Class names, class_id,class_name
-        known = set(words) <= {*_TITLES, *_MORE_OF_A_TITLE}
-        titles = known and not set(words).isdisjoint(_TITLES)
         return name if titles or name == "__ignore__" else ""
     return name if _TITLE_WORD.search(name.replace("_", " ")) else ""
 
@@ -733,6 +732,9 @@ def parse_spec(text, split="train"):
         return Spec(kind, *parts)
     listed, *parts = parts
     if kinds is OWN["list"]:
+        if parts and ":" in parts[0] and not os.path.exists(parts[0]):
+            raise DataError(f"{text!r}: {parts[0]}: no such file; if these are IMAGES and MASKS, "
+                            "write patterns with a * for the names: images/*.jpg:masks/*.png")
         return Spec(kind, None, None, *parts, listed=listed)
     return Spec(kind, *parts, listed=listed)
 

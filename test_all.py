@@ -1466,7 +1466,9 @@ def test_a_title_that_may_be_a_class_is_said(tmp_path):
     for text, said in (("label\ntext\n", True), ("text\nlabel\n", False),
                        ("id,name\n0,text", False), ("Class names\ntext\n", True),
                        ("id name\ntext\n", True), ("class_id,class_name\ntext\n", True),
-                       ("Name;Color\ntext\n", True), ("name plate\ntext\n", False)):
+                       ("Name;Color\ntext\n", True), ("name plate\ntext\n", False),
+                       ("class 0\nclass 1\n", False), ("Class\nclass 1\n", True),
+                       ("名 name\ntext\n", False)):
         ids.write_text(text)
         dataset = data.open_dataset(f"{make_masks(tmp_path, (0,))}:{ids}", "val")
         assert any(", is taken for a title" in note for note in dataset.notes) == said
@@ -1987,6 +1989,9 @@ def test_lists_of_names_fill_the_stars_of_two_patterns(tmp_path):
     refused(opened(f"{images}:{tmp_path}/no/*.png"), "no/town/x y.png")
     refused(opened(f"{images}:{tmp_path}/ids.txt"), "needs a *")
     refused(opened(f"{tmp_path}/**/*.jpg"), "needs a *")
+    folders = f"{tmp_path}/JPEGImages:{tmp_path}/Class"
+    for text in (folders, f"{folders}:{tmp_path}/ids.txt"):
+        refused(opened(text), text, "write patterns with a * for the names")
     (tmp_path / "Class" / "2007_2.png").unlink()
     refused(opened(f"{images}:{tmp_path}/Class/*.png"), "1 of 2 images have no label")
     # without the patterns the error says that they are missing
@@ -9447,7 +9452,10 @@ def test_a_trained_network_in_six_lines_as_readme_shows_it(tmp_path):
     block = re.search(r"```python\n(.*?)```", (Path(HERE) / "README.md").read_text(), re.S)[1]
     assert block.count("\n") == 6
     (tmp_path / "out").mkdir()
-    made_checkpoint(tmp_path / "out" / "last.pt")
+    last = tmp_path / "out" / "last.pt"
+    made_checkpoint(last)
+    state = model.load_checkpoint(last)
+    save_checkpoint(last, state | {"teacher": state["student"]})
     put(tmp_path / "photo.jpg", np.random.default_rng(0).integers(0, 256, (48, 64, 3)))
     env = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, *sys.path])}
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=env,
