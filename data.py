@@ -1217,6 +1217,14 @@ def _is_lossy(image):
     return image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
 
 
+def _lossy_fault(image, what):
+    """What is wrong with a lossy mask; a photograph in a mask's place may be a swapped folder."""
+    fault = f"a lossy {image.format}, which does not keep {what} exactly"
+    if image.mode == "RGB":
+        fault += " (if it is a photograph: images stand before masks in a SPEC)"
+    return fault
+
+
 def read_label(path, lossy=False):
     """
     Raw ids (H,W), uint8 or uint16, upright by EXIF. Raises DataError.
@@ -1231,7 +1239,7 @@ def read_label(path, lossy=False):
     if fault:
         pass
     elif _is_lossy(image) and not lossy:
-        fault = f"a lossy {image.format}, which does not keep ids exactly"
+        fault = _lossy_fault(image, "ids")
     elif image.mode in ("L", "LA") and bits in range(2, 8):
         fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
     elif image.mode[0] == "I" and bits not in (8, 16, 32):
@@ -1300,7 +1308,7 @@ def read_mask_colours(path):
     if fault:
         pass
     elif _is_lossy(image):
-        fault = f"a lossy {image.format}, which does not keep colours exactly"
+        fault = _lossy_fault(image, "colours")
     elif image.mode[0] in "IF" or _bits(path, image) > 8:
         fault = f"a picture of more than 8 bits per channel (mode {image.mode})"
     elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):

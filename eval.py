@@ -1905,7 +1905,7 @@ def check_data(datasets, skip):
 
 
 def run(args):
-    """The command line's work with a checkpoint; returns what went wrong on the way, or ''."""
+    """The command line's work with a checkpoint; returns which images it had to leave out, or ''."""
     check_outputs(args)
     published = args.backbone, args.decoder, args.classes, args.detail
     checkpoint, model = open_network(args.checkpoint, args.weights, args, *published)
@@ -1978,10 +1978,10 @@ def run_table(args):
 def main(argv=None):
     """run() or run_table(). Bad input ends with exit status 2, a run that broke with 1."""
     args = parse_flags(argv)
-    broken = ""
+    unreadable = ""
     try:
         if args.checkpoint:
-            broken = run(args)
+            unreadable = run(args)
         else:
             run_table(args)
         with output():
@@ -1996,8 +1996,8 @@ def main(argv=None):
         if not is_out_of_memory(error):
             raise
         fail("eval.py", "out of memory; try --size WxH, --slide, or --device cpu", 1)
-    if broken:
-        fail("eval.py", broken, 1)
+    if unreadable:
+        fail("eval.py", unreadable, 2)
 
 
 if __name__ == "__main__":

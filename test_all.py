@@ -253,6 +253,9 @@ def test_label_files(tmp_path):
     colours = put(tmp_path / "rgb.png", np.arange(18).reshape(2, 3, 3))
     refused(lambda: data.read_label(colours), "rgb.png", "colour", "8-bit")
     refused(lambda: data.read_label(put(tmp_path / "jpeg.jpg", ids)), "jpeg.jpg", "JPEG")
+    photograph = put(tmp_path / "photograph.jpg", np.stack([ids, ids, ids], 2))
+    for read in (data.read_label, data.read_mask_colours):
+        refused(lambda: read(photograph), "photograph.jpg", "images stand before masks")
     wide = png16(tmp_path / "wide.png", np.zeros((2, 3, 3), np.uint16), [0])
     refused(lambda: data.read_label(wide), wide, "16-bit")
     deep = png16(tmp_path / "deep.png", ids[..., None].astype(np.uint16) * 1000, [0])
@@ -3747,7 +3750,7 @@ def test_images_in_sub_folders_and_unreadable_ones(tmp_path, capsys):
             evaluation.main([checkpoint, "--images", str(root), "--save", str(out),
                              "--json", str(report)])
         said = capsys.readouterr()
-        assert stop.value.code == 1 and said.err.count("\n") == 1
+        assert stop.value.code == 2 and said.err.count("\n") == 1
         assert "2 of 6 images cannot be read" in said.err and "4 images, " in said.out
         for name in ("cut.png", "page.jpg"):
             assert f"{name}: no readable image" in said.out
