@@ -506,7 +506,8 @@ def contradictions(f, default, all_labels):
 
 
 # -------------------------------------------------------------------------------------------------
-# The method. A step has three acts: views, one pass of the student for each, terms
+# The method. A step has three acts: views, one pass of the student for each, terms. That is
+# step_terms; what it calls follows, from the top down
 
 # What the student looks at and what it should say there. image: float (B,3,S,S) in [0,1]; label:
 # uint8 (B,S,S), 255 is ignored; weight of each pixel's loss: float (B,S,S), None where all are 1.
@@ -526,46 +527,74 @@ HEADS = {"mask_source": "language", "mask_mix": "language", "jittered": None}
 Draws = namedtuple("Draws", "generator shard")
 
 
-def augment(view, draw, each=False):
-    """The view with colour jitter and blur; each: all draws but whether to are each image's own."""
-    return view._replace(image=data.strong_augment(view.image, *draw, each))
+def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
+    """The losses of one batch, {name: 0-d tensor}, and the views they are of, {name: View}.
 
-
-def look_closely(view, f, draw):
-    """The view with a detail crop of its own, where there are several resolutions (HRDA)."""
-    return view._replace(corner=data.detail_corner(f.crop, f.detail_side, draw.generator))
-
-
-def hide(view, f, mean, draw):
-    """The view augmented, with --mask-ratio of its blocks painted in the mean colour (MIC).
-
-    Its detail crop, if there is one, is another than the view's, and not all of it is hidden.
+    f: the flags of this step, see flags_at. source: View. labeled: View of target images with true
+    labels, or None. target: View without a label, or None. things: classes of the feature distance,
+    int (n,). The views are for a picture: "target" is as the teacher sees it.
     """
-    view = look_closely(view, f, draw)
-    size = view.image.shape[2:]
-    keep = data.block_mask(len(view.image), size, f.mask_block, f.mask_ratio, *draw, view.corner,
-                           f.detail_side)  # (B,1,S,S)
-    keep = keep.to(view.image, non_blocking=True)
-    view = augment(view, draw)
-    return view._replace(image=view.image * keep + mean * (1 - keep))
+    # 1. views; the teacher speaks first
+    valid = None
+    if f.adapts:
+        target, confidence, valid = pseudo_label(f, nets.teacher, target)
+        clock("teacher")
+    views, pasted = make_views(f, nets.teacher, source, labeled, target, valid, draw)
+    clock("views")
 
+    # 2. one pass of the student for each
+    outs = {}
+    for name, view in views.items():
+        head = HEADS.get(name, "plain")
+        outs[name] = nets.student(view.image, head=head, corner=view.corner)
+        clock(name)
 
-def either(a, b, draw):
-    """Each sample from one of two views, at random."""
-    second = data.uniform((len(a.image), 1, 1), *draw) < 0.5  # (B,1,1)
-    second = second.to(a.image.device, non_blocking=True)
-    image = torch.where(second[:, None], b.image, a.image)
-    return View(image, torch.where(second, b.label, a.label))
+    # 3. terms: the supervised loss, on source and labelled target
+    terms = {}
+    known, known_out = true_labels(views, outs)
+    if f.dyce:
+        hardest = functools.partial(losses.dyce, hardest=f.dyce)
+        terms["source"] = supervise(hardest, known_out, known.label)
+    else:
+        terms["source"] = supervise(cross_entropy, known_out, known.label)
 
+    # stay near to ImageNet's features of things (DAFormer)
+    if nets.imagenet:
+        with torch.no_grad():
+            reference = nets.imagenet.encode(nets.imagenet.context(known.image))[-1]
+        label = data.majority_label(known.label, reference.shape[2:], nets.teacher.num_classes)
+        features = known_out.pyramid[-1]
+        terms["fd"] = f.fd * losses.feature_distance(features, reference, label, things)
 
-def join(views):
-    """Several views as one, concatenated along the batch; their weights are left out.
+    # every other view teaches by its labels, at the weight of its loss
+    loss_weights = {
+        "mix": f.mix,
+        "mask": f.mask,
+        "mask_source": f.mask,
+        "mask_mix": f.mask,
+        "restyled": f.restyled,
+    }
+    for name, loss_weight in loss_weights.items():
+        if name in views and loss_weight:
+            view = views[name]
+            value = supervise(cross_entropy, outs[name], view.label, view.weight)
+            terms[name] = loss_weight * value
 
-    A detail crop is at one corner in all of them.
-    """
-    images = [view.image for view in views]
-    labels = [view.label for view in views]
-    return View(torch.cat(images), torch.cat(labels), corner=views[0].corner)
+    # pixels of the ClassMix image that stay the target's, each trusted for itself (SemiDAViL)
+    if f.consistency:
+        trusted = confidence >= f.threshold
+        stays = valid & ~pasted
+        value = supervise(losses.consistency, outs["mix"], target.label, trusted, stays)
+        terms["consistency"] = f.consistency * value
+
+    clock("losses")
+    if f.contrasts:
+        said = (target.label, confidence) if f.adapts else None
+        terms |= contrast_terms(f, step, nets, source, known, known_out, views, outs, said)
+        clock("contrast")
+    if f.adapts:
+        views["target"] = target
+    return terms, views
 
 
 @torch.no_grad()
@@ -648,6 +677,48 @@ def make_views(f, teacher, source, labeled, target, valid, draw):
     return views, pasted
 
 
+def augment(view, draw, each=False):
+    """The view with colour jitter and blur; each: all draws but whether to are each image's own."""
+    return view._replace(image=data.strong_augment(view.image, *draw, each))
+
+
+def look_closely(view, f, draw):
+    """The view with a detail crop of its own, where there are several resolutions (HRDA)."""
+    return view._replace(corner=data.detail_corner(f.crop, f.detail_side, draw.generator))
+
+
+def hide(view, f, mean, draw):
+    """The view augmented, with --mask-ratio of its blocks painted in the mean colour (MIC).
+
+    Its detail crop, if there is one, is another than the view's, and not all of it is hidden.
+    """
+    view = look_closely(view, f, draw)
+    size = view.image.shape[2:]
+    keep = data.block_mask(len(view.image), size, f.mask_block, f.mask_ratio, *draw, view.corner,
+                           f.detail_side)  # (B,1,S,S)
+    keep = keep.to(view.image, non_blocking=True)
+    view = augment(view, draw)
+    return view._replace(image=view.image * keep + mean * (1 - keep))
+
+
+def either(a, b, draw):
+    """Each sample from one of two views, at random."""
+    second = data.uniform((len(a.image), 1, 1), *draw) < 0.5  # (B,1,1)
+    second = second.to(a.image.device, non_blocking=True)
+    image = torch.where(second[:, None], b.image, a.image)
+    return View(image, torch.where(second, b.label, a.label))
+
+
+def join(views):
+    """Several views as one, concatenated along the batch; their weights are left out.
+
+    A detail crop is at one corner in all of them.
+    """
+    images = [view.image for view in views]
+    labels = [view.label for view in views]
+    return View(torch.cat(images), torch.cat(labels), corner=views[0].corner)
+
+
 def true_labels(views, outs):
     """The views with true labels as one View, and the student's Output for it."""
     names = [name for name in ("source", "labeled") if name in views]
@@ -668,158 +739,6 @@ def supervise(loss, out, *maps):
     for full in maps:
         crops.append(None if full is None else full[out.window])  # (B,S,S) -> (B,D,D)
     return 0.9 * value + 0.1 * loss(out.detail.logits, *crops)
-
-
-def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
-    """The losses of one batch, {name: 0-d tensor}, and the views they are of, {name: View}.
-
-    f: the flags of this step, see flags_at. source: View. labeled: View of target images with true
-    labels, or None. target: View without a label, or None. things: classes of the feature distance,
-    int (n,). The views are for a picture: "target" is as the teacher sees it.
-    """
-    # 1. views; the teacher speaks first
-    valid = None
-    if f.adapts:
-        target, confidence, valid = pseudo_label(f, nets.teacher, target)
-        clock("teacher")
-    views, pasted = make_views(f, nets.teacher, source, labeled, target, valid, draw)
-    clock("views")
-
-    # 2. one pass of the student for each
-    outs = {}
-    for name, view in views.items():
-        head = HEADS.get(name, "plain")
-        outs[name] = nets.student(view.image, head=head, corner=view.corner)
-        clock(name)
-
-    # 3. terms: the supervised loss, on source and labelled target
-    terms = {}
-    known, known_out = true_labels(views, outs)
-    if f.dyce:
-        hardest = functools.partial(losses.dyce, hardest=f.dyce)
-        terms["source"] = supervise(hardest, known_out, known.label)
-    else:
-        terms["source"] = supervise(cross_entropy, known_out, known.label)
-
-    # stay near to ImageNet's features of things (DAFormer)
-    if nets.imagenet:
-        with torch.no_grad():
-            reference = nets.imagenet.encode(nets.imagenet.context(known.image))[-1]
-        label = data.majority_label(known.label, reference.shape[2:], nets.teacher.num_classes)
-        features = known_out.pyramid[-1]
-        terms["fd"] = f.fd * losses.feature_distance(features, reference, label, things)
-
-    # every other view teaches by its labels, at the weight of its loss
-    loss_weights = {
-        "mix": f.mix,
-        "mask": f.mask,
-        "mask_source": f.mask,
-        "mask_mix": f.mask,
-        "restyled": f.restyled,
-    }
-    for name, loss_weight in loss_weights.items():
-        if name in views and loss_weight:
-            view = views[name]
-            value = supervise(cross_entropy, outs[name], view.label, view.weight)
-            terms[name] = loss_weight * value
-
-    # pixels of the ClassMix image that stay the target's, each trusted for itself (SemiDAViL)
-    if f.consistency:
-        trusted = confidence >= f.threshold
-        stays = valid & ~pasted
-        value = supervise(losses.consistency, outs["mix"], target.label, trusted, stays)
-        terms["consistency"] = f.consistency * value
-
-    clock("losses")
-    if f.contrasts:
-        said = (target.label, confidence) if f.adapts else None
-        terms |= contrast_terms(f, step, nets, source, known, known_out, views, outs, said)
-        clock("contrast")
-    if f.adapts:
-        views["target"] = target
-    return terms, views
-
-
-def unit_rows(rows):
-    """Rows (N,C) as float32 unit vectors; one of zeros stays 0."""
-    return F.normalize(rows.float(), dim=1, eps=1e-3)
-
-
-def cell_rows(net, features, grid):
-    """Features (B,C,h,w) as unit vectors, (N,C), one for each cell of a coarser grid.
-
-    They have gone through the network's projection head, where it has one. Cells come in the order
-    image, row, column.
-    """
-    pooled = data.cell_means(features, grid)  # (B,C,h,w)
-    return unit_rows(net.projection(pooled.permute(0, 2, 3, 1).flatten(0, 2)))  # -> (N,C)
-
-
-def cells(net, features, view):
-    """The view in cells of 8 x 8 pixels: rows (N,C), label (N,), weight (N,).
-
-    With several resolutions a cell is 16 x 16 pixels, which are 8 x 8 of the context. Rows: see
-    cell_rows. The label of a cell is the class that covers 75 % of it, else 255.
-    """
-    net = getattr(net, "module", net)  # out of DDP's wrapper: the projection is not in forward()
-    cell = 16 if net.detail else 8
-    grid = [max(1, side // cell) for side in view.label.shape[1:]]
-    label = data.majority_label(view.label, grid, net.num_classes)  # (B,S,S) -> (B,h,w)
-    rows = cell_rows(net, features, grid)
-    weight = view.weight
-    if weight is None:
-        weight = torch.ones(view.label.shape, device=label.device)
-    weight = data.cell_means(weight[None], grid)[0]  # (B,S,S) -> (1,B,S,S) -> (B,h,w)
-    return rows, label.flatten(), weight.flatten()
-
-
-def stage_cells(net, pyramid, view):
-    """The view in cells of the encoder's finest stage, through SePiCo's head.
-
-    -> rows (N,C), label (N,). In all else as cells().
-    """
-    net = getattr(net, "module", net)
-    h, w = [math.ceil(side / net.cell()) for side in view.label.shape[1:]]
-    projected = net.stage_projection(pyramid)[..., :h, :w]  # (B,C,h,w), without encode()'s rim
-    label = data.majority_label(view.label, projected.shape[2:], net.num_classes)  # (B,h,w)
-    rows = unit_rows(projected.permute(0, 2, 3, 1).flatten(0, 2))  # (B,C,h,w) -> (N,C)
-    return rows, label.flatten()
-
-
-def contrast_within(f, net, out, view):
-    """CLUDA's contrast among the cells of one pass, 0-d, and the mean of its gate, 0-d.
-
-    At one resolution there is no gate, None.
-    """
-    rows, label, weight = cells(net, out.features, view)
-    if not f.detail:
-        return losses.cluda(rows, label, weight, f.tau), None
-
-    net = getattr(net, "module", net)
-    B, *shape = view.label.shape
-    h, w = [length // 16 for length in shape]
-    n = f.detail_side // 16  # cells of 16 x 16 pixels along the detail crop
-    top, left = [first // 16 for first in view.corner]
-    window = (slice(None), slice(top, top + n), slice(left, left + n))
-    detail = cell_rows(net, out.detail.features, (n, n))
-
-    gate = torch.full((B, n, n), 0.5, device=rows.device)
-    if f.gate == "learned":
-        # read from the context, without a gradient to it: the gate only weighs
-        maps = [level.detach() for level in out.pyramid]
-        gate = net.gate(maps)[0].float().sigmoid()
-        gate = gate[..., :out.features.shape[2], :out.features.shape[3]]  # without encode()'s rim
-        gate = data.cell_means(gate, (h, w))[:, 0][window]  # (B,1,S/8,S/8) -> (B,n,n)
-    value = losses.cluda_two(
-        rows.view(B, h, w, -1),
-        detail.view(B, n, n, -1),
-        label.view(B, h, w),
-        gate,
-        window,
-        weight.view(B, h, w),
-        f.tau,
-    )
-    return value, gate.detach().mean()
 
 
 def contrast_terms(f, step, nets, source, known, known_out, views, outs, said):
@@ -880,6 +799,88 @@ def contrast_terms(f, step, nets, source, known, known_out, views, outs, said):
         value = losses.t2s(rows, label, keys, key_label, class_weight, f.tau)
         terms["t2s"] = live * f.t2s * value
     return terms
+
+
+def contrast_within(f, net, out, view):
+    """CLUDA's contrast among the cells of one pass, 0-d, and the mean of its gate, 0-d.
+
+    At one resolution there is no gate, None.
+    """
+    rows, label, weight = cells(net, out.features, view)
+    if not f.detail:
+        return losses.cluda(rows, label, weight, f.tau), None
+
+    net = getattr(net, "module", net)
+    B, *shape = view.label.shape
+    h, w = [length // 16 for length in shape]
+    n = f.detail_side // 16  # cells of 16 x 16 pixels along the detail crop
+    top, left = [first // 16 for first in view.corner]
+    window = (slice(None), slice(top, top + n), slice(left, left + n))
+    detail = cell_rows(net, out.detail.features, (n, n))
+
+    gate = torch.full((B, n, n), 0.5, device=rows.device)
+    if f.gate == "learned":
+        # read from the context, without a gradient to it: the gate only weighs
+        maps = [level.detach() for level in out.pyramid]
+        gate = net.gate(maps)[0].float().sigmoid()
+        gate = gate[..., :out.features.shape[2], :out.features.shape[3]]  # without encode()'s rim
+        gate = data.cell_means(gate, (h, w))[:, 0][window]  # (B,1,S/8,S/8) -> (B,n,n)
+    value = losses.cluda_two(
+        rows.view(B, h, w, -1),
+        detail.view(B, n, n, -1),
+        label.view(B, h, w),
+        gate,
+        window,
+        weight.view(B, h, w),
+        f.tau,
+    )
+    return value, gate.detach().mean()
+
+
+def cells(net, features, view):
+    """The view in cells of 8 x 8 pixels: rows (N,C), label (N,), weight (N,).
+
+    With several resolutions a cell is 16 x 16 pixels, which are 8 x 8 of the context. Rows: see
+    cell_rows. The label of a cell is the class that covers 75 % of it, else 255.
+    """
+    net = getattr(net, "module", net)  # out of DDP's wrapper: the projection is not in forward()
+    cell = 16 if net.detail else 8
+    grid = [max(1, side // cell) for side in view.label.shape[1:]]
+    label = data.majority_label(view.label, grid, net.num_classes)  # (B,S,S) -> (B,h,w)
+    rows = cell_rows(net, features, grid)
+    weight = view.weight
+    if weight is None:
+        weight = torch.ones(view.label.shape, device=label.device)
+    weight = data.cell_means(weight[None], grid)[0]  # (B,S,S) -> (1,B,S,S) -> (B,h,w)
+    return rows, label.flatten(), weight.flatten()
+
+
+def stage_cells(net, pyramid, view):
+    """The view in cells of the encoder's finest stage, through SePiCo's head.
+
+    -> rows (N,C), label (N,). In all else as cells().
+    """
+    net = getattr(net, "module", net)
+    h, w = [math.ceil(side / net.cell()) for side in view.label.shape[1:]]
+    projected = net.stage_projection(pyramid)[..., :h, :w]  # (B,C,h,w), without encode()'s rim
+    label = data.majority_label(view.label, projected.shape[2:], net.num_classes)  # (B,h,w)
+    rows = unit_rows(projected.permute(0, 2, 3, 1).flatten(0, 2))  # (B,C,h,w) -> (N,C)
+    return rows, label.flatten()
+
+
+def cell_rows(net, features, grid):
+    """Features (B,C,h,w) as unit vectors, (N,C), one for each cell of a coarser grid.
+
+    They have gone through the network's projection head, where it has one. Cells come in the order
+    image, row, column.
+    """
+    pooled = data.cell_means(features, grid)  # (B,C,h,w)
+    return unit_rows(net.projection(pooled.permute(0, 2, 3, 1).flatten(0, 2)))  # -> (N,C)
+
+
+def unit_rows(rows):
+    """Rows (N,C) as float32 unit vectors; one of zeros stays 0."""
+    return F.normalize(rows.float(), dim=1, eps=1e-3)
 
 
 # -------------------------------------------------------------------------------------------------
