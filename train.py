@@ -552,16 +552,15 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
     # 3. terms: the supervised loss, on source and labelled target
     terms = {}
     known, known_out = true_labels(views, outs)
+    loss = cross_entropy
     if f.dyce:
-        hardest = functools.partial(losses.dyce, hardest=f.dyce)
-        terms["source"] = supervise(hardest, known_out, known.label)
-    else:
-        terms["source"] = supervise(cross_entropy, known_out, known.label)
+        loss = functools.partial(losses.dyce, hardest=f.dyce)
+    terms["source"] = supervise(loss, known_out, known.label)
 
     # stay near to ImageNet's features of things (DAFormer)
     if nets.imagenet:
         with torch.no_grad():
-            reference = nets.imagenet.encode(nets.imagenet.context(known.image))[-1]
+            reference = nets.imagenet(known.image, head=None).pyramid[-1]
         label = data.majority_label(known.label, reference.shape[2:], nets.teacher.num_classes)
         features = known_out.pyramid[-1]
         terms["fd"] = f.fd * losses.feature_distance(features, reference, label, things)
