@@ -335,7 +335,7 @@ def parse_flags(argv=None):
     f.lcmsm = f.language == "lcmsm"
     f.contrasts = bool(f.cluda or f.sepico or f.t2s)
     f.adapts = adapts(f)
-    f.doubt = 0.0 if f.dyce else 0.5  # power of T2S-DA's class weights; DyCE weighs classes already
+    f.doubt_power = 0.0 if f.dyce else 0.5  # of T2S-DA's class weights; DyCE weighs classes already
     f.detail_side = detail_side(f, parser)
 
     for message, wrong in contradictions(f, parser.get_default, all_labels).items():
@@ -747,8 +747,11 @@ def contrast_terms(f, step, nets, source, known, known_out, views, outs, said):
     blur. known, known_out: see true_labels. said: the teacher's labels of the target and their
     confidence, or None. "gate" is no loss but a number to watch, without a gradient.
     """
-    student, teacher, _, class_confidence, gaussians = nets
-    started = not f.t2s or step >= f.warmup  # T2S-DA, and what is trained beside it, wait for it
+    # out of DDP's wrapper: projections and gate are not in forward()
+    student = getattr(nets.student, "module", nets.student)
+    teacher = nets.teacher
+    # T2S-DA waits for the end of the warm-up, and CLUDA, where it is beside it, waits with it
+    started = not f.t2s or step >= f.warmup
     live = float(started and not f.control)
     terms = {}
 
@@ -761,27 +764,28 @@ def contrast_terms(f, step, nets, source, known, known_out, views, outs, said):
             if f.t2s:
                 keys, key_label, _ = cells(teacher, clean.features, source)
             if f.sepico:
-                gaussians.update(*stage_cells(teacher, clean.pyramid, source))
+                nets.gaussians.update(*stage_cells(teacher, clean.pyramid, source))
 
     # SePiCo contrasts cells of the source and of the target with the source's Gaussians, from step
     # 3,000 of 40,000 on
     if f.sepico:
-        value = losses.sepico(*stage_cells(student, known_out.pyramid, known), gaussians, f.tau)
+        rows, label = stage_cells(student, known_out.pyramid, known)
+        value = losses.sepico(rows, label, nets.gaussians, f.tau)
         if "jittered" in views:
-            side = stage_cells(student, outs["jittered"].pyramid, views["jittered"])
-            value = value + losses.sepico(*side, gaussians, f.tau)
-        begins = step >= f.steps * 3 // 40 and not f.control
-        terms["sepico"] = float(begins) * f.sepico * value
+            rows, label = stage_cells(student, outs["jittered"].pyramid, views["jittered"])
+            value = value + losses.sepico(rows, label, nets.gaussians, f.tau)
+        started = step >= f.steps * 3 // 40
+        terms["sepico"] = float(started and not f.control) * f.sepico * value
 
     # CLUDA contrasts the cells of the source and of the ClassMix image, each with all others
     if f.cluda:
         passes = [(known_out, known)]
         if "mix" in views:
             passes.append((outs["mix"], views["mix"]))
-        values, gates = zip(*[contrast_within(f, student, *one) for one in passes])
-        terms["cluda"] = live * f.cluda * sum(values)
+        found = [contrast_within(f, student, out, view) for out, view in passes]
+        terms["cluda"] = live * f.cluda * sum(value for value, _ in found)
         if f.detail:
-            terms["gate"] = sum(gates) / len(gates)
+            terms["gate"] = sum(gate for _, gate in found) / len(found)
 
     # T2S-DA pulls restyled cells, and labelled target cells, to those of the clean source; classes
     # that the teacher doubts weigh more
@@ -789,8 +793,8 @@ def contrast_terms(f, step, nets, source, known, known_out, views, outs, said):
         if said is None:  # no target image: the teacher's confidence on the source
             size = source.label.shape[1:]
             said = model.upsample_pseudo_label(clean.logits, size, threshold=0.0)[:2]
-        class_confidence.update(*said)
-        class_weight = class_confidence.weights(f.doubt)
+        nets.class_confidence.update(*said)
+        class_weight = nets.class_confidence.weights(f.doubt_power)
         names = [name for name in ("restyled", "labeled") if name in views]
         queries = join([views[name] for name in names])
         features = torch.cat([outs[name].features for name in names])
@@ -809,10 +813,10 @@ def contrast_within(f, net, out, view):
     if not f.detail:
         return losses.cluda(rows, label, weight, f.tau), None
 
-    net = getattr(net, "module", net)
+    # in cells of 16 x 16 pixels: the grid (B,h,w), and the n x n of them that the detail crop has
     B, *shape = view.label.shape
     h, w = [length // 16 for length in shape]
-    n = f.detail_side // 16  # cells of 16 x 16 pixels along the detail crop
+    n = f.detail_side // 16
     top, left = [first // 16 for first in view.corner]
     window = (slice(None), slice(top, top + n), slice(left, left + n))
     detail = cell_rows(net, out.detail.features, (n, n))
@@ -842,7 +846,6 @@ def cells(net, features, view):
     With several resolutions a cell is 16 x 16 pixels, which are 8 x 8 of the context. Rows: see
     cell_rows. The label of a cell is the class that covers 75 % of it, else 255.
     """
-    net = getattr(net, "module", net)  # out of DDP's wrapper: the projection is not in forward()
     cell = 16 if net.detail else 8
     grid = [max(1, side // cell) for side in view.label.shape[1:]]
     label = data.majority_label(view.label, grid, net.num_classes)  # (B,S,S) -> (B,h,w)
@@ -859,7 +862,6 @@ def stage_cells(net, pyramid, view):
 
     -> rows (N,C), label (N,). In all else as cells().
     """
-    net = getattr(net, "module", net)
     h, w = [math.ceil(side / net.cell()) for side in view.label.shape[1:]]
     projected = net.stage_projection(pyramid)[..., :h, :w]  # (B,C,h,w), without encode()'s rim
     label = data.majority_label(view.label, projected.shape[2:], net.num_classes)  # (B,h,w)
@@ -2198,7 +2200,7 @@ def loop(run, signals):
         if reports:
             values = {"lr": optimizer.param_groups[0]["lr"], "grad_norm": round(norm.item(), 4)}
             if f.t2s:
-                values["class_weights"] = run.nets.class_confidence.weights(f.doubt).tolist()
+                values["class_weights"] = run.nets.class_confidence.weights(f.doubt_power).tolist()
             log.report(bar, done, f, **values)
         with log.left_out():
             if validates or saves or adapts_next:
