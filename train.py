@@ -623,10 +623,10 @@ def make_views(f, teacher, source, labeled, target, valid, draw):
     """
     source = look_closely(source, f, draw)
     views = {"source": source}
-    donor = source  # whose classes ClassMix pastes
-    pasted = None
     if f.augment_source:
         views["source"] = augment(source, draw)
+    donor = source  # whose classes ClassMix pastes
+    pasted = None
 
     # T2S-DA: the source in the look of target images, or in a random one. The order of all draws
     # below is part of a run: to move one is to change every number
