@@ -941,6 +941,14 @@ def print0(*words):
             tqdm.write(" ".join(str(word) for word in words))
 
 
+def from_first(value):
+    """The first process's value on all of them; it can be pickled."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def keep_freed_memory():
     """Let glibc keep the memory that torch frees, instead of giving it back to Linux.
 
@@ -1061,11 +1069,7 @@ def check_sets(f, datasets):
     bad = None
     if RANK == 0:
         bad = data.check_sets(parts, f.skip_bad)
-    if dist.is_initialized():
-        box = [bad]
-        dist.broadcast_object_list(box)
-        bad = box[0]
-    for note in data.leave_out_bad(parts, bad):
+    for note in data.leave_out_bad(parts, from_first(bad)):
         print0("note:", note)
     if RANK == 0:
         for dataset, labels in parts:
@@ -1236,12 +1240,10 @@ def open_bank(f, checkpoint):
         return model.checkpoint_bank(checkpoint)
     if not f.language:
         return None
-    banks = [None]
+    bank = None
     if RANK == 0:
-        banks = [model.text_bank(f.text, f.class_names)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(banks)
-    return banks[0]
+        bank = model.text_bank(f.text, f.class_names)
+    return from_first(bank)
 
 
 def load_ours(student, classes, path):
@@ -1700,10 +1702,7 @@ def locked(folder):
             lock = Lock(folder)
         except data.DataError as error:
             fault = str(error)
-    if dist.is_initialized():
-        box = [fault]
-        dist.broadcast_object_list(box)
-        fault = box[0]
+    fault = from_first(fault)
     if fault:
         raise data.DataError(fault)
     try:
