@@ -1267,9 +1267,9 @@ def open_networks(f, classes, bank, device, checkpoint=None):
     --init, which may be gone, is read for the feature distance alone.
     """
     torch.manual_seed(f.seed)
-    reads = checkpoint is None or checkpoint.get("imagenet", f.init != "none")
-    timm_imagenet = reads and f.init == "imagenet" and f.backbone.startswith("timm:")
-    ours = reads and f.init.endswith(".pt") and model.is_checkpoint(f.init)
+    reads_init = checkpoint is None or checkpoint.get("imagenet", f.init != "none")
+    timm_imagenet = reads_init and f.init == "imagenet" and f.backbone.startswith("timm:")
+    ours = reads_init and f.init.endswith(".pt") and model.is_checkpoint(f.init)
     student = model.Segmenter(
         f.backbone,
         f.decoder,
@@ -1283,30 +1283,27 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         detail=f.detail_side,
         gate=f.gate == "learned",
     )
-    if not reads:
-        pass
-    elif ours:
+    if ours:
         load_ours(student, classes, f.init)
-    elif f.init == "none":
+    elif reads_init and f.init == "none":
         print0(f"{f.backbone}: random weights; --init takes pretrained ones")
-    elif not timm_imagenet:
+    elif reads_init and not timm_imagenet:
         model.load_backbone(student, f.init)
     student.to(device).train()
     if f.checkpointing:
         student.backbone.recompute()
-        if has_batchnorm(student.backbone):
+        if model.batchnorms(student.backbone):
             print0(f"note: --checkpointing: BatchNorm of {f.backbone} counts each batch twice")
     teacher = model.teacher_mode(copy.deepcopy(student).requires_grad_(False))
 
     imagenet = None
-    if not reads:
-        pass
-    elif f.fd and (f.init == "none" or ours):
+    wanted = f.fd and reads_init
+    if wanted and (f.init == "none" or ours):
         print0("feature distance: off, it needs ImageNet weights to stay near to (--init FILE)")
-    elif f.fd and not THINGS & set(classes):
+    elif wanted and not THINGS & set(classes):
         print0("feature distance: off, none of the classes is one of its things:",
                ", ".join(sorted(THINGS)))
-    elif f.fd:
+    elif wanted:
         imagenet = copy.deepcopy(student).requires_grad_(False).eval()
 
     confidence = losses.ClassConfidence(len(classes)).to(device)
@@ -1315,11 +1312,6 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         channels = model.StageProjection.channels
         gaussians = losses.ClassGaussians(len(classes), channels).to(device)
     return Networks(student, teacher, imagenet, confidence, gaussians)
-
-
-def has_batchnorm(net):
-    """Whether a network normalises by batches."""
-    return any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
 
 
 def check_batchnorm(net, f, device):
