@@ -9022,10 +9022,10 @@ def plain_pseudo_label(logits, size, threshold=1.0):
 
 def standing_run(f, nets, source, target, dtype, device):
     """As much of a train.Run as train.backward() reads; its batch is always the same."""
-    loaders = {"source": itertools.repeat(source), "labeled": None,
-               "target": itertools.repeat(target)}
+    loaders = {"source": itertools.repeat(source), "target": itertools.repeat(target)}
     return SimpleNamespace(f=f, nets=nets, loaders=loaders, device=device, dtype_name=dtype,
-                           things=torch.tensor([], device=device), clock=train.Clock(device))
+                           things=torch.tensor([], device=device), clock=train.Clock(device),
+                           streams_of=lambda step: loaders)
 
 
 def test_kernels_and_bf16_do_not_change_what_is_learned(small_run, tmp_path, monkeypatch):

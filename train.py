@@ -1206,7 +1206,7 @@ class Stream:
 
 
 def open_streams(f, sets):
-    """{"source", "labeled", "target": Stream, or None where a step takes no such batch}.
+    """{name: Stream} of "source", "labeled" and "target", those of which steps take batches.
 
     Without a source the labelled target images stand in its place.
     """
@@ -1219,7 +1219,7 @@ def open_streams(f, sets):
             counts = counts[subset]
         rare = data.RareClassSampler(counts, f.rcs, data.rare_pixels(f.crop))
 
-    streams = {"source": Stream(known, f, rare, subset=subset), "labeled": None, "target": None}
+    streams = {"source": Stream(known, f, rare, subset=subset)}
     if sets.source and sets.labeled:
         streams["labeled"] = Stream(sets.target, f, subset=sets.labeled)
     if f.adapts:
@@ -1895,7 +1895,7 @@ class Run:
             first = self.start
             if name == "target":
                 first = max(first, f.source_steps)
-            self.loaders[name] = stream and stream.views(first, self.device)
+            self.loaders[name] = stream.views(first, self.device)
 
         # every term goes into one backward, so no parameter is unused
         if WORLD > 1:
@@ -2041,7 +2041,7 @@ class Run:
 
     def streams_of(self, step):
         """{name: Stream} of which a step takes a batch."""
-        used = {name: stream for name, stream in self.streams.items() if stream}
+        used = dict(self.streams)
         if step < self.f.source_steps:
             del used["target"]
         return used
@@ -2118,10 +2118,9 @@ def backward(run, step):
     generator = torch.Generator()
     total = {}
     for part in range(f.accum):
-        batch = {}  # "source", "labeled", "target": the arguments of step_terms, a View or None
-        for name, loader in run.loaders.items():
-            used = loader and (name != "target" or f.adapts)
-            batch[name] = next(loader) if used else None
+        batch = {"source": None, "labeled": None, "target": None}  # a View where there is one
+        for name in run.streams_of(step):
+            batch[name] = next(run.loaders[name])
         run.clock("data")
 
         # draws for the joint batch are the same on every process; dropout and stochastic depth are
