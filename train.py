@@ -2394,17 +2394,16 @@ def say_where_it_goes_on(run):
 def train(f, device):
     """Set-up, the loop, the read-out, in a folder that no other run writes into."""
     run = Run(f, device)
-    finished = run.checkpoint and run.finished()
-    if run.checkpoint and not finished:
-        say_where_it_goes_on(run)
-    if not finished:
-        evaluation.check_folder("--out", run.out)
-    if run.moved or not finished:
-        run.open_data()
-    if finished:
+    if run.checkpoint and run.finished():
+        if run.moved:
+            run.open_data()  # which compares what lies there
         print0(f"{run.last} is at step {run.start} of {f.steps}, nothing is left to do; "
                f"use it: {use_command(run)}")
         return
+    if run.checkpoint:
+        say_where_it_goes_on(run)
+    evaluation.check_folder("--out", run.out)
+    run.open_data()
     run.open()
     run.announce()
     loop(run, catch_signals())
