@@ -1352,13 +1352,16 @@ def compile_networks(nets, device):
                 module.compile()
 
 
+def digest(content):
+    """The first 16 digits of the sha256 of bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def versions(device):
     """What a number depends on beside the flags: versions, hardware, a hash of the six scripts."""
     here = Path(__file__).resolve().parent
     scripts = ("model.py", "train.py", "data.py", "losses.py", "kernels.py", "eval.py")
-    hashed = hashlib.sha256()
-    for name in scripts:
-        hashed.update((here / name).read_bytes())
+    code = b"".join((here / name).read_bytes() for name in scripts)
     hardware = f"{platform.machine()}, {os.cpu_count()} cores"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
@@ -1369,7 +1372,7 @@ def versions(device):
         "pillow": PIL.__version__,
         "device": f"{device.type}: {hardware}",
         "threads": torch.get_num_threads(),
-        "source_sha256": hashed.hexdigest()[:16],
+        "source_sha256": digest(code),
     }
 
 
@@ -1461,11 +1464,6 @@ def check_log(log):
         begins = file.read(len(Log.BEGINS))
     if not Log.BEGINS.startswith(begins):  # a killed run may have left the half of it
         raise data.DataError(f"{log}: no log of train.py; move it, or give --out NEW")
-
-
-def digest(text):
-    """The first digits of a sha256."""
-    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def read_inputs(f, sets, labeled, bank):
@@ -1970,8 +1968,7 @@ class Run:
         }
         labels = ""
         if self.labeled_names:
-            names = "\n".join(self.labeled_names).encode()
-            hashed = hashlib.sha256(names).hexdigest()[:16]
+            hashed = self.inputs["labeled"]
             labels = f" ({len(self.labeled_names)} images with labels, sha256 {hashed})"
             begins |= {"labeled": self.labeled_names, "labeled_sha256": hashed}
         for dataset in (sets.source, sets.target, sets.val):
@@ -2046,14 +2043,14 @@ class Run:
             del used["target"]
         return used
 
-    def measures_peak(self):
-        """Whether the log has the share of the GPU's peak; compiled code cannot be counted."""
-        return self.device.type == "cuda" and not self.f.compile
-
     @contextlib.contextmanager
     def counted(self, step):
-        """Inside, the FLOPs of a phase's first step are counted, where the log wants them."""
-        if step not in (self.start, self.f.source_steps) or not self.measures_peak():
+        """Inside, the FLOPs of a phase's first step are counted, for the log's share of the peak.
+
+        That is of a GPU; compiled code cannot be counted.
+        """
+        begins = step in (self.start, self.f.source_steps)
+        if not begins or self.device.type != "cuda" or self.f.compile:
             yield
             return
         with FlopCounterMode(display=False) as counter:
