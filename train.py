@@ -164,7 +164,7 @@ def build_parser():
       help="target images whose labels are used: N, all, or a file with one image name a line")
     a("--val", nargs="+", metavar="SPEC",
       help="labelled validation data, or none (default: the target's val split)")
-    a("--skip-bad", type=between(0, 10**9, int), default=0, metavar="N",
+    a("--skip-bad", type=count_or_0, default=0, metavar="N",
       help="leave out up to N images that are unreadable or have a label of another size")
     a("--classes", metavar="C",
       help="cityscapes19, cityscapes16, camvid11, or a file with one name a line (default: the "
@@ -422,7 +422,7 @@ def settle_data(f, parser):
     f.saved = saved
     f.asked_val = asked_val
     f.own_ids = own_ids
-    f.class_names = data.class_names(f.classes or data.default_classes(specs(labelled_specs(f))[0]))
+    f.class_names = data.class_names(f.classes or data.default_classes(first_labelled(f)))
 
 
 def one_or_several(value, name, parser):
@@ -447,14 +447,14 @@ def words(value):
     return " ".join(specs(value))
 
 
-def labelled_specs(f):
-    """The SPECs whose labels are learned first: those of --source, else of --target."""
-    return f.target if f.source == "none" else f.source
+def first_labelled(f):
+    """The SPEC whose names are the classes: the first of --source, without one of --target."""
+    return specs(f.target if f.source == "none" else f.source)[0]
 
 
 def usual_classes(f):
     """cityscapes19, None where the first labelled SPEC has names of its own, camvid11 at night."""
-    first = specs(labelled_specs(f))[0]
+    first = first_labelled(f)
     if first != "none":
         usual = data.default_classes(first)
         if usual and not isinstance(usual, str):
