@@ -303,7 +303,14 @@ def parse_flags(argv=None):
     recipe = first.parse_known_args(argv)[0].recipe
     parser.set_defaults(**RECIPES.get(recipe, {}))
     f = parser.parse_args(argv)
+    for name in ("source", "target", "val"):
+        setattr(f, name, one_or_several(getattr(f, name), name, parser))
+
+    # as typed, before it is filled in
     typed = list(sys.argv[1:] if argv is None else argv)
+    all_labels = f.source == "target"
+    asked_val = f.val
+    own_ids = f.classes  # say what own masks without IDS mean
 
     # published: long runs from ImageNet weights on large crops
     long = f.steps >= 10_000
@@ -327,11 +334,20 @@ def parse_flags(argv=None):
         f.stop_at = f.steps
     if f.labeled.isdecimal():
         f.labeled = str(int(f.labeled))  # 00 is 0
-    all_labels = words(f.source) == "target"  # asked before that becomes the target's SPEC
     settle_data(f, parser)
 
+    # every flag of the parser, filled in: what a resumed run has to repeat
+    saved = dict(vars(f))
+    for name, value in saved.items():
+        if isinstance(value, tuple):
+            saved[name] = list(value)  # as JSON has it
+
     # what follows from the flags, and how they were typed: not saved
+    f.saved = saved
     f.typed = typed
+    f.asked_val = asked_val
+    f.own_ids = own_ids
+    f.class_names = data.class_names(f.classes or data.default_classes(first_labelled(f)))
     f.lcmsm = f.language == "lcmsm"
     f.contrasts = bool(f.cluda or f.sepico or f.t2s)
     f.adapts = adapts(f)
@@ -392,10 +408,7 @@ def phase_at(f, step):
 
 
 def settle_data(f, parser):
-    """Fill in --target, --val, --classes, --source-steps, and `saved`, the flags that log and
-    checkpoint keep."""
-    for name in ("source", "target", "val"):
-        setattr(f, name, one_or_several(getattr(f, name), name, parser))
+    """Fill in --target, --val, --classes and --source-steps."""
     if f.target is None:
         if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
             parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
@@ -403,26 +416,14 @@ def settle_data(f, parser):
         f.target = "streets:night"
     if f.source == "target":
         f.source = f.target
-    asked_val = f.val
     if f.val is None:
         f.val = f.target
-    own_ids = f.classes  # say what own masks without IDS mean
     if f.classes is None:
         f.classes = usual_classes(f)
 
     if f.source_steps is None:
         # a teacher that has learned next to nothing yet would mislead a short run
         f.source_steps = f.steps // 3 if f.steps < 10_000 and adapts(f) else 0
-
-    # every flag of the parser, filled in: what a resumed run has to repeat
-    saved = dict(vars(f))
-    for name, value in saved.items():
-        if isinstance(value, tuple):
-            saved[name] = list(value)  # as JSON has it
-    f.saved = saved
-    f.asked_val = asked_val
-    f.own_ids = own_ids
-    f.class_names = data.class_names(f.classes or data.default_classes(first_labelled(f)))
 
 
 def one_or_several(value, name, parser):
