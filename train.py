@@ -1037,14 +1037,14 @@ def pick_dtype(wanted, device):
     return "fp32", "auto, this GPU has no bf16"
 
 
-# Class names; labelled source or None; target or None; indices of the target's labelled images;
-# validation set or None.
-Sets = namedtuple("Sets", "classes source target labeled val")
+# Labelled source or None; target or None; indices of the target's labelled images; validation set
+# or None.
+Sets = namedtuple("Sets", "source target labeled val")
 
 
-def open_training_set(f, spec, classes, count=False, partial=False):
+def open_training_set(f, spec, count=False, partial=False):
     """A training split. The first process renders streets and, with count, counts their classes."""
-    dataset = data.open_dataset(spec, "train", classes, f.size, f.cache, partial, f.own_ids,
+    dataset = data.open_dataset(spec, "train", f.class_names, f.size, f.cache, partial, f.own_ids,
                                 detail=f.detail > 0)
     if f.cache and not dataset.cached:
         print0(f"note: --cache: {dataset.spec} has no common size and is read from its files each "
@@ -1114,29 +1114,28 @@ def check_labels(dataset, f, indices=None):
 
 def open_sets(f):
     """The data of a run, as Sets. Raises DataError."""
-    classes = f.class_names
     source = target = val = None
     labeled = []
-    used = []  # with whether the labels are
+    used = []  # (data set, whether its labels are used)
     if f.source != "none":
-        source = open_training_set(f, f.source, classes, count=f.rcs > 0)
+        source = open_training_set(f, f.source, count=f.rcs > 0)
         if not source.labeled:
             raise data.DataError(f"--source {words(f.source)}: has no labels, and a source "
                                  f"needs them{source.no_labels}")
         used.append((source, True))
-        never = [name for i, name in enumerate(classes) if i not in source.table]
+        never = [name for i, name in enumerate(f.class_names) if i not in source.table]
         if never:
             print0(f"note: {words(f.source)} has no label for {', '.join(never)}")
     if f.target != "none":
         count = f.rcs > 0 and source is None
-        target = open_training_set(f, f.target, classes, count, partial=True)
+        target = open_training_set(f, f.target, count, partial=True)
         used.append((target, f.labeled != "0"))
         both = data.images_in_both(source, target) if source and f.source != f.target else []
         if both:
             print0(f"note: {len(both)} of the {len(target)} target images are also images of the "
                    f"source, such as {both[0]}")
     if f.val != "none":
-        val = data.open_dataset(f.val, "val", classes, f.size, f.cache, ids=f.own_ids,
+        val = data.open_dataset(f.val, "val", f.class_names, f.size, f.cache, ids=f.own_ids,
                                 detail=f.detail > 0)
         if not val.labeled:
             raise data.DataError(f"--val {words(f.val)}: has no labels; give a labelled set, or "
@@ -1151,7 +1150,7 @@ def open_sets(f):
         check_labels(source, f)
     if labeled:
         check_labels(target, f, labeled)
-    return Sets(classes, source, target, labeled, val)
+    return Sets(source, target, labeled, val)
 
 
 def leave_signals_to_the_run(_):
@@ -1473,7 +1472,7 @@ def read_inputs(f, sets, labeled, bank):
     labeled: names of the target images whose labels are used.
     """
     inputs = {
-        "classes": digest("\n".join(sets.classes).encode()),
+        "classes": digest("\n".join(f.class_names).encode()),
         "labeled": digest("\n".join(labeled).encode()),
         "init": f.init,
         "text": None,
@@ -1875,7 +1874,7 @@ class Run:
     def open(self):
         """Open networks, optimiser and log; go on from the checkpoint, if there is one."""
         f = self.f
-        nets = open_networks(f, self.sets.classes, self.bank, self.device, self.checkpoint)
+        nets = open_networks(f, f.class_names, self.bank, self.device, self.checkpoint)
         check_batchnorm(nets.student, f, self.device)
         self.student, self.teacher = nets.student, nets.teacher
         self.statistics = torch.nn.ModuleDict({"confidence": nets.class_confidence})
@@ -1901,10 +1900,10 @@ class Run:
             wrapped = DistributedDataParallel(self.student, broadcast_buffers=False)
             nets = nets._replace(student=wrapped)
         self.nets = nets
-        things = [i for i, name in enumerate(self.sets.classes) if name in THINGS]
+        things = [i for i, name in enumerate(f.class_names) if name in THINGS]
         self.things = torch.tensor(things, device=self.device)
 
-        self.about = versions(self.device)
+        self.versions = versions(self.device)
         self.clock = Clock(self.device)
         self.guard = GradientGuard(self.optimizer, self.device)
         self.log = Log(self.out / "log.jsonl", self.id, self.clock)
@@ -1918,7 +1917,7 @@ class Run:
         known = self.checkpoint.get("inputs", {})
         other = [name for name in known if known[name] != self.inputs[name]]
         refused = [name for name in other if name in self.moved]
-        classes = self.sets.classes
+        classes = self.f.class_names
         if text := differing(refused, before, self.flags, classes, classes):
             raise model.CheckpointError(
                 f"{self.last} was trained with other data: {text}, and that is not the same by "
@@ -1963,8 +1962,8 @@ class Run:
         begins = {
             "step": self.start,
             "flags": self.flags,
-            "classes": list(sets.classes),
-            "versions": self.about,
+            "classes": list(f.class_names),
+            "versions": self.versions,
             "inputs": self.inputs,
         }
         labels = ""
@@ -1981,9 +1980,9 @@ class Run:
         if f.detail:
             seen += f" at half their size with details of {f.detail_side}"
         print0(f"{f.recipe}: {words(f.source)}{images} -> {words(f.target)}{labels}, "
-               f"{len(sets.classes)} classes; {f.backbone} + {f.decoder}-{f.channels}; "
+               f"{len(f.class_names)} classes; {f.backbone} + {f.decoder}-{f.channels}; "
                f"{WORLD} x {f.batch} {seen}, {self.dtype_name} ({self.dtype_reason}); "
-               f"{self.about['device']}, torch {self.about['torch']}")
+               f"{self.versions['device']}, torch {self.versions['torch']}")
         if bank:
             rows = digest(bank.embeddings.numpy().tobytes())
             dimensions = bank.embeddings.shape[1]
@@ -2007,8 +2006,8 @@ class Run:
             "flags": self.flags,
             "inputs": self.inputs,
             "imagenet": self.nets.imagenet is not None,
-            "classes": list(self.sets.classes),
-            "versions": self.about,
+            "classes": list(self.f.class_names),
+            "versions": self.versions,
             "step": step,
             "best": self.best,
             "student": self.student.state_dict(),
@@ -2073,7 +2072,7 @@ class Run:
             elif name == "target":
                 columns["pseudo-label"] = view.label
         path = self.out / "panels" / f"{step:06d}.png"
-        sheet = evaluation.training_panel(self.student, columns, self.sets.classes)
+        sheet = evaluation.training_panel(self.student, columns, self.f.class_names)
         try:
             path.parent.mkdir(exist_ok=True)
             data.save_picture(sheet, path)
