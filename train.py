@@ -468,7 +468,7 @@ def usual_classes(f):
 
 def contradictions(f, default, all_labels):
     """{message: whether it holds} of flags that mislead: that cannot be together, or do nothing."""
-    def typed(name):
+    def changed(name):
         return getattr(f, name) != default(name)
 
     no_source = f.source == "none"
@@ -495,13 +495,13 @@ def contradictions(f, default, all_labels):
         "--text does nothing without --language": f.text != "auto" and not f.language,
         "--restyled does nothing without --t2s": f.restyled and not f.t2s,
         "--control does nothing without --cluda, --sepico or --t2s": f.control and not f.contrasts,
-        "--tau does nothing without --cluda, --sepico or --t2s": typed("tau") and not f.contrasts,
+        "--tau does nothing without --cluda, --sepico or --t2s": changed("tau") and not f.contrasts,
         "--gate does nothing without --cluda and --detail":
             f.gate and not (f.cluda and f.detail),
-        "--mask-ratio does nothing without --mask": typed("mask_ratio") and not f.mask,
+        "--mask-ratio does nothing without --mask": changed("mask_ratio") and not f.mask,
         "--border does nothing without a target to adapt to": any(f.border) and not f.adapts,
         "--threshold does nothing without --mix, --mask or --consistency":
-            typed("threshold") and not (f.mix or f.mask or f.consistency),
+            changed("threshold") and not (f.mix or f.mask or f.consistency),
         "--eval-every needs validation data: --val SPEC": f.eval_every and f.val == "none",
     }
 
@@ -1086,7 +1086,7 @@ def check_validation(f, source, target, val):
     Images whose labels are learned are asked for by the SPEC of their training set, images that are
     adapted to without labels by any --val that is typed.
     """
-    trained = [(f.source, source, f.source)]
+    trained = [(f.source, source, f.source)]  # (SPEC, data set, the --val that asks for its images)
     if f.labeled != "0" and target.labeled:
         trained.append((f.target, target, f.target))
     elif f.adapts:
@@ -1437,7 +1437,7 @@ def check_resume(flags, classes, checkpoint, path):
     return [name for name in moved if name in PLACES]
 
 
-def check_folder(out, flags, classes):
+def check_scores(out, flags, classes):
     """Raise CheckpointError where OUT, without last.pt, has scores of a run with other flags."""
     found = []
     log = out / "log.jsonl"
@@ -1857,7 +1857,7 @@ class Run:
             self.best = self.checkpoint["best"]
             self.id = self.checkpoint.get("run")
         else:
-            check_folder(self.out, self.flags, f.class_names)
+            check_scores(self.out, self.flags, f.class_names)
 
     def open_data(self):
         """Open text and data. Raises CheckpointError where they are not those of the checkpoint."""
@@ -1895,7 +1895,7 @@ class Run:
                 first = max(first, f.source_steps)
             self.loaders[name] = stream.views(first, self.device)
 
-        # every term goes into one backward, so no parameter is unused
+        # every term goes into one backward: DDP need not look for parameters without a gradient
         if WORLD > 1:
             wrapped = DistributedDataParallel(self.student, broadcast_buffers=False)
             nets = nets._replace(student=wrapped)
