@@ -23,7 +23,7 @@ def without_autocast(function):
 
 def mean_over_ranks(value):
     """The mean of a tensor over all processes, without gradient; of one process itself."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized():
         value = value.detach().clone()
         dist.all_reduce(value)
         value = value / dist.get_world_size()
