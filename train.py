@@ -298,6 +298,7 @@ def parse_flags(argv=None):
     keep. Exits with status 2 on flags that contradict each other.
     """
     parser = build_parser()
+    # the recipe is read first: its values are the defaults of all other flags
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="mic")
     recipe = first.parse_known_args(argv)[0].recipe
@@ -312,28 +313,7 @@ def parse_flags(argv=None):
     asked_val = f.val
     own_ids = f.classes  # say what own masks without IDS mean
 
-    # published: long runs from ImageNet weights on large crops
-    long = f.steps >= 10_000
-    if f.alpha is None:
-        f.alpha = 0.999 if long else 0.99
-    if f.warmup is None:
-        f.warmup = min(1500, f.steps // 20)
-    if f.lr is None:
-        f.lr = 6e-5 if long else 1e-3
-    if f.head_lr is None:
-        f.head_lr = 10.0 if long else 1.0
-    if f.init == "hub":  # another name of it
-        f.init = "imagenet"
-    if f.mask_block is None:
-        f.mask_block = 32 if f.crop >= 512 else 16
-        if f.detail:
-            f.mask_block = f.crop // 16
-    if f.gate is None and f.cluda and f.detail:
-        f.gate = "learned"
-    if f.stop_at is None:
-        f.stop_at = f.steps
-    if f.labeled.isdecimal():
-        f.labeled = str(int(f.labeled))  # 00 is 0
+    settle_training(f)
     settle_data(f, parser)
 
     # every flag of the parser, filled in: what a resumed run has to repeat
@@ -405,6 +385,32 @@ def phase_at(f, step):
     if step < f.source_steps:
         return 0, f.source_steps
     return f.source_steps, f.steps - f.source_steps
+
+
+def settle_training(f):
+    """Fill in what follows from --steps, --crop and the method."""
+    # published: long runs from ImageNet weights on large crops
+    long = f.steps >= 10_000
+    if f.alpha is None:
+        f.alpha = 0.999 if long else 0.99
+    if f.warmup is None:
+        f.warmup = min(1500, f.steps // 20)
+    if f.lr is None:
+        f.lr = 6e-5 if long else 1e-3
+    if f.head_lr is None:
+        f.head_lr = 10.0 if long else 1.0
+    if f.init == "hub":  # another name of it
+        f.init = "imagenet"
+    if f.mask_block is None:
+        f.mask_block = 32 if f.crop >= 512 else 16
+        if f.detail:
+            f.mask_block = f.crop // 16
+    if f.gate is None and f.cluda and f.detail:
+        f.gate = "learned"
+    if f.stop_at is None:
+        f.stop_at = f.steps
+    if f.labeled.isdecimal():
+        f.labeled = str(int(f.labeled))  # 00 is 0
 
 
 def settle_data(f, parser):
