@@ -605,7 +605,8 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
 
 @torch.no_grad()
 def pseudo_label(f, teacher, target):
-    """What the teacher says of the target: a View, its confidence (B,S,S), and the valid pixels.
+    """What the teacher says of the target: a View, its confidence, float (B,S,S) in [0,1], and the
+    valid pixels, bool (B,S,S).
 
     Every pixel gets the same weight, the share of confident pixels in the joint batch (DACS). Those
     on padding and in the rows of --border are not valid and get 0.
@@ -623,10 +624,15 @@ def pseudo_label(f, teacher, target):
     return View(target.image, label, weight), confidence, valid
 
 
-def make_views(f, teacher, source, labeled, target, valid, draw):
+def make_views(f, net, source, labeled, target, valid, draw):
     """All that the student sees in a step, {name: View}, and where ClassMix pasted, bool (B,S,S).
 
-    target, valid: as the teacher sees it, and its valid pixels; or None.
+    Those of these that the flags ask for: "source" and "labeled", which have true labels; "mix",
+    the ClassMix image; "mask", "mask_source" and "mask_mix", with hidden blocks; "restyled", the
+    source in another look; "jittered", the augmented target.
+
+    net: a Segmenter, for its constants. target, valid: as the teacher sees it, and its valid
+    pixels; or None.
     """
     source = look_closely(source, f, draw)
     views = {"source": source}
@@ -654,7 +660,7 @@ def make_views(f, teacher, source, labeled, target, valid, draw):
 
     # ClassMix: half of the donor's classes, with their pixels, pasted onto the target (DACS)
     if f.mix or f.consistency:
-        present = data.present_classes(donor.label, teacher.num_classes).float()
+        present = data.present_classes(donor.label, net.num_classes).float()
         present = mean_over_ranks(present) > 0  # (K,), in the joint batch
         image, label, weight, pasted = data.class_mix(
             donor.image, donor.label, target.image, target.label, target.weight, present, *draw)
@@ -664,7 +670,7 @@ def make_views(f, teacher, source, labeled, target, valid, draw):
 
     # MIC: hide blocks of the target; what is there has to follow from what surrounds them.
     # LC-MSM hides blocks of the source and of the augmented ClassMix image, and text helps out
-    mean = teacher.pixel_mean
+    mean = net.pixel_mean
     if f.mask and f.lcmsm:
         views["mask_source"] = hide(source, f, mean, draw)
         if "mix" in views:
@@ -758,8 +764,8 @@ def contrast_terms(f, step, nets, source, known, known_out, views, outs, said):
     student = getattr(nets.student, "module", nets.student)
     teacher = nets.teacher
     # T2S-DA waits for the end of the warm-up, and CLUDA, where it is beside it, waits with it
-    started = not f.t2s or step >= f.warmup
-    live = float(started and not f.control)
+    waits = f.t2s and step < f.warmup
+    live = float(not waits and not f.control)
     terms = {}
 
     # where features are to go: the teacher's of the clean source
