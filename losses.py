@@ -172,8 +172,9 @@ def cluda_two(rows, detail, label, gate, window, weight=None, tau=0.1):
     if weight is None:
         weight = torch.ones(label.shape, device=label.device)
 
-    def contrast(anchors, keys, where):
-        y, w = label[where].flatten(), weight[where].flatten()  # (B,a,b) -> (n,)
+    def contrast(anchors, keys, where):  # an index of cells; ... is all of them
+        y = label[where].flatten()  # (B,a,b) -> (n,)
+        w = weight[where].flatten()
         values = pixel_nce(
             anchors.flatten(0, 2), keys.flatten(0, 2), y, y, w, w, tau, "per_positive",
             exclude_self=True
