@@ -1141,10 +1141,11 @@ def _image_names(images):
 
 # ---------------------------------------------------------------- reading files
 
-def _open(path):
+def _open(path, low_bytes=False):
     """
-    Decoded PIL image; info["orientation"] is its EXIF tag, 1 to 8. Whatever is wrong with the file
-    becomes a DataError that names it.
+    Decoded PIL image; info["orientation"] is its EXIF tag, 1 to 8. low_bytes: of a PNG's 16-bit
+    colours the low bytes, where Pillow gives the high ones. Whatever is wrong with the file becomes
+    a DataError that names it.
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
@@ -1156,6 +1157,9 @@ def _open(path):
             # From a file object: Pillow maps an uncompressed TIFF of a path into memory, with the
             # rows as long as those of the turned image where its tag turns it.
             with Image.open(file) as image:
+                if low_bytes:  # told that bytes stand the other way round, Pillow takes those
+                    tile = image.tile[0]
+                    image.tile = [tile._replace(args=tile.args.replace("16B", "16L"))]
                 orientation = image.getexif().get(0x0112, 1)  # loading a TIFF removes it
                 image.load()
                 image.info["orientation"] = orientation
@@ -1363,77 +1367,29 @@ def read_png16(path):
     """
     Raw ids uint8 (H,W) from the first channel of a 16-bit PNG. Raises DataError.
 
-    SYNTHIA keeps the class in the red channel, of which Pillow gives the high byte, always 0. So
-    the file is decoded here. Source: PNG specification, sections 5, 9 and 11.
+    SYNTHIA keeps the class in the red channel. Of a colour Pillow gives the high byte, in an id
+    always 0; the file is read a second time for the low one.
     """
     try:
-        header, packed = _png_chunks(path)
-        width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
-        too_large = width * height > Image.MAX_IMAGE_PIXELS
-        if depth != 16 or colour == 3 or interlaced or too_large:
+        image = _open(path)
+        if image.format != "PNG" or _bits(path, image) != 16:
             raise DataError(f"{path}: not the 16-bit PNG that this data set publishes; "
                             "use the original label file")
-        channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
-        row_bytes = 1 + 2 * channels * width  # the filter of the row, then its pixels
-        rows = zlib.decompressobj().decompress(packed, height * row_bytes)
-        if len(rows) != height * row_bytes:
-            raise zlib.error("too few pixels")
-    except (KeyError, struct.error, zlib.error) as error:
-        raise DataError(f"{path}: truncated or damaged PNG; restore or remove it",
-                        spares_others=True) from error
-
-    rows = np.frombuffer(rows, np.uint8).reshape(height, row_bytes)
-    filters = rows[:, 0]
-    pixels = rows[:, 1:].reshape(height, width, 2 * channels)
-    red = _undo_filters(filters, pixels[:, :, :2].astype(np.int16))  # (H,W,2): high and low byte
-    if red[:, :, 0].any():
+        # The last chunk, with its checksum, at which alone Pillow does not look.
+        if b"IEND\xae\x42\x60\x82" not in Path(path).read_bytes():
+            raise DataError(f"{path}: no end", spares_others=True)
+        ids = np.asarray(image)  # grey: the whole ids (H,W)
+        if ids.ndim == 3:
+            high = ids[:, :, 0].astype(np.uint16)
+            ids = 256 * high + np.asarray(_open(path, low_bytes=True))[:, :, 0]
+    except DataError as error:
+        if error.spares_others:
+            raise DataError(f"{path}: truncated or damaged PNG; restore or remove it",
+                            spares_others=True) from error
+        raise
+    if ids.max() > 255:
         raise DataError(f"{path}: holds ids above 255; use the original label file")
-    return red[:, :, 1].astype(np.uint8)
-
-
-def _png_chunks(path):
-    """(header, packed pixels) of a PNG file, bytes. Raises struct.error, zlib.error or KeyError."""
-    blob = Path(path).read_bytes()
-    chunks = {}
-    at = 8  # behind the signature
-    while b"IEND" not in chunks:
-        length, kind = struct.unpack(">I4s", blob[at:at + 8])
-        body = blob[at + 8:at + 8 + length]
-        checksum = blob[at + 8 + length:at + 12 + length]
-        if zlib.crc32(kind + body) != int.from_bytes(checksum, "big"):
-            raise zlib.error("checksum")
-        chunks[kind] = chunks.get(kind, b"") + body
-        at += 12 + length
-    return chunks[b"IHDR"], chunks[b"IDAT"]
-
-
-def _undo_filters(filters, coded):
-    """
-    Bytes of one channel, int16 (H,W,2), from filtered ones and the number (H,) of each row's
-    filter.
-
-    A filter predicts a byte from its left (a), upper (b) and upper left (c) neighbour. All three
-    lie on the two anti-diagonals before its own, so one anti-diagonal is undone at a time: W + H
-    steps whatever the filters are.
-    """
-    height, width = coded.shape[:2]
-    # Pixel (y,x) is kept at [x + y + 2, y + 1]: a row for each anti-diagonal. The rest is the zeros
-    # that stand for neighbours outside.
-    done = np.zeros((height + width + 1, height + 1, 2), np.int16)
-    for t in range(height + width - 1):
-        y = np.arange(max(0, t - width + 1), min(height, t + 1))
-        a = done[t + 1, y + 1]
-        b = done[t + 1, y]
-        c = done[t, y]
-        to_a = abs(b - c)  # distances of a, b and c from a + b - c: Paeth takes the nearest
-        to_b = abs(a - c)
-        to_c = abs(a + b - 2 * c)
-        paeth = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
-        kind = filters[y, None] % 5
-        predicted = np.choose(kind, (0 * a, a, b, (a + b) // 2, paeth))
-        done[t + 2, y + 1] = (coded[y, t - y] + predicted) % 256
-    y, x = np.ogrid[:height, :width]
-    return done[x + y + 2, y + 1]
+    return ids.astype(np.uint8)
 
 
 # ---------------------------------------------------------------- the cache
