@@ -354,7 +354,7 @@ _NOTATIONS = (
     ("colour", rf"(?P<name>.+?){_GAP}{_COLOUR}[\s,;]*(:.*)?"),  # road,128,64,128
     ("id", rf"(?P<id>-?\d+){_GAP}(?P<name>.+)"),  # 7 road
     ("id", r"(?P<name>.+?)\s*[\t,;:=]\s*(?P<id>-?\d+)"),  # road, 7
-    ("position", r"(?P<name>.+)"))  # road
+    ("position", r"(?P<name>.*)"))  # road
 # A name that begins or ends with another value; marks of JSON, YAML and the like, of a labelmap.txt
 # without colours (road:::) and of half a bracket.
 _NUMBERS = rf"[-+]?(0[xX][0-9a-fA-F]+|[\d.]+)({_GAP}.*)?|.*[,;]\s*[\d.]+"

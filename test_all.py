@@ -1409,6 +1409,7 @@ def test_tables_merge_names_and_ignore_values(tmp_path):
     ("0 128 64 128 road", ["line 1", "one value and one name"]),
     ("0,road,128,64,128", ["line 1", "one value and one name"]),
     ("128 64 128", ["line 1", "one value and one name"]),
+    ('road\n""\ncar', ["line 2", "'' has not one value and one name"]),  # as pandas writes it
     ("~1 2 3 road", ["line 1", "~"]),
     ("~0 road\n200 car", ["line 2", "~ before all"]),
     ("# nothing\n", ["names no class"]),
