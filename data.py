@@ -66,7 +66,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
-READING = 3  # of files; a higher number where the same files are read to other values or faults
+READING = 4  # of files; a higher number where the same files are read to other values or faults
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
@@ -521,6 +521,35 @@ def label_table(table, classes):
     labels[IGNORE] = IGNORE
     labels[values] = list(found.values())
     return labels
+
+
+def _look_up(table, labels, raw):
+    """
+    Labels uint8 (H,W) of raw ids or packed colours (H,W). table: a Table, labels: label_table of
+    it.
+    """
+    if table.kind == "colour":
+        return _labels_of_colours(tuple(sorted(table.names)), labels.tobytes())[raw]
+    if raw.dtype != np.uint8 and len(labels) < 65536:
+        labels = np.pad(labels, (0, 65536 - len(labels)), constant_values=UNKNOWN)
+    return labels[raw]
+
+
+@functools.lru_cache(4)
+def _labels_of_colours(colours, labels):
+    """Labels uint8 (2**24,) of colours packed as in read_mask_colours. labels: a label_table."""
+    table = np.full(1 << 24, UNKNOWN, np.uint8)
+    for (red, green, blue), label in zip(colours, labels):
+        table[red | green << 8 | blue << 16] = label
+    return table
+
+
+def _table_of_names(table, names):
+    """label_table in which the values of some of its names are 0, and those of all others 255."""
+    marked = {}
+    for value, name in table.names.items():
+        marked[value] = "marked" if name in names else None
+    return label_table(table._replace(names=marked), ("marked",))
 
 
 def mapping_lines(table, classes):
@@ -1611,7 +1640,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.mapping = []
         if self.labeled:
             self.mapping = mapping_lines(self._shown_ids(), classes)
-        self.lacking = None  # a label_table of the names that the classes lack
+        self.lacking = None  # a _table_of_names of those that the classes lack
+        self.train_lacking = None  # the same of TRAIN_IDS
         self._note_names()
         self.cache = cache_folder(cache)
         self.cached = self._is_cached(cache)
@@ -1711,10 +1741,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         lacking = sorted(ignored - {None})
         if lacking:
             self.lacking_names = lacking
-            marked = {}
-            for value, name in shown.names.items():
-                marked[value] = "lacking" if name in lacking else None
-            self.lacking = label_table(shown._replace(names=marked), ("lacking",))
+            self.lacking = _table_of_names(self.ids, lacking)
+            self.train_lacking = _table_of_names(TRAIN_IDS, lacking)
         found = sum(self._holds_train_ids(label) for _, label in self.files or [] if label)
         if found:
             self.notes.append(
@@ -1988,33 +2016,30 @@ class SegmentationDataset(torch.utils.data.Dataset):
         that the classes lack).
         """
         path = self.files[i][1]
+        ids = self.ids
+        table = self.table
+        marks = self.lacking
         if self._holds_train_ids(path):
+            ids = TRAIN_IDS
+            table = self.train_table
+            marks = self.train_lacking
             raw = read_label(path)
-            label = _labels_of_ids(self.train_table, raw)
-        elif self.ids.kind == "colour":
+        elif ids.kind == "colour":
             raw = read_mask_colours(path)
-            label = self._look_up(self.table, raw)
+        elif self.kind == "synthia":
+            raw = read_png16(path)
         else:
-            if self.kind == "synthia":
-                raw = read_png16(path)
-            else:
-                raw = read_label(path, lossy=self.ids.nearest)
-            label = self._look_up(self.table, raw)
+            raw = read_label(path, lossy=ids.nearest)
+        label = _look_up(ids, table, raw)
         if (label == UNKNOWN).any():
             raise DataError(f"{path}: {self._unknown_values(raw[label == UNKNOWN])} are not in "
                             f"{self.ids_from}; correct the mask or the table (255 is 'ignore', and "
                             "so is a value with the name -)",
                             values=[] if self.ids.kind == "colour" else np.unique(raw).tolist())
         lacking = 0
-        if self.lacking is not None:
-            lacking = int((self._look_up(self.lacking, raw) == 0).sum())
+        if marks is not None:
+            lacking = int((_look_up(ids, marks, raw) == 0).sum())
         return label, lacking
-
-    def _look_up(self, table, raw):
-        """Labels uint8 (H,W) of raw ids or packed colours (H,W) in a label_table."""
-        if self.ids.kind == "colour":
-            return _labels_of_colours(tuple(sorted(self.ids.names)), table.tobytes())[raw]
-        return _labels_of_ids(table, raw)
 
     def _holds_train_ids(self, path):
         """Whether a mask holds train ids of Cityscapes, as its name says. IDS says more."""
@@ -2386,22 +2411,6 @@ class Pool(torch.utils.data.Dataset):
             none = np.zeros((len(part), len(self.classes)), np.int64)
             counts.append(part.class_counts(crop) if part.labeled else none)
         return np.concatenate(counts)
-
-
-def _labels_of_ids(table, raw):
-    """Labels uint8 (H,W) of raw ids, uint8 or uint16 (H,W), in a label_table of ids."""
-    if raw.dtype != np.uint8 and len(table) < 65536:
-        table = np.pad(table, (0, 65536 - len(table)), constant_values=UNKNOWN)
-    return table[raw]
-
-
-@functools.lru_cache(4)
-def _labels_of_colours(colours, labels):
-    """Labels uint8 (2**24,) of colours packed as in read_mask_colours. labels: a label_table."""
-    table = np.full(1 << 24, UNKNOWN, np.uint8)
-    for (red, green, blue), label in zip(colours, labels):
-        table[red | green << 8 | blue << 16] = label
-    return table
 
 
 # ---------------------------------------------------------------- sampling
