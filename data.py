@@ -142,7 +142,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _numbered_lines(path):
-    """[(number, line)] of a UTF-8 text file: the lines that hold something. Raises DataError."""
+    """
+    [(number, line)] of a UTF-8 text file: the lines that hold something, stripped. Raises
+    DataError.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -153,6 +156,14 @@ def _numbered_lines(path):
         raise DataError(f"{path}: no readable UTF-8 text (zero bytes); save it as UTF-8")
     stripped = [line.strip("\ufeff\u200b").strip() for line in lines]  # marks of no width
     return [(number, line) for number, line in enumerate(stripped, 1) if line]
+
+
+_QUOTES = re.compile(r'(?:^|(?<=[,;:=\t]))\s*"|"\s*(?=$|[,;:=\t])')
+
+
+def _unquoted(line):
+    """A line without the double quotes around its cells, as CSV has them."""
+    return _QUOTES.sub("", line)
 
 
 @contextlib.contextmanager
@@ -179,19 +190,6 @@ def save_picture(picture, path):
     """Writes a PIL image in the format of the suffix, whole or not at all. Raises OSError."""
     with whole_file(path) as part:
         picture.save(part)
-
-
-_QUOTES = re.compile(r'(?:^|(?<=[,;:=\t]))\s*"|"\s*(?=$|[,;:=\t])')
-
-
-def _unquoted(line):
-    """A line without the double quotes around its cells, as CSV has them."""
-    return _QUOTES.sub("", line)
-
-
-def read_lines(path):
-    """Lines of a UTF-8 text file that hold something, stripped, tuple of str. Raises DataError."""
-    return tuple(line for _, line in _numbered_lines(path))
 
 
 def cache_folder(path=None):
@@ -2593,7 +2591,7 @@ def _listed_indices(dataset, known, spec):
         for end in {_composed(dataset.names[i])} | ends:
             images.setdefault(end, []).append(i)
     found = set()
-    for line in read_lines(spec):
+    for _, line in _numbered_lines(spec):
         matches = _images_in_line(images, line)
         if line.startswith("#") and not matches:
             continue  # a comment
