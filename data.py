@@ -2980,12 +2980,10 @@ def read_colours(path, names):
     if table.kind != "colour":
         raise DataError(f"{path}: no line has a name and a colour; write `128 64 128 road`")
     colours = palette(names)
-    for colour, name in table.names.items():
-        index = IGNORE
-        if name is not None:
-            index = class_index(name, names, renamed=False)
-        if index != IGNORE:
-            colours[index] = colour
+    index = _classes_of_values(table, names)
+    for colour in table.names:  # in the order of the lines: the last of a class counts
+        if index[colour] != IGNORE:
+            colours[index[colour]] = colour
     return colours
 
 
