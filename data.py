@@ -1001,7 +1001,7 @@ def _find_in_folders(dataset, spec):
     """[(image, label or None)] of IMAGES[:MASKS], matched by _files_by_name. Raises DataError."""
     images = _files_by_name(dataset, spec.images)
     if spec.masks is None:
-        return [(image, None) for image in _without_twins(dataset, images.values())]
+        return _without_masks(dataset, images.values())
 
     labels = _files_by_name(dataset, spec.masks)
     files = [(image, labels.get(name)) for name, image in images.items()]
@@ -1023,8 +1023,7 @@ def _find_by_glob(dataset, spec):
         raise DataError(f"{dataset.spec}: no image matches {spec.images}; check the pattern, in "
                         "which * and **/ alone stand for other names, and put it in quotes")
     if spec.masks is None:
-        kept = _without_twins(dataset, [image for image, _ in images])
-        return [(image, None) for image in kept]
+        return _without_masks(dataset, [image for image, _ in images])
 
     masks = Path(spec.masks).as_posix()
     if "*" not in masks and len(images) > 1:
@@ -1049,10 +1048,10 @@ TWIN = re.compile(r"[ ._-](mask|label|gt|seg)s?$", re.I)
 MASK_FOLDERS = ("mask", "masks", "label", "labels", "annotations", "gt", "segmentationclass")
 
 
-def _without_twins(dataset, images):
+def _without_masks(dataset, images):
     """
-    The images but those that are the mask of another one, X_mask.png beside X.jpg: noted. So are
-    images in folders of a name that masks have.
+    [(image, None)] of the images but those that are the mask of another one, X_mask.png beside
+    X.jpg: noted. So are images in folders of a name that masks have.
     """
     known = {str(image.with_suffix("")) for image in images}
     kept, twins, odd = [], [], []
@@ -1071,7 +1070,7 @@ def _without_twins(dataset, images):
         dataset.notes.append(f"MASKS TAKEN FOR IMAGES? {len(twins)} files are left out, each has "
                              f"an image of the same name without its ending beside it: "
                              f"{_some(twins)}")
-    return kept
+    return [(image, None) for image in kept]
 
 
 def _names_in_line(line, folder):
@@ -1106,8 +1105,7 @@ def _find_in_list(dataset, spec):
         raise DataError(f"{path}: lists no image")
     _accept_missing(dataset, files)
     if not any(label for _, label in files):
-        kept = _without_twins(dataset, [image for image, _ in files])
-        return [(image, None) for image in kept]
+        return _without_masks(dataset, [image for image, _ in files])
     return files
 
 
