@@ -1197,11 +1197,6 @@ def _open(path, low_bytes=False):
                         "restore or remove it", spares_others=True) from error
 
 
-# What does not keep values exactly.
-LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF")
-LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
-
-
 def _bits(path, image):
     """Bits per channel in the file of an opened image. Pillow reads all but 16-bit grey as 8."""
     if image.format == "PNG":
@@ -1241,15 +1236,25 @@ def read_image(path):
     return _read_upright(path)[0]
 
 
-def _is_lossy(image):
-    """Whether the file of an image does not keep values exactly."""
-    return image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
+# What does not keep values exactly.
+LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF")
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
-def _lossy_fault(image, what):
-    """What is wrong with a lossy mask; a photograph in a mask's place may be a swapped folder."""
+def _mask_fault(image, what, lossy=False):
+    """
+    Why the file of an opened image does not keep a mask's values, str, or None. what: they are,
+    "ids" or "colours". lossy: JPEG and its like are taken.
+    """
+    if image.mode in ("LA", "RGBA"):
+        *colours, (least, most) = image.getextrema()
+        if least < most and all(low == high for low, high in colours):  # as brushes save it
+            return "of one colour, with all its values in the alpha channel"
+    exact = image.format not in LOSSY and image.info.get("compression") not in LOSSY_TIFF
+    if exact or lossy:
+        return None
     fault = f"a lossy {image.format}, which does not keep {what} exactly"
-    if image.mode == "RGB":
+    if image.mode == "RGB":  # a photograph in a mask's place may be a swapped folder
         fault += " (if it is a photograph: images stand before masks in a SPEC)"
     return fault
 
@@ -1264,11 +1269,9 @@ def read_label(path, lossy=False):
     """
     image = _open(path)
     bits = _bits(path, image)
-    fault = _values_in_alpha(image)
+    fault = _mask_fault(image, "ids", lossy)
     if fault:
         pass
-    elif _is_lossy(image) and not lossy:
-        fault = _lossy_fault(image, "ids")
     elif image.mode in ("L", "LA") and bits in range(2, 8):
         fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
     elif image.mode[0] == "I" and bits not in (8, 16, 32):
@@ -1305,16 +1308,6 @@ def _one_channel(channels, mode):
     return ids, f"a colour picture ({mode}) and no class ids"
 
 
-def _values_in_alpha(image):
-    """The fault, or None, of a mask that is one colour but for its opacity, as brushes save it."""
-    if image.mode not in ("LA", "RGBA"):
-        return None
-    *colours, (least, most) = image.getextrema()
-    if least == most or any(low != high for low, high in colours):
-        return None
-    return "of one colour, with all its values in the alpha channel"
-
-
 GREY_SPREAD = 48  # channels of a grey JPEG, re-saved or not, differ by less
 
 
@@ -1333,11 +1326,9 @@ def read_mask_colours(path):
     dropped, grey repeated. Raises DataError.
     """
     image = _open(path)
-    fault = _values_in_alpha(image)
+    fault = _mask_fault(image, "colours")
     if fault:
         pass
-    elif _is_lossy(image):
-        fault = _lossy_fault(image, "colours")
     elif image.mode[0] in "IF" or _bits(path, image) > 8:
         fault = f"a picture of more than 8 bits per channel (mode {image.mode})"
     elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
