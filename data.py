@@ -1268,20 +1268,7 @@ def read_label(path, lossy=False):
     its like are taken as well; the values are grey ones then, of a palette those of its colours.
     """
     image = _open(path)
-    bits = _bits(path, image)
-    fault = _mask_fault(image, "ids", lossy)
-    if fault:
-        pass
-    elif image.mode in ("L", "LA") and bits in range(2, 8):
-        fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
-    elif image.mode[0] == "I" and bits not in (8, 16, 32):
-        fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 16 bits"
-    elif image.format == "TIFF" and image.mode != "P" and image.tag_v2.get(262) == 0:
-        fault = "a TIFF in which 0 is white, which Pillow inverts"
-    elif image.mode in ("RGB", "RGBA") and bits > 8:
-        fault = f"a {bits}-bit colour picture"
-    elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and image.mode[0] != "I":
-        fault = f"a picture of mode {image.mode} and no class ids"
+    fault = _mask_fault(image, "ids", lossy) or _ids_fault(image, _bits(path, image))
     if fault is None and lossy and image.mode[0] != "I":
         image, fault = _grey_values(image)
     if fault is None:
@@ -1294,6 +1281,21 @@ def read_label(path, lossy=False):
         raise DataError(f"{path}: is {fault}; save the ids as an 8-bit grey or palette PNG, or say "
                         "what the colours are in IDS")
     return ids.astype(np.uint8 if ids.max() < 256 else np.uint16)
+
+
+def _ids_fault(image, bits):
+    """Why Pillow does not give the ids in an opened file of `bits` per channel, str, or None."""
+    if image.mode in ("L", "LA") and bits in range(2, 8):
+        return f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
+    if image.mode[0] == "I" and bits not in (8, 16, 32):
+        return f"a {bits}-bit grey {image.format}, which Pillow scales to 16 bits"
+    if image.format == "TIFF" and image.mode != "P" and image.tag_v2.get(262) == 0:
+        return "a TIFF in which 0 is white, which Pillow inverts"
+    if image.mode in ("RGB", "RGBA") and bits > 8:
+        return f"a {bits}-bit colour picture"
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and image.mode[0] != "I":
+        return f"a picture of mode {image.mode} and no class ids"
+    return None
 
 
 def _one_channel(channels, mode):
@@ -1327,11 +1329,9 @@ def read_mask_colours(path):
     """
     image = _open(path)
     fault = _mask_fault(image, "colours")
-    if fault:
-        pass
-    elif image.mode[0] in "IF" or _bits(path, image) > 8:
+    if fault is None and (image.mode[0] in "IF" or _bits(path, image) > 8):
         fault = f"a picture of more than 8 bits per channel (mode {image.mode})"
-    elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+    if fault is None and image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         fault = f"a picture of mode {image.mode}"
     if fault:
         raise DataError(f"{path}: is {fault}; save the mask as an 8-bit RGB PNG")
