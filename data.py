@@ -719,11 +719,12 @@ SUFFIXES = (
 PHONE_SUFFIXES = (".heic", ".heif", ".avif")  # read where Pillow is built or extended for it
 SUFFIXES += tuple(end for end in PHONE_SUFFIXES if end in Image.registered_extensions())
 
-# Own data: the kinds of SPEC, and what the parts after the kind name.
+# Own data: the kinds of SPEC, their parts in order, as Spec has them, and what each part names.
 OWN = {
-    "folder": ("folder", "folder", "file"),
-    "glob": ("glob", "glob", "file"),
-    "list": ("file", "file")}
+    "folder": {"images": "folder", "masks": "folder", "ids": "file"},
+    "glob": {"images": "glob", "masks": "glob", "ids": "file"},
+    "list": {"listed": "file", "ids": "file"}}
+LIST_OF_NAMES = {"listed": "file"} | OWN["glob"]
 
 # A SPEC in its parts. images: the folder of published data, or what stands for images in own data;
 # listed: the file of list:; None for what is not given.
@@ -751,19 +752,17 @@ def parse_spec(text, split="train"):
         raise DataError(f"{text!r}: nothing stands between two of its colons or behind the last; "
                         "fill it in, or leave the colon out")
     rest = rest.replace("{split}", split)
-    kinds = OWN[kind]
+    form = OWN[kind]
     if kind == "list" and "*" in rest:
-        kinds = ("file", *OWN["glob"])
-    parts = [_as_stored(*part) for part in zip(_split_paths(rest, kinds), kinds)]
-    if kind != "list":
-        return Spec(kind, *parts)
-    listed, *parts = parts
-    if kinds is OWN["list"]:
-        if parts and ":" in parts[0] and not os.path.exists(parts[0]):
-            raise DataError(f"{text!r}: {parts[0]}: no such file; if these are IMAGES and MASKS, "
-                            "write patterns with a * for the names: images/*.jpg:masks/*.png")
-        return Spec(kind, None, None, *parts, listed=listed)
-    return Spec(kind, *parts, listed=listed)
+        form = LIST_OF_NAMES
+    parts = {}
+    for part, path in zip(form, _split_paths(rest, tuple(form.values()))):
+        parts[part] = _as_stored(path, form[part])
+    ids = parts.get("ids", "")
+    if form is OWN["list"] and ":" in ids and not os.path.exists(ids):
+        raise DataError(f"{text!r}: {ids}: no such file; if these are IMAGES and MASKS, "
+                        "write patterns with a * for the names: images/*.jpg:masks/*.png")
+    return Spec(kind, **parts)
 
 
 def _split_paths(text, kinds):
