@@ -1661,9 +1661,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.names = _image_names([image for image, _ in self.files])
         self.labeled = any(label for _, label in self.files)
         self.train_ids = True  # in masks that are named *labelTrainIds*
+        self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
         if self.kind in SETS:
             self.ids = SETS[self.kind].ids
-            self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
             if self.detail:
                 return SETS[self.kind].detail_size or SETS[self.kind].size
             return SETS[self.kind].size
@@ -1690,7 +1690,6 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def _set_own_ids(self, ids):
         """Sets what the values of own masks mean. ids: as of open_dataset, or a file."""
         self.ids = Table(dict(enumerate(self.classes)) or {0: None}, "position")
-        self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
         if ids is None and self.labeled:
             raise DataError(f"{self.spec}: nothing says what the values of its masks mean; give "
                             "--classes FILE (a name per line, the first is value 0), or IDS behind "
@@ -1707,14 +1706,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def _shown_ids(self):
         """The table that says most about the masks: published ids without those of no name."""
-        table = self.ids
         labels = [label for _, label in self.files or [] if label]
         if labels and all(map(self._holds_train_ids, labels)):
-            table = TRAIN_IDS
-        elif self.kind in OWN:
-            return table
-        named = {value: name for value, name in table.names.items() if name is not None}
-        return table._replace(names=named)
+            return TRAIN_IDS
+        if self.kind in OWN:
+            return self.ids
+        named = {value: name for value, name in self.ids.names.items() if name is not None}
+        return self.ids._replace(names=named)
 
     def _note_names(self):
         """Sets which names the classes lack; notes whose ids masks named labelTrainIds hold."""
