@@ -1769,11 +1769,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitem__(self, i):
-        image, label = self.arrays(i)
-        image = torch.from_numpy(image.transpose(2, 0, 1).copy())  # (H,W,3) -> (3,H,W)
-        if label is not None:
-            label = torch.from_numpy(label.copy())
-        return {"image": image, "label": label, "name": self.names[i]}
+        return _item(*self.arrays(i), self.names[i])
 
     def arrays(self, i):
         """Item i as arrays not to be written to: image uint8 (H,W,3), label uint8 (h,w) or None."""
@@ -2169,6 +2165,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+def _item(image, label, name):
+    """An item of a data set, see open_dataset, of its arrays."""
+    image = torch.from_numpy(image.transpose(2, 0, 1).copy())  # (H,W,3) -> (3,H,W)
+    if label is not None:
+        label = torch.from_numpy(label.copy())
+    return {"image": image, "label": label, "name": name}
+
+
 # Why an item cannot be used. text: one line, with file and remedy; the rest: see DataError.
 Fault = namedtuple("Fault", "index text spares_others values")
 
@@ -2349,11 +2353,7 @@ class Pool(torch.utils.data.Dataset):
         return self.parts[part], i - int(self.starts[part])
 
     def __getitem__(self, i):
-        part, at = self._locate(i)
-        item = part[at]
-        if self.labeled and item["label"] is None:
-            item["label"] = torch.full(item["image"].shape[1:], IGNORE, dtype=torch.uint8)
-        return item | {"name": self.names[i]}
+        return _item(*self.arrays(i), self.names[i])
 
     def arrays(self, i):
         """Item i as of SegmentationDataset.arrays; labels of 255 for a part without labels."""
