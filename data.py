@@ -71,6 +71,8 @@ AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without -
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
 
+# ---------------------------------------------------------------- failing, text, writing
+
 class DataError(ValueError):
     """
     Bad input data: one line that names the file and the remedy.
@@ -164,6 +166,19 @@ _QUOTES = re.compile(r'(?:^|(?<=[,;:=\t]))\s*"|"\s*(?=$|[,;:=\t])')
 def _unquoted(line):
     """A line without the double quotes around its cells, as CSV has them."""
     return _QUOTES.sub("", line)
+
+
+def _some(items):
+    """The first five items in words, and how many more there are."""
+    text = ", ".join(map(str, items[:5]))
+    if len(items) > 5:
+        text += f" and {len(items) - 5} more"
+    return text
+
+
+def _composed(text):
+    """A name with its accents in one form: file systems differ (NFC, NFD)."""
+    return unicodedata.normalize("NFC", text)
 
 
 @contextlib.contextmanager
@@ -710,14 +725,7 @@ STREETS = {
     "streets:night": {"train": range(400_000, 400_500), "val": range(500_000, 500_100)}}
 
 
-# ---------------------------------------------------------------- finding files
-
-SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
-    ".pnm", ".jpe", ".jfif", ".jp2", ".j2k", ".jpx", ".tga", ".dib", ".pcx", ".sgi", ".ras", ".qoi",
-    ".apng", ".mpo", ".dds", ".xbm", ".xpm")
-PHONE_SUFFIXES = (".heic", ".heif", ".avif")  # read where Pillow is built or extended for it
-SUFFIXES += tuple(end for end in PHONE_SUFFIXES if end in Image.registered_extensions())
+# ---------------------------------------------------------------- a SPEC in its parts
 
 # Own data: the kinds of SPEC, their parts in order, as Spec has them, and what each part names.
 OWN = {
@@ -825,12 +833,14 @@ def _glob_root(pattern):
     return str(Path(*parts[:cut])), "/".join(parts[cut:])
 
 
-def _some(items):
-    """The first five items in words, and how many more there are."""
-    text = ", ".join(map(str, items[:5]))
-    if len(items) > 5:
-        text += f" and {len(items) - 5} more"
-    return text
+# ---------------------------------------------------------------- finding files
+
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jpe", ".jfif", ".jp2", ".j2k", ".jpx", ".tga", ".dib", ".pcx", ".sgi", ".ras", ".qoi",
+    ".apng", ".mpo", ".dds", ".xbm", ".xpm")
+PHONE_SUFFIXES = (".heic", ".heif", ".avif")  # read where Pillow is built or extended for it
+SUFFIXES += tuple(end for end in PHONE_SUFFIXES if end in Image.registered_extensions())
 
 
 def walk(folder, above=()):
@@ -893,11 +903,6 @@ def _fill_stars(pattern, matched):
     """The pattern with its stars replaced by texts, in their order."""
     first, *rest = re.split(r"\*\*/|\*", pattern)
     return first + "".join(text + part for text, part in zip(matched, rest))
-
-
-def _composed(text):
-    """A name with its accents in one form: file systems differ (NFC, NFD)."""
-    return unicodedata.normalize("NFC", text)
 
 
 @functools.lru_cache(None)
@@ -2173,6 +2178,8 @@ def _item(image, label, name):
     return {"image": image, "label": label, "name": name}
 
 
+# ---------------------------------------------------------------- checking data sets
+
 # Why an item cannot be used. text: one line, with file and remedy; the rest: see DataError.
 Fault = namedtuple("Fault", "index text spares_others values")
 
@@ -2205,6 +2212,20 @@ def describe_faults(dataset, faults, bad_pairs=None):
             text += f"; or train.py --skip-bad {bad_pairs} leaves out as many"
         lines.append(f"{text} ({len(group)} of {len(dataset)} items of {dataset.spec})")
     return lines
+
+
+def _diagnosis(values, dataset):
+    """What ids that are not all known may mean, in words that follow the fault's own."""
+    values = sorted(values - {IGNORE})
+    count = len(dataset.ids.names)
+    if dataset.ids.kind != "position" or values != list(range(values[0], values[-1] + 1)):
+        return f"; all values of these masks: {', '.join(map(str, values))}"
+    text = f"; values {values[0]}..{values[-1]}, {count} classes 0..{count - 1}"
+    if values[-1] != count:
+        return text
+    if values[0] == 0:
+        return text + ": is 0 no class? write `0 -` and `1 NAME` in an IDS file"
+    return text + ": do the ids start at 1? write `1 NAME` in an IDS file"
 
 
 def check_sets(datasets, skip=0):
@@ -2264,26 +2285,14 @@ def fingerprint(dataset):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
+# ---------------------------------------------------------------- several data sets as one
+
 def images_in_both(a, b):
     """Paths of images that two data sets share, links resolved, list of str in b's order."""
     if a.files is None or b.files is None:
         return []
     known = {image.resolve() for image, _ in a.files if image}
     return [str(image) for image, _ in b.files if image and image.resolve() in known]
-
-
-def _diagnosis(values, dataset):
-    """What ids that are not all known may mean, in words that follow the fault's own."""
-    values = sorted(values - {IGNORE})
-    count = len(dataset.ids.names)
-    if dataset.ids.kind != "position" or values != list(range(values[0], values[-1] + 1)):
-        return f"; all values of these masks: {', '.join(map(str, values))}"
-    text = f"; values {values[0]}..{values[-1]}, {count} classes 0..{count - 1}"
-    if values[-1] != count:
-        return text
-    if values[0] == 0:
-        return text + ": is 0 no class? write `0 -` and `1 NAME` in an IDS file"
-    return text + ": do the ids start at 1? write `1 NAME` in an IDS file"
 
 
 class Pool(torch.utils.data.Dataset):
