@@ -1650,7 +1650,6 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.labeled = True
         self.train_ids = False
         self.ids = TRAIN_IDS
-        self.ids_from = "the renderer"
         return STREETS_SIZE
 
     def _open_files(self, ids):
