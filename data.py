@@ -1638,6 +1638,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.cached = self._is_cached(cache)
         self._record = list(range(len(self)))
 
+    # What the data set consists of, and what its masks mean.
+
     def _open_streets(self):
         """Sets kind, files, indices, names, labeled and ids -> size."""
         self.kind = self.spec
@@ -1737,6 +1739,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
                 f"{found} masks are named labelTrainIds and taken for train ids of Cityscapes, "
                 "0 road to 18 bicycle; for ids of your own use glob:IMAGES:MASKS:IDS")
 
+    # Its items.
+
     def has_label(self, i):
         """Whether item i has a label of its own."""
         return self.files is None or self.files[i][1] is not None
@@ -1785,6 +1789,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if self.files is None:  # one cache of the streets, any classes
             label = self.table[label]
         return item["image"], label
+
+    # Reading all of them, and what this shows.
 
     def prepare(self):
         """
@@ -2115,6 +2121,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
             if served.shape != label.shape:
                 facts["served"] = _pixels_per_class(served, len(self.classes))
         self._facts.write(self._record[i], **facts)
+
+    # The files of the cache, and their names.
 
     @functools.cached_property
     def _items(self):
