@@ -1212,9 +1212,9 @@ def _bits(path, image):
         with open(path, "rb") as file:
             header = re.match(rb"P[2356](?:\s+|#[^\n]*\n)+\d+\s+\d+\s+(\d+)", file.read(512))
         most = int(header[1]) if header else 255
-        if most == 255:
-            return 8
-        return min(most.bit_length(), 7) if most < 255 else most.bit_length()
+        if most < 255:
+            return min(most.bit_length(), 7)  # Pillow scales what ends at 254, too
+        return most.bit_length()
     return 8
 
 
@@ -1247,8 +1247,8 @@ LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 def _mask_fault(image, what, lossy=False):
     """
-    Why the file of an opened image does not keep a mask's values, str, or None. what: they are,
-    "ids" or "colours". lossy: JPEG and its like are taken.
+    Why the file of an opened image does not keep a mask's values, str, or None. what: "ids" or
+    "colours", which these are. lossy: JPEG and its like are taken.
     """
     if image.mode in ("LA", "RGBA"):
         *colours, (least, most) = image.getextrema()
