@@ -2966,10 +2966,8 @@ def save_ids(path, label, colors):
     Writes ids uint8 (h,w) as an indexed PNG: its values are the ids, its palette the colours.
     Raises OSError.
     """
-    table = np.zeros((256, 3), np.uint8)  # 255 is black
-    table[:len(colors)] = colors
     image = Image.fromarray(label)
-    image.putpalette(table.tobytes())
+    image.putpalette(colorize(np.arange(256), colors).tobytes())  # a colour for each id
     save_picture(image, path)
 
 
