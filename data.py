@@ -957,20 +957,19 @@ def _find_published(dataset, root):
     root = Path(root)
     published = SETS[dataset.kind]
     split = published.splits.get(dataset.split, dataset.split)
-    tried = []
-    images = []
-    for layout in published.layouts:
-        if dataset.split != "train" and "{split}" not in layout[0]:
-            continue
+    layouts = published.layouts
+    if dataset.split != "train":
+        layouts = [layout for layout in layouts if "{split}" in layout[0]]
+    if not layouts:
+        raise DataError(f"{dataset.spec}: has no {dataset.split!r} split, all its images are "
+                        "'train'; use another data set")
+    for layout in layouts:
         pattern, *label_patterns = [path.format(split=split) for path in layout]
         images = _glob(dataset, root, pattern)
         if images:
             break
-        tried.append(str(root / pattern))
-    if not images and not tried:
-        raise DataError(f"{dataset.spec}: has no {dataset.split!r} split, all its images are "
-                        "'train'; use another data set")
     if not images:
+        tried = [str(root / layout[0].format(split=split)) for layout in layouts]
         raise DataError(f"{dataset.spec}: no image matches {' or '.join(tried)}; check the folder "
                         "and the split")
 
