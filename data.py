@@ -66,10 +66,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
-READING = 3  # of files; a higher number where the same files are read to other values or faults
+READING = 4  # of files; a higher number where the same files are read to other values or faults
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
+
+# ---------------------------------------------------------------- failing, text, writing
 
 class DataError(ValueError):
     """
@@ -142,7 +144,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _numbered_lines(path):
-    """[(number, line)] of a UTF-8 text file: the lines that hold something. Raises DataError."""
+    """
+    [(number, line)] of a UTF-8 text file: the lines that hold something, stripped. Raises
+    DataError.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -153,6 +158,27 @@ def _numbered_lines(path):
         raise DataError(f"{path}: no readable UTF-8 text (zero bytes); save it as UTF-8")
     stripped = [line.strip("\ufeff\u200b").strip() for line in lines]  # marks of no width
     return [(number, line) for number, line in enumerate(stripped, 1) if line]
+
+
+_QUOTES = re.compile(r'(?:^|(?<=[,;:=\t]))\s*"|"\s*(?=$|[,;:=\t])')
+
+
+def _unquoted(line):
+    """A line without the double quotes around its cells, as CSV has them."""
+    return _QUOTES.sub("", line)
+
+
+def _some(items):
+    """The first five items in words, and how many more there are."""
+    text = ", ".join(map(str, items[:5]))
+    if len(items) > 5:
+        text += f" and {len(items) - 5} more"
+    return text
+
+
+def _composed(text):
+    """A name with its accents in one form: file systems differ (NFC, NFD)."""
+    return unicodedata.normalize("NFC", text)
 
 
 @contextlib.contextmanager
@@ -179,19 +205,6 @@ def save_picture(picture, path):
     """Writes a PIL image in the format of the suffix, whole or not at all. Raises OSError."""
     with whole_file(path) as part:
         picture.save(part)
-
-
-_QUOTES = re.compile(r'(?:^|(?<=[,;:=\t]))\s*"|"\s*(?=$|[,;:=\t])')
-
-
-def _unquoted(line):
-    """A line without the double quotes around its cells, as CSV has them."""
-    return _QUOTES.sub("", line)
-
-
-def read_lines(path):
-    """Lines of a UTF-8 text file that hold something, stripped, tuple of str. Raises DataError."""
-    return tuple(line for _, line in _numbered_lines(path))
 
 
 def cache_folder(path=None):
@@ -354,7 +367,7 @@ _NOTATIONS = (
     ("colour", rf"(?P<name>.+?){_GAP}{_COLOUR}[\s,;]*(:.*)?"),  # road,128,64,128
     ("id", rf"(?P<id>-?\d+){_GAP}(?P<name>.+)"),  # 7 road
     ("id", r"(?P<name>.+?)\s*[\t,;:=]\s*(?P<id>-?\d+)"),  # road, 7
-    ("position", r"(?P<name>.+)"))  # road
+    ("position", r"(?P<name>.*)"))  # road
 # A name that begins or ends with another value; marks of JSON, YAML and the like, of a labelmap.txt
 # without colours (road:::) and of half a bracket.
 _NUMBERS = rf"[-+]?(0[xX][0-9a-fA-F]+|[\d.]+)({_GAP}.*)?|.*[,;]\s*[\d.]+"
@@ -523,6 +536,35 @@ def label_table(table, classes):
     return labels
 
 
+def _look_up(table, labels, raw):
+    """
+    Labels uint8 (H,W) of raw ids or packed colours (H,W). table: a Table, labels: label_table of
+    it.
+    """
+    if table.kind == "colour":
+        return _labels_of_colours(tuple(sorted(table.names)), labels.tobytes())[raw]
+    if raw.dtype != np.uint8 and len(labels) < 65536:
+        labels = np.pad(labels, (0, 65536 - len(labels)), constant_values=UNKNOWN)
+    return labels[raw]
+
+
+@functools.lru_cache(4)
+def _labels_of_colours(colours, labels):
+    """Labels uint8 (2**24,) of colours packed as in read_mask_colours. labels: a label_table."""
+    table = np.full(1 << 24, UNKNOWN, np.uint8)
+    for (red, green, blue), label in zip(colours, labels):
+        table[red | green << 8 | blue << 16] = label
+    return table
+
+
+def _table_of_names(table, names):
+    """label_table in which the values of some of its names are 0, and those of all others 255."""
+    marked = {}
+    for value, name in table.names.items():
+        marked[value] = "marked" if name in names else None
+    return label_table(table._replace(names=marked), ("marked",))
+
+
 def mapping_lines(table, classes):
     """What each value of a table becomes, list of str such as '7 -> road'."""
     lines = []
@@ -683,20 +725,14 @@ STREETS = {
     "streets:night": {"train": range(400_000, 400_500), "val": range(500_000, 500_100)}}
 
 
-# ---------------------------------------------------------------- finding files
+# ---------------------------------------------------------------- a SPEC in its parts
 
-SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
-    ".pnm", ".jpe", ".jfif", ".jp2", ".j2k", ".jpx", ".tga", ".dib", ".pcx", ".sgi", ".ras", ".qoi",
-    ".apng", ".mpo", ".dds", ".xbm", ".xpm")
-PHONE_SUFFIXES = (".heic", ".heif", ".avif")  # read where Pillow is built or extended for it
-SUFFIXES += tuple(end for end in PHONE_SUFFIXES if end in Image.registered_extensions())
-
-# Own data: the kinds of SPEC, and what the parts after the kind name.
+# Own data: the kinds of SPEC, their parts in order, as Spec has them, and what each part names.
 OWN = {
-    "folder": ("folder", "folder", "file"),
-    "glob": ("glob", "glob", "file"),
-    "list": ("file", "file")}
+    "folder": {"images": "folder", "masks": "folder", "ids": "file"},
+    "glob": {"images": "glob", "masks": "glob", "ids": "file"},
+    "list": {"listed": "file", "ids": "file"}}
+LIST_OF_NAMES = {"listed": "file"} | OWN["glob"]
 
 # A SPEC in its parts. images: the folder of published data, or what stands for images in own data;
 # listed: the file of list:; None for what is not given.
@@ -724,19 +760,17 @@ def parse_spec(text, split="train"):
         raise DataError(f"{text!r}: nothing stands between two of its colons or behind the last; "
                         "fill it in, or leave the colon out")
     rest = rest.replace("{split}", split)
-    kinds = OWN[kind]
+    form = OWN[kind]
     if kind == "list" and "*" in rest:
-        kinds = ("file", *OWN["glob"])
-    parts = [_as_stored(*part) for part in zip(_split_paths(rest, kinds), kinds)]
-    if kind != "list":
-        return Spec(kind, *parts)
-    listed, *parts = parts
-    if kinds is OWN["list"]:
-        if parts and ":" in parts[0] and not os.path.exists(parts[0]):
-            raise DataError(f"{text!r}: {parts[0]}: no such file; if these are IMAGES and MASKS, "
-                            "write patterns with a * for the names: images/*.jpg:masks/*.png")
-        return Spec(kind, None, None, *parts, listed=listed)
-    return Spec(kind, *parts, listed=listed)
+        form = LIST_OF_NAMES
+    parts = {}
+    for part, path in zip(form, _split_paths(rest, tuple(form.values()))):
+        parts[part] = _as_stored(path, form[part])
+    ids = parts.get("ids", "")
+    if form is OWN["list"] and ":" in ids and not os.path.exists(ids):
+        raise DataError(f"{text!r}: {ids}: no such file; if these are IMAGES and MASKS, "
+                        "write patterns with a * for the names: images/*.jpg:masks/*.png")
+    return Spec(kind, **parts)
 
 
 def _split_paths(text, kinds):
@@ -799,12 +833,14 @@ def _glob_root(pattern):
     return str(Path(*parts[:cut])), "/".join(parts[cut:])
 
 
-def _some(items):
-    """The first five items in words, and how many more there are."""
-    text = ", ".join(map(str, items[:5]))
-    if len(items) > 5:
-        text += f" and {len(items) - 5} more"
-    return text
+# ---------------------------------------------------------------- finding files
+
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jpe", ".jfif", ".jp2", ".j2k", ".jpx", ".tga", ".dib", ".pcx", ".sgi", ".ras", ".qoi",
+    ".apng", ".mpo", ".dds", ".xbm", ".xpm")
+PHONE_SUFFIXES = (".heic", ".heif", ".avif")  # read where Pillow is built or extended for it
+SUFFIXES += tuple(end for end in PHONE_SUFFIXES if end in Image.registered_extensions())
 
 
 def walk(folder, above=()):
@@ -869,11 +905,6 @@ def _fill_stars(pattern, matched):
     return first + "".join(text + part for text, part in zip(matched, rest))
 
 
-def _composed(text):
-    """A name with its accents in one form: file systems differ (NFC, NFD)."""
-    return unicodedata.normalize("NFC", text)
-
-
 @functools.lru_cache(None)
 def _composed_names(folder):
     """{name with its accents composed: name} of what is in a folder."""
@@ -926,20 +957,19 @@ def _find_published(dataset, root):
     root = Path(root)
     published = SETS[dataset.kind]
     split = published.splits.get(dataset.split, dataset.split)
-    tried = []
-    images = []
-    for layout in published.layouts:
-        if dataset.split != "train" and "{split}" not in layout[0]:
-            continue
+    layouts = published.layouts
+    if dataset.split != "train":
+        layouts = [layout for layout in layouts if "{split}" in layout[0]]
+    if not layouts:
+        raise DataError(f"{dataset.spec}: has no {dataset.split!r} split, all its images are "
+                        "'train'; use another data set")
+    for layout in layouts:
         pattern, *label_patterns = [path.format(split=split) for path in layout]
         images = _glob(dataset, root, pattern)
         if images:
             break
-        tried.append(str(root / pattern))
-    if not images and not tried:
-        raise DataError(f"{dataset.spec}: has no {dataset.split!r} split, all its images are "
-                        "'train'; use another data set")
     if not images:
+        tried = [str(root / layout[0].format(split=split)) for layout in layouts]
         raise DataError(f"{dataset.spec}: no image matches {' or '.join(tried)}; check the folder "
                         "and the split")
 
@@ -974,7 +1004,7 @@ def _find_in_folders(dataset, spec):
     """[(image, label or None)] of IMAGES[:MASKS], matched by _files_by_name. Raises DataError."""
     images = _files_by_name(dataset, spec.images)
     if spec.masks is None:
-        return [(image, None) for image in _without_twins(dataset, images.values())]
+        return _without_masks(dataset, images.values())
 
     labels = _files_by_name(dataset, spec.masks)
     files = [(image, labels.get(name)) for name, image in images.items()]
@@ -996,8 +1026,7 @@ def _find_by_glob(dataset, spec):
         raise DataError(f"{dataset.spec}: no image matches {spec.images}; check the pattern, in "
                         "which * and **/ alone stand for other names, and put it in quotes")
     if spec.masks is None:
-        kept = _without_twins(dataset, [image for image, _ in images])
-        return [(image, None) for image in kept]
+        return _without_masks(dataset, [image for image, _ in images])
 
     masks = Path(spec.masks).as_posix()
     if "*" not in masks and len(images) > 1:
@@ -1022,10 +1051,10 @@ TWIN = re.compile(r"[ ._-](mask|label|gt|seg)s?$", re.I)
 MASK_FOLDERS = ("mask", "masks", "label", "labels", "annotations", "gt", "segmentationclass")
 
 
-def _without_twins(dataset, images):
+def _without_masks(dataset, images):
     """
-    The images but those that are the mask of another one, X_mask.png beside X.jpg: noted. So are
-    images in folders of a name that masks have.
+    [(image, None)] of the images but those that are the mask of another one, X_mask.png beside
+    X.jpg: noted. So are images in folders of a name that masks have.
     """
     known = {str(image.with_suffix("")) for image in images}
     kept, twins, odd = [], [], []
@@ -1044,7 +1073,7 @@ def _without_twins(dataset, images):
         dataset.notes.append(f"MASKS TAKEN FOR IMAGES? {len(twins)} files are left out, each has "
                              f"an image of the same name without its ending beside it: "
                              f"{_some(twins)}")
-    return kept
+    return [(image, None) for image in kept]
 
 
 def _names_in_line(line, folder):
@@ -1079,8 +1108,7 @@ def _find_in_list(dataset, spec):
         raise DataError(f"{path}: lists no image")
     _accept_missing(dataset, files)
     if not any(label for _, label in files):
-        kept = _without_twins(dataset, [image for image, _ in files])
-        return [(image, None) for image in kept]
+        return _without_masks(dataset, [image for image, _ in files])
     return files
 
 
@@ -1141,10 +1169,11 @@ def _image_names(images):
 
 # ---------------------------------------------------------------- reading files
 
-def _open(path):
+def _open(path, low_bytes=False):
     """
-    Decoded PIL image; info["orientation"] is its EXIF tag, 1 to 8. Whatever is wrong with the file
-    becomes a DataError that names it.
+    Decoded PIL image; info["orientation"] is its EXIF tag, 1 to 8. low_bytes: of a PNG's 16-bit
+    colours the low bytes, where Pillow gives the high ones. Whatever is wrong with the file becomes
+    a DataError that names it.
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
@@ -1156,6 +1185,9 @@ def _open(path):
             # From a file object: Pillow maps an uncompressed TIFF of a path into memory, with the
             # rows as long as those of the turned image where its tag turns it.
             with Image.open(file) as image:
+                if low_bytes:  # told that bytes stand the other way round, Pillow takes those
+                    tile = image.tile[0]
+                    image.tile = [tile._replace(args=tile.args.replace("16B", "16L"))]
                 orientation = image.getexif().get(0x0112, 1)  # loading a TIFF removes it
                 image.load()
                 image.info["orientation"] = orientation
@@ -1166,11 +1198,6 @@ def _open(path):
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
         raise DataError(f"{path}: no readable image ({type(error).__name__}: {error}); "
                         "restore or remove it", spares_others=True) from error
-
-
-# What does not keep values exactly.
-LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF")
-LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
 def _bits(path, image):
@@ -1184,9 +1211,9 @@ def _bits(path, image):
         with open(path, "rb") as file:
             header = re.match(rb"P[2356](?:\s+|#[^\n]*\n)+\d+\s+\d+\s+(\d+)", file.read(512))
         most = int(header[1]) if header else 255
-        if most == 255:
-            return 8
-        return min(most.bit_length(), 7) if most < 255 else most.bit_length()
+        if most < 255:
+            return min(most.bit_length(), 7)  # Pillow scales what ends at 254, too
+        return most.bit_length()
     return 8
 
 
@@ -1212,15 +1239,25 @@ def read_image(path):
     return _read_upright(path)[0]
 
 
-def _is_lossy(image):
-    """Whether the file of an image does not keep values exactly."""
-    return image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
+# What does not keep values exactly.
+LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF")
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
-def _lossy_fault(image, what):
-    """What is wrong with a lossy mask; a photograph in a mask's place may be a swapped folder."""
+def _mask_fault(image, what, lossy=False):
+    """
+    Why the file of an opened image does not keep a mask's values, str, or None. what: "ids" or
+    "colours", which these are. lossy: JPEG and its like are taken.
+    """
+    if image.mode in ("LA", "RGBA"):
+        *colours, (least, most) = image.getextrema()
+        if least < most and all(low == high for low, high in colours):  # as brushes save it
+            return "of one colour, with all its values in the alpha channel"
+    exact = image.format not in LOSSY and image.info.get("compression") not in LOSSY_TIFF
+    if exact or lossy:
+        return None
     fault = f"a lossy {image.format}, which does not keep {what} exactly"
-    if image.mode == "RGB":
+    if image.mode == "RGB":  # a photograph in a mask's place may be a swapped folder
         fault += " (if it is a photograph: images stand before masks in a SPEC)"
     return fault
 
@@ -1234,22 +1271,7 @@ def read_label(path, lossy=False):
     its like are taken as well; the values are grey ones then, of a palette those of its colours.
     """
     image = _open(path)
-    bits = _bits(path, image)
-    fault = _values_in_alpha(image)
-    if fault:
-        pass
-    elif _is_lossy(image) and not lossy:
-        fault = _lossy_fault(image, "ids")
-    elif image.mode in ("L", "LA") and bits in range(2, 8):
-        fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
-    elif image.mode[0] == "I" and bits not in (8, 16, 32):
-        fault = f"a {bits}-bit grey {image.format}, which Pillow scales to 16 bits"
-    elif image.format == "TIFF" and image.mode != "P" and image.tag_v2.get(262) == 0:
-        fault = "a TIFF in which 0 is white, which Pillow inverts"
-    elif image.mode in ("RGB", "RGBA") and bits > 8:
-        fault = f"a {bits}-bit colour picture"
-    elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and image.mode[0] != "I":
-        fault = f"a picture of mode {image.mode} and no class ids"
+    fault = _mask_fault(image, "ids", lossy) or _ids_fault(image, _bits(path, image))
     if fault is None and lossy and image.mode[0] != "I":
         image, fault = _grey_values(image)
     if fault is None:
@@ -1264,6 +1286,21 @@ def read_label(path, lossy=False):
     return ids.astype(np.uint8 if ids.max() < 256 else np.uint16)
 
 
+def _ids_fault(image, bits):
+    """Why Pillow does not give the ids in an opened file of `bits` per channel, str, or None."""
+    if image.mode in ("L", "LA") and bits in range(2, 8):
+        return f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
+    if image.mode[0] == "I" and bits not in (8, 16, 32):
+        return f"a {bits}-bit grey {image.format}, which Pillow scales to 16 bits"
+    if image.format == "TIFF" and image.mode != "P" and image.tag_v2.get(262) == 0:
+        return "a TIFF in which 0 is white, which Pillow inverts"
+    if image.mode in ("RGB", "RGBA") and bits > 8:
+        return f"a {bits}-bit colour picture"
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and image.mode[0] != "I":
+        return f"a picture of mode {image.mode} and no class ids"
+    return None
+
+
 def _one_channel(channels, mode):
     """(ids (H,W), fault or None) of an image (H,W,C) in which one channel says it all."""
     ids = channels[:, :, 0]
@@ -1274,16 +1311,6 @@ def _one_channel(channels, mode):
     if equal or red:
         return ids, None
     return ids, f"a colour picture ({mode}) and no class ids"
-
-
-def _values_in_alpha(image):
-    """The fault, or None, of a mask that is one colour but for its opacity, as brushes save it."""
-    if image.mode not in ("LA", "RGBA"):
-        return None
-    *colours, (least, most) = image.getextrema()
-    if least == most or any(low != high for low, high in colours):
-        return None
-    return "of one colour, with all its values in the alpha channel"
 
 
 GREY_SPREAD = 48  # channels of a grey JPEG, re-saved or not, differ by less
@@ -1304,14 +1331,10 @@ def read_mask_colours(path):
     dropped, grey repeated. Raises DataError.
     """
     image = _open(path)
-    fault = _values_in_alpha(image)
-    if fault:
-        pass
-    elif _is_lossy(image):
-        fault = _lossy_fault(image, "colours")
-    elif image.mode[0] in "IF" or _bits(path, image) > 8:
+    fault = _mask_fault(image, "colours")
+    if fault is None and (image.mode[0] in "IF" or _bits(path, image) > 8):
         fault = f"a picture of more than 8 bits per channel (mode {image.mode})"
-    elif image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+    if fault is None and image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         fault = f"a picture of mode {image.mode}"
     if fault:
         raise DataError(f"{path}: is {fault}; save the mask as an 8-bit RGB PNG")
@@ -1363,77 +1386,29 @@ def read_png16(path):
     """
     Raw ids uint8 (H,W) from the first channel of a 16-bit PNG. Raises DataError.
 
-    SYNTHIA keeps the class in the red channel, of which Pillow gives the high byte, always 0. So
-    the file is decoded here. Source: PNG specification, sections 5, 9 and 11.
+    SYNTHIA keeps the class in the red channel. Of a colour Pillow gives the high byte, in an id
+    always 0; the file is read a second time for the low one.
     """
     try:
-        header, packed = _png_chunks(path)
-        width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
-        too_large = width * height > Image.MAX_IMAGE_PIXELS
-        if depth != 16 or colour == 3 or interlaced or too_large:
+        image = _open(path)
+        if image.format != "PNG" or _bits(path, image) != 16:
             raise DataError(f"{path}: not the 16-bit PNG that this data set publishes; "
                             "use the original label file")
-        channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
-        row_bytes = 1 + 2 * channels * width  # the filter of the row, then its pixels
-        rows = zlib.decompressobj().decompress(packed, height * row_bytes)
-        if len(rows) != height * row_bytes:
-            raise zlib.error("too few pixels")
-    except (KeyError, struct.error, zlib.error) as error:
-        raise DataError(f"{path}: truncated or damaged PNG; restore or remove it",
-                        spares_others=True) from error
-
-    rows = np.frombuffer(rows, np.uint8).reshape(height, row_bytes)
-    filters = rows[:, 0]
-    pixels = rows[:, 1:].reshape(height, width, 2 * channels)
-    red = _undo_filters(filters, pixels[:, :, :2].astype(np.int16))  # (H,W,2): high and low byte
-    if red[:, :, 0].any():
+        # The last chunk, with its checksum, at which alone Pillow does not look.
+        if b"IEND\xae\x42\x60\x82" not in Path(path).read_bytes():
+            raise DataError(f"{path}: no end", spares_others=True)
+        ids = np.asarray(image)  # grey: the whole ids (H,W)
+        if ids.ndim == 3:
+            high = ids[:, :, 0].astype(np.uint16)
+            ids = 256 * high + np.asarray(_open(path, low_bytes=True))[:, :, 0]
+    except DataError as error:
+        if error.spares_others:
+            raise DataError(f"{path}: truncated or damaged PNG; restore or remove it",
+                            spares_others=True) from error
+        raise
+    if ids.max() > 255:
         raise DataError(f"{path}: holds ids above 255; use the original label file")
-    return red[:, :, 1].astype(np.uint8)
-
-
-def _png_chunks(path):
-    """(header, packed pixels) of a PNG file, bytes. Raises struct.error, zlib.error or KeyError."""
-    blob = Path(path).read_bytes()
-    chunks = {}
-    at = 8  # behind the signature
-    while b"IEND" not in chunks:
-        length, kind = struct.unpack(">I4s", blob[at:at + 8])
-        body = blob[at + 8:at + 8 + length]
-        checksum = blob[at + 8 + length:at + 12 + length]
-        if zlib.crc32(kind + body) != int.from_bytes(checksum, "big"):
-            raise zlib.error("checksum")
-        chunks[kind] = chunks.get(kind, b"") + body
-        at += 12 + length
-    return chunks[b"IHDR"], chunks[b"IDAT"]
-
-
-def _undo_filters(filters, coded):
-    """
-    Bytes of one channel, int16 (H,W,2), from filtered ones and the number (H,) of each row's
-    filter.
-
-    A filter predicts a byte from its left (a), upper (b) and upper left (c) neighbour. All three
-    lie on the two anti-diagonals before its own, so one anti-diagonal is undone at a time: W + H
-    steps whatever the filters are.
-    """
-    height, width = coded.shape[:2]
-    # Pixel (y,x) is kept at [x + y + 2, y + 1]: a row for each anti-diagonal. The rest is the zeros
-    # that stand for neighbours outside.
-    done = np.zeros((height + width + 1, height + 1, 2), np.int16)
-    for t in range(height + width - 1):
-        y = np.arange(max(0, t - width + 1), min(height, t + 1))
-        a = done[t + 1, y + 1]
-        b = done[t + 1, y]
-        c = done[t, y]
-        to_a = abs(b - c)  # distances of a, b and c from a + b - c: Paeth takes the nearest
-        to_b = abs(a - c)
-        to_c = abs(a + b - 2 * c)
-        paeth = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
-        kind = filters[y, None] % 5
-        predicted = np.choose(kind, (0 * a, a, b, (a + b) // 2, paeth))
-        done[t + 2, y + 1] = (coded[y, t - y] + predicted) % 256
-    y, x = np.ogrid[:height, :width]
-    return done[x + y + 2, y + 1]
+    return ids.astype(np.uint8)
 
 
 # ---------------------------------------------------------------- the cache
@@ -1655,11 +1630,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.mapping = []
         if self.labeled:
             self.mapping = mapping_lines(self._shown_ids(), classes)
-        self.lacking = None  # a label_table of the names that the classes lack
+        self.lacking = None  # a _table_of_names of those that the classes lack
+        self.train_lacking = None  # the same of TRAIN_IDS
         self._note_names()
         self.cache = cache_folder(cache)
         self.cached = self._is_cached(cache)
         self._record = list(range(len(self)))
+
+    # What the data set consists of, and what its masks mean.
 
     def _open_streets(self):
         """Sets kind, files, indices, names, labeled and ids -> size."""
@@ -1673,7 +1651,6 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.labeled = True
         self.train_ids = False
         self.ids = TRAIN_IDS
-        self.ids_from = "the renderer"
         return STREETS_SIZE
 
     def _open_files(self, ids):
@@ -1689,9 +1666,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.names = _image_names([image for image, _ in self.files])
         self.labeled = any(label for _, label in self.files)
         self.train_ids = True  # in masks that are named *labelTrainIds*
+        self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
         if self.kind in SETS:
             self.ids = SETS[self.kind].ids
-            self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
             if self.detail:
                 return SETS[self.kind].detail_size or SETS[self.kind].size
             return SETS[self.kind].size
@@ -1718,7 +1695,6 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def _set_own_ids(self, ids):
         """Sets what the values of own masks mean. ids: as of open_dataset, or a file."""
         self.ids = Table(dict(enumerate(self.classes)) or {0: None}, "position")
-        self.ids_from = f"the table of {self.kind} ({len(self.classes)} classes)"
         if ids is None and self.labeled:
             raise DataError(f"{self.spec}: nothing says what the values of its masks mean; give "
                             "--classes FILE (a name per line, the first is value 0), or IDS behind "
@@ -1735,14 +1711,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def _shown_ids(self):
         """The table that says most about the masks: published ids without those of no name."""
-        table = self.ids
         labels = [label for _, label in self.files or [] if label]
         if labels and all(map(self._holds_train_ids, labels)):
-            table = TRAIN_IDS
-        elif self.kind in OWN:
-            return table
-        named = {value: name for value, name in table.names.items() if name is not None}
-        return table._replace(names=named)
+            return TRAIN_IDS
+        if self.kind in OWN:
+            return self.ids
+        named = {value: name for value, name in self.ids.names.items() if name is not None}
+        return self.ids._replace(names=named)
 
     def _note_names(self):
         """Sets which names the classes lack; notes whose ids masks named labelTrainIds hold."""
@@ -1755,15 +1730,15 @@ class SegmentationDataset(torch.utils.data.Dataset):
         lacking = sorted(ignored - {None})
         if lacking:
             self.lacking_names = lacking
-            marked = {}
-            for value, name in shown.names.items():
-                marked[value] = "lacking" if name in lacking else None
-            self.lacking = label_table(shown._replace(names=marked), ("lacking",))
+            self.lacking = _table_of_names(self.ids, lacking)
+            self.train_lacking = _table_of_names(TRAIN_IDS, lacking)
         found = sum(self._holds_train_ids(label) for _, label in self.files or [] if label)
         if found:
             self.notes.append(
                 f"{found} masks are named labelTrainIds and taken for train ids of Cityscapes, "
                 "0 road to 18 bicycle; for ids of your own use glob:IMAGES:MASKS:IDS")
+
+    # Its items.
 
     def has_label(self, i):
         """Whether item i has a label of its own."""
@@ -1801,11 +1776,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitem__(self, i):
-        image, label = self.arrays(i)
-        image = torch.from_numpy(image.transpose(2, 0, 1).copy())  # (H,W,3) -> (3,H,W)
-        if label is not None:
-            label = torch.from_numpy(label.copy())
-        return {"image": image, "label": label, "name": self.names[i]}
+        return _item(*self.arrays(i), self.names[i])
 
     def arrays(self, i):
         """Item i as arrays not to be written to: image uint8 (H,W,3), label uint8 (h,w) or None."""
@@ -1817,6 +1788,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if self.files is None:  # one cache of the streets, any classes
             label = self.table[label]
         return item["image"], label
+
+    # Reading all of them, and what this shows.
 
     def prepare(self):
         """
@@ -2032,33 +2005,30 @@ class SegmentationDataset(torch.utils.data.Dataset):
         that the classes lack).
         """
         path = self.files[i][1]
+        ids = self.ids
+        table = self.table
+        marks = self.lacking
         if self._holds_train_ids(path):
+            ids = TRAIN_IDS
+            table = self.train_table
+            marks = self.train_lacking
             raw = read_label(path)
-            label = _labels_of_ids(self.train_table, raw)
-        elif self.ids.kind == "colour":
+        elif ids.kind == "colour":
             raw = read_mask_colours(path)
-            label = self._look_up(self.table, raw)
+        elif self.kind == "synthia":
+            raw = read_png16(path)
         else:
-            if self.kind == "synthia":
-                raw = read_png16(path)
-            else:
-                raw = read_label(path, lossy=self.ids.nearest)
-            label = self._look_up(self.table, raw)
+            raw = read_label(path, lossy=ids.nearest)
+        label = _look_up(ids, table, raw)
         if (label == UNKNOWN).any():
             raise DataError(f"{path}: {self._unknown_values(raw[label == UNKNOWN])} are not in "
                             f"{self.ids_from}; correct the mask or the table (255 is 'ignore', and "
                             "so is a value with the name -)",
                             values=[] if self.ids.kind == "colour" else np.unique(raw).tolist())
         lacking = 0
-        if self.lacking is not None:
-            lacking = int((self._look_up(self.lacking, raw) == 0).sum())
+        if marks is not None:
+            lacking = int((_look_up(ids, marks, raw) == 0).sum())
         return label, lacking
-
-    def _look_up(self, table, raw):
-        """Labels uint8 (H,W) of raw ids or packed colours (H,W) in a label_table."""
-        if self.ids.kind == "colour":
-            return _labels_of_colours(tuple(sorted(self.ids.names)), table.tobytes())[raw]
-        return _labels_of_ids(table, raw)
 
     def _holds_train_ids(self, path):
         """Whether a mask holds train ids of Cityscapes, as its name says. IDS says more."""
@@ -2151,6 +2121,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
                 facts["served"] = _pixels_per_class(served, len(self.classes))
         self._facts.write(self._record[i], **facts)
 
+    # The files of the cache, and their names.
+
     @functools.cached_property
     def _items(self):
         """Cache of images and labels; the renderer's own ids for streets, whatever the classes."""
@@ -2204,6 +2176,16 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+def _item(image, label, name):
+    """An item of a data set, see open_dataset, of its arrays."""
+    image = torch.from_numpy(image.transpose(2, 0, 1).copy())  # (H,W,3) -> (3,H,W)
+    if label is not None:
+        label = torch.from_numpy(label.copy())
+    return {"image": image, "label": label, "name": name}
+
+
+# ---------------------------------------------------------------- checking data sets
+
 # Why an item cannot be used. text: one line, with file and remedy; the rest: see DataError.
 Fault = namedtuple("Fault", "index text spares_others values")
 
@@ -2236,6 +2218,20 @@ def describe_faults(dataset, faults, bad_pairs=None):
             text += f"; or train.py --skip-bad {bad_pairs} leaves out as many"
         lines.append(f"{text} ({len(group)} of {len(dataset)} items of {dataset.spec})")
     return lines
+
+
+def _diagnosis(values, dataset):
+    """What ids that are not all known may mean, in words that follow the fault's own."""
+    values = sorted(values - {IGNORE})
+    count = len(dataset.ids.names)
+    if dataset.ids.kind != "position" or values != list(range(values[0], values[-1] + 1)):
+        return f"; all values of these masks: {', '.join(map(str, values))}"
+    text = f"; values {values[0]}..{values[-1]}, {count} classes 0..{count - 1}"
+    if values[-1] != count:
+        return text
+    if values[0] == 0:
+        return text + ": is 0 no class? write `0 -` and `1 NAME` in an IDS file"
+    return text + ": do the ids start at 1? write `1 NAME` in an IDS file"
 
 
 def check_sets(datasets, skip=0):
@@ -2295,26 +2291,14 @@ def fingerprint(dataset):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
+# ---------------------------------------------------------------- several data sets as one
+
 def images_in_both(a, b):
     """Paths of images that two data sets share, links resolved, list of str in b's order."""
     if a.files is None or b.files is None:
         return []
     known = {image.resolve() for image, _ in a.files if image}
     return [str(image) for image, _ in b.files if image and image.resolve() in known]
-
-
-def _diagnosis(values, dataset):
-    """What ids that are not all known may mean, in words that follow the fault's own."""
-    values = sorted(values - {IGNORE})
-    count = len(dataset.ids.names)
-    if dataset.ids.kind != "position" or values != list(range(values[0], values[-1] + 1)):
-        return f"; all values of these masks: {', '.join(map(str, values))}"
-    text = f"; values {values[0]}..{values[-1]}, {count} classes 0..{count - 1}"
-    if values[-1] != count:
-        return text
-    if values[0] == 0:
-        return text + ": is 0 no class? write `0 -` and `1 NAME` in an IDS file"
-    return text + ": do the ids start at 1? write `1 NAME` in an IDS file"
 
 
 class Pool(torch.utils.data.Dataset):
@@ -2384,11 +2368,7 @@ class Pool(torch.utils.data.Dataset):
         return self.parts[part], i - int(self.starts[part])
 
     def __getitem__(self, i):
-        part, at = self._locate(i)
-        item = part[at]
-        if self.labeled and item["label"] is None:
-            item["label"] = torch.full(item["image"].shape[1:], IGNORE, dtype=torch.uint8)
-        return item | {"name": self.names[i]}
+        return _item(*self.arrays(i), self.names[i])
 
     def arrays(self, i):
         """Item i as of SegmentationDataset.arrays; labels of 255 for a part without labels."""
@@ -2430,22 +2410,6 @@ class Pool(torch.utils.data.Dataset):
             none = np.zeros((len(part), len(self.classes)), np.int64)
             counts.append(part.class_counts(crop) if part.labeled else none)
         return np.concatenate(counts)
-
-
-def _labels_of_ids(table, raw):
-    """Labels uint8 (H,W) of raw ids, uint8 or uint16 (H,W), in a label_table of ids."""
-    if raw.dtype != np.uint8 and len(table) < 65536:
-        table = np.pad(table, (0, 65536 - len(table)), constant_values=UNKNOWN)
-    return table[raw]
-
-
-@functools.lru_cache(4)
-def _labels_of_colours(colours, labels):
-    """Labels uint8 (2**24,) of colours packed as in read_mask_colours. labels: a label_table."""
-    table = np.full(1 << 24, UNKNOWN, np.uint8)
-    for (red, green, blue), label in zip(colours, labels):
-        table[red | green << 8 | blue << 16] = label
-    return table
 
 
 # ---------------------------------------------------------------- sampling
@@ -2628,7 +2592,7 @@ def _listed_indices(dataset, known, spec):
         for end in {_composed(dataset.names[i])} | ends:
             images.setdefault(end, []).append(i)
     found = set()
-    for line in read_lines(spec):
+    for _, line in _numbered_lines(spec):
         matches = _images_in_line(images, line)
         if line.startswith("#") and not matches:
             continue  # a comment
@@ -3001,10 +2965,8 @@ def save_ids(path, label, colors):
     Writes ids uint8 (h,w) as an indexed PNG: its values are the ids, its palette the colours.
     Raises OSError.
     """
-    table = np.zeros((256, 3), np.uint8)  # 255 is black
-    table[:len(colors)] = colors
     image = Image.fromarray(label)
-    image.putpalette(table.tobytes())
+    image.putpalette(colorize(np.arange(256), colors).tobytes())  # a colour for each id
     save_picture(image, path)
 
 
@@ -3017,12 +2979,10 @@ def read_colours(path, names):
     if table.kind != "colour":
         raise DataError(f"{path}: no line has a name and a colour; write `128 64 128 road`")
     colours = palette(names)
-    for colour, name in table.names.items():
-        index = IGNORE
-        if name is not None:
-            index = class_index(name, names, renamed=False)
-        if index != IGNORE:
-            colours[index] = colour
+    index = _classes_of_values(table, names)
+    for colour in table.names:  # in the order of the lines: the last of a class counts
+        if index[colour] != IGNORE:
+            colours[index[colour]] = colour
     return colours
 
 

@@ -1409,6 +1409,7 @@ def test_tables_merge_names_and_ignore_values(tmp_path):
     ("0 128 64 128 road", ["line 1", "one value and one name"]),
     ("0,road,128,64,128", ["line 1", "one value and one name"]),
     ("128 64 128", ["line 1", "one value and one name"]),
+    ('road\n""\ncar', ["line 2", "'' has not one value and one name"]),  # as pandas writes it
     ("~1 2 3 road", ["line 1", "~"]),
     ("~0 road\n200 car", ["line 2", "~ before all"]),
     ("# nothing\n", ["names no class"]),
@@ -2303,6 +2304,25 @@ def test_what_own_tables_leave_out_is_said_with_its_share(tmp_path):
     assert said in "; ".join(published.remarks())
     own = data.open_dataset(spec, "val", cache=tmp_path / "cache")
     assert "lack" not in "; ".join(own.remarks())
+
+
+@pytest.mark.parametrize("kind, image, masks", [
+    ("camvid32", "train/{}.png",
+     {"train_labels/{}_L.png": [(0, 0, 0), (128, 128, 128), (128, 128, 128), (64, 0, 128)]}),
+    ("cityscapes", "leftImg8bit/train/u/{}_leftImg8bit.png",
+     {"gtFine/train/u/{}_gtFine_labelIds.png": [0, 23, 23, 27],
+      "gtFine/train/u/{}_gtFine_labelTrainIds.png": [255, 10, 10, 14]}),
+])
+def test_what_published_tables_leave_out_is_said_with_its_share(kind, image, masks, tmp_path):
+    """A quarter without a label, two of sky, one of a vehicle; also in a set with both kinds of ids."""
+    for i, (mask, row) in enumerate(masks.items()):
+        put(tmp_path / image.format(i), np.zeros((2, 4, 3)))
+        put(tmp_path / mask.format(i), np.array([row] * 2))
+    classes = ("sky", "road")
+    dataset = data.open_dataset(f"{kind}:{tmp_path}", "train", classes, (4, 2), tmp_path / "cache")
+    remarks = "; ".join(dataset.remarks())
+    assert "ignored 50 % of the pixels" in remarks
+    assert "25 % of the pixels are ignored because the classes lack their names" in remarks
 
 
 def test_palettes_that_differ_are_a_problem_where_ids_are_read_by_index(tmp_path):
