@@ -1508,8 +1508,14 @@ def ema_update(teacher, student, step, alpha):
 
 def teacher_mode(teacher):
     """The teacher, in train mode without dropout and stochastic depth: BatchNorm uses the
-    statistics of the batch (DAFormer)."""
+    statistics of the batch (DAFormer).
+
+    Its layers count their batches from here on, not from those that pretrained weights have seen:
+    settle_batchnorm asks whether a layer ever ran.
+    """
     teacher.train()
+    for m in batchnorms(teacher):
+        m.num_batches_tracked.zero_()
     for m in teacher.modules():
         if "drop" in type(m).__name__.lower():
             m.eval()

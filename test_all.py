@@ -5734,6 +5734,13 @@ def test_batchnorm_is_averaged_and_a_layer_that_never_ran_is_the_students():
     torch.testing.assert_close(found, wanted)
     assert torch.equal(second.running_mean, first.running_mean)
     assert torch.equal(student.pixel_std, busy.pixel_std)
+    # nor do batches count that pretrained weights have seen
+    idle = model.teacher_mode(copy.deepcopy(student))
+    with torch.no_grad():
+        student(torch.rand(2, 3, 32, 32))
+    assert first.num_batches_tracked > 1
+    model.settle_batchnorm(student, idle, lambda statistic: statistic)
+    assert torch.equal(idle.decoder.fusion.bn.running_mean, first.running_mean)
 
 
 # --------------------------------------------------------------------------------------------------
