@@ -126,8 +126,11 @@ def why_unreadable(path, error):
     """
     if is_out_of_memory(error):
         raise error
-    with open(path, "rb") as file:
-        start = file.read(400)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(400)
+    except OSError as failed:  # no permission, or a disk that fails
+        return failed.strerror or reason_of(failed)
     if not start:
         return "the file is empty"
     if start.startswith(b"version https://git-lfs"):
@@ -2027,7 +2030,7 @@ def load_checkpoint(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, EOF and decoding errors of many kinds: one meaning
         reason = why_unreadable(path, error)
-        with open(path, "rb") as file:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(2) != b"PK":  # ours are zip archives, older published files are not
                 remedy = f"{remedy}; {published}"
         text = f"{path}: damaged, or not a checkpoint ({reason}); {remedy}"

@@ -5396,6 +5396,14 @@ def test_what_is_no_file_of_weights_is_one_plain_line(suffix, tmp_path):
         model.why_unreadable(path, MemoryError())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that opens and cannot be read")
+def test_a_file_that_cannot_be_read_is_one_line():
+    """As one without permission, or on a disk that fails."""
+    path = "/proc/self/mem"  # its first page is nobody's
+    refused_by(CheckpointError, f"{path}: damaged, or .*(Input/output error)", load_checkpoint, path)
+    refused_by(WeightsError, f"{path}: .* weights .Input/output error", model.read_weights, path)
+
+
 def put_text(path):
     path.write_text("<html>")
     return path
