@@ -7827,13 +7827,28 @@ def test_a_bad_source_checkpoint_costs_its_columns_alone(fault, small_run, tmp_p
 
 
 def test_without_validation_a_source_phase_shows_nothing(small_run, tmp_path):
-    argv = [*small_run, *"--steps 3 --source-steps 2 --val none".split()]
-    stopped, done, again = (run_train([*argv, "--stop-at", n]).stdout for n in "233")
+    argv = [*small_run, *"--steps 6 --source-steps 4 --val none --log-every 9".split()]
+    stopped, done, again = (run_train([*argv, "--stop-at", n]).stdout for n in "266")
     use = f"use it: python eval.py {tmp_path}/out/last.pt --weights teacher --images PATH\n"
     assert use not in stopped and use in done and use in again and "is worth" not in done
     assert "mix" in events(tmp_path / "out", "step")[-1] and not events(tmp_path / "out", "result")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"source.pt", "last.pt", "log.jsonl", "panels"}
+    # no line of the log, and no time that is left, is of both phases
+    lines = [(step["step"], "mix" in step) for step in events(tmp_path / "out", "step")]
+    assert lines == [(1, False), (2, False), (3, False), (4, False), (6, True)]
+    assert [line[-25:] for line in done.splitlines() if line.startswith("step 4/")] == [
+        " left of the source phase"]
+    (last,) = [line for line in done.splitlines() if line.startswith("step 6/")]
+    assert last.endswith(", 00:00 left")
+
+
+def test_adapting_a_set_to_itself_is_said(small_run, capsys):
+    """As --source streets:night does, whose default target is the night."""
+    for recipe, said in (("mic", 1), ("source", 0)):
+        argv = [*small_run, "--recipe", recipe, "--target", small_run[1]]
+        train.open_sets(train.parse_flags(argv))
+        assert capsys.readouterr().out.count("there is no other domain to adapt to") == said
 
 
 def test_two_processes_share_a_source_phase_of_every_module(small_run, tmp_path):

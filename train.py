@@ -1822,6 +1822,11 @@ class Log:
         elapsed = time.perf_counter() - self.began
         pace = self.steps / elapsed  # steps a second
         speed = round(self.images / elapsed, 2)
+        first, length = phase_at(f, done - 1)  # a step takes as long as others of its phase
+        end = min(first + length, f.stop_at)
+        of_phase = ""
+        if end < f.stop_at:
+            of_phase = " of the source phase"
         if self.least_ms:
             values["share_of_peak"] = round(self.least_ms / sum(parts.values()), 4)
         self.write("step", step=done, images_per_s=speed, **values, **means, ms=parts,
@@ -1829,7 +1834,7 @@ class Log:
         words = " ".join(f"{name} {value}" for name, value in means.items())
         words = f"{words} {speed} images/s"
         if self.warm:  # a run's first step is slower than all others
-            words += f", {bar.format_interval((f.stop_at - done) / pace)} left"
+            words += f", {bar.format_interval((end - done) / pace)} left{of_phase}"
             self.note_crowding(sum(parts.values()) - parts.get("data", 0))
         self.warm = True
         bar.set_postfix_str(words)
@@ -2192,6 +2197,8 @@ def loop(run, signals):
         reports = finished or done == run.start + 1 or done % f.log_every == 0
         validates = f.eval_every and done % f.eval_every == 0
         adapts_next = done == f.source_steps
+        # no line in the log has the means of both phases
+        reports = finished or adapts_next or done == run.start + 1 or done % f.log_every == 0
         saves = finished or leaves or done % f.save_every == 0
 
         if reports or validates or saves or adapts_next:
