@@ -7692,6 +7692,10 @@ def test_output_that_cannot_be_written_is_one_line(small_run, tmp_path):
 
 def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small_run, tmp_path):
     argv = [*small_run, "--steps", "2"]
+    with pytest.MonkeyPatch.context() as patch:  # while the last step is saved
+        patch.setattr(train.Run, "draw_panel", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert "stopped by a signal" in run_train(argv).stdout
+    assert not events(tmp_path / "out", "result")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "adapt_batchnorm", Mock(side_effect=KeyboardInterrupt))
         assert run_train(argv, check=False).returncode == 130

@@ -2161,6 +2161,11 @@ def backward(run, step):
     return total, views
 
 
+def asked_to_leave(signals):
+    """Whether any process has caught a signal; all processes have to ask."""
+    return mean_over_ranks(torch.tensor(float(bool(signals)))) > 0  # on the CPU: no GPU waits
+
+
 def loop(run, signals):
     """Train from the run's start to --stop-at; leave early, saved, after a signal."""
     f, student, teacher, optimizer = run.f, run.student, run.teacher, run.optimizer
@@ -2193,8 +2198,7 @@ def loop(run, signals):
         # what is due; a signal on any process ends the run on all of them
         done = step + 1
         finished = done == f.stop_at
-        leaves = mean_over_ranks(torch.tensor(float(bool(signals)))) > 0  # on the CPU: no GPU waits
-        reports = finished or done == run.start + 1 or done % f.log_every == 0
+        leaves = asked_to_leave(signals)
         validates = f.eval_every and done % f.eval_every == 0
         adapts_next = done == f.source_steps
         # no line in the log has the means of both phases
@@ -2219,6 +2223,8 @@ def loop(run, signals):
             if saves:
                 run.save("last.pt", done)
                 run.draw_panel(views, done)
+        if finished:
+            leaves = asked_to_leave(signals)  # also while the last step was saved
         if leaves:
             print0(f"stopped by a signal, {run.last} saved at step {done}; the same command goes "
                    "on from there")
