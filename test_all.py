@@ -7669,11 +7669,20 @@ def test_a_picture_that_cannot_be_written_ends_no_run(small_run, tmp_path, monke
     older = tmp_path / "out/panels/000002.png"
     older.parent.mkdir(parents=True)
     older.write_bytes(b"older")
-    done = run_train([*small_run, "--steps", "2"])
+    done = run_train([*small_run, *"--steps 2 --source-steps 1".split()])
     assert list(older.parent.iterdir()) == [older] and older.read_bytes() == b"older"
     assert "000002.png: cannot be written (No space left on device); " in done.stdout
     assert "the run goes on" in done.stdout
     assert events(tmp_path / "out", "result")
+
+    # and that of the end is drawn by the command that is named
+    (line,) = [line for line in done.stdout.splitlines() if "out/result.png: cannot be" in line]
+    command = shlex.split(line.partition("; python ")[2].removesuffix(" draws it"))
+    monkeypatch.undo()
+    picture = tmp_path / "again.png"
+    assert command[0] == "eval.py" and command[-1] == "FILE.png"
+    evaluation.main([*command[1:-1], str(picture)])
+    assert Image.open(picture).width > 4 * 56
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")

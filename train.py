@@ -2312,7 +2312,9 @@ def draw_result(run, before, after, name):
         data.save_picture(sheet, path)
         print0(f"{path}: the three frames with the middle gain, not the best ones")
     except OSError as error:  # a picture is not worth a run
-        print0(f"note: {error}")
+        again = ["python", "eval.py", str(run.last), "--weights", name, "--before",
+                 str(run.source_pt), "--picture", "FILE.png"]
+        print0(f"note: {error}; {shlex.join(again)} draws it")
 
 
 def say_what_to_read(run):
