@@ -1146,6 +1146,9 @@ def open_sets(f):
         if both:
             print0(f"note: {len(both)} of the {len(target)} target images are also images of the "
                    f"source, such as {both[0]}")
+        if source and f.source == f.target and f.adapts:
+            print0(f"note: --source and --target are both {words(f.source)}: there is no other "
+                   "domain to adapt to")
     if f.val != "none":
         val = data.open_dataset(f.val, "val", f.class_names, f.size, f.cache, ids=f.own_ids,
                                 detail=f.detail > 0)
