@@ -1717,6 +1717,8 @@ def parse_flags(argv):
         p.error("--against names a row of --table")
     if args.before and not args.picture:
         p.error("--before draws a picture: add --picture FILE.png")
+    if args.before and args.save:
+        p.error("--before draws one picture, that of --picture: leave out --save")
     if args.curves and not args.picture:
         args.picture = "curves.png"
     if args.picture and not (args.before or args.table or args.curves):
@@ -1773,13 +1775,23 @@ def open_network(path, weights, args, *published):
     return checkpoint, model
 
 
+def title_of(checkpoint, weights):
+    """What a picture calls a network: its recipe, and whether that had begun to adapt."""
+    flags = checkpoint["flags"]
+    source_steps = flags.get("source_steps") or 0
+    if source_steps and checkpoint["step"] <= source_steps:
+        return f"before adaptation, {weights}"
+    return f"{flags['recipe']}, {weights}"
+
+
 def draw_gain(args, checkpoint, model, dataset, colors, how):
     """Save the picture of before_after, print its report; returns the number of images."""
     old, before = open_network(args.before, "student", args)
     if old["classes"] != checkpoint["classes"]:
         raise CheckpointError(f"{args.before}: has other classes than {args.checkpoint}")
-    titles = (f"{old['flags']['recipe']}, student",
-              f"{checkpoint['flags']['recipe']}, {args.weights}")
+    titles = [title_of(old, "student"), title_of(checkpoint, args.weights)]
+    if args.adabn:
+        titles[1] += ", AdaBN"
     picture, report = before_after(before, model, dataset, titles, colors, **how)
     save_picture(picture, args.picture)
     print(f"pixel accuracy {report['before']:.1f} % before, {report['after']:.1f} % after, over "

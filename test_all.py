@@ -3693,6 +3693,16 @@ def test_picture_of_a_gain_shows_the_frames_around_the_median(monkeypatch):
     refused(lambda: evaluation.before_after(before, after, Ignored()), "ignored pixels only")
 
 
+def test_the_picture_of_a_gain_says_which_network_had_adapted():
+    def title(step, **flags):
+        checkpoint = {"flags": {"recipe": "mic", **flags}, "step": step}
+        return evaluation.title_of(checkpoint, "student")
+
+    assert title(3, source_steps=3) == title(2, source_steps=3) == "before adaptation, student"
+    assert title(4, source_steps=3) == title(0, source_steps=0) == "mic, student"
+    assert title(None) == title(3) == "mic, student"  # a published segmenter, an older run
+
+
 def test_submission_holds_the_ids_and_names_of_the_server(tmp_path):
     model = Pointwise(19)
     data = MadeImages(n=1, names=NAMES19, labeled=False, spec="cityscapes:x", split="test")
@@ -4830,6 +4840,7 @@ def test_command_line_fails_in_one_line(tmp_path, capsys, monkeypatch):
             ([checkpoint, "--against", "mic"], "--table"),
             ([checkpoint, *picture], "--before CKPT0"),
             ([checkpoint, "--before", checkpoint], "add --picture"),
+            ([checkpoint, *picture, "--before", checkpoint, "--save", "x"], "leave out --save"),
             ([checkpoint, *data, *picture, "--before", other], "other.pt: has other classes"),
             ([checkpoint, *data, "--picture", "no/x.png", "--before", other], "no such folder"),
             ([checkpoint, *data, "--picture", "x", "--before", other], "write FILE.png"),
