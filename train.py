@@ -6,7 +6,7 @@
     torchrun --nnodes 2 --node-rank R --master-addr A --nproc-per-node 8 train.py
                                                        two machines, R is 0 or 1, A the first one
 
-Without flags: rendered streets -> the same streets at night, recipe mic, 6 to 8 minutes on two CPU
+Without flags: rendered streets -> the same streets at night, recipe mic, 5 to 8 minutes on two CPU
 cores. A run writes OUT/last.pt, OUT/best.pt (with --eval-every), OUT/log.jsonl, OUT/panels/*.png.
 With --source-steps, the default of short runs, it also writes OUT/source.pt and, after validation,
 OUT/result.png. It goes on from OUT/last.pt if that is there; another --out begins anew.
