@@ -388,11 +388,17 @@ def format_read_outs(results, source_steps):
 
     name = results["recommended"]
     text = f"recommended: {name}, mIoU {number(results[name]['miou'])}"
+    gains = []
     if before:
-        text += f", {results[name]['miou'] - before['miou']:+.2f} over source"
+        gains.append(results[name]["miou"] - before["miou"])
+        text += f", {gains[0]:+.2f} over source"
     if before and before["adabn"]:
-        text += f", {results[name]['miou'] - before['adabn']['miou']:+.2f} over its AdaBN"
+        gains.append(results[name]["miou"] - before["adabn"]["miou"])
+        text += f", {gains[1]:+.2f} over its AdaBN"
     lines.append(text)
+    if gains and min(gains) < 0:
+        lines.append("but adaptation did not pay on these images: source.pt is the network from "
+                     "before it, which eval.py scores and uses, also with --adabn")
     return "\n".join(lines)
 
 

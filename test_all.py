@@ -3355,6 +3355,9 @@ def test_read_outs_stand_side_by_side_with_what_was_gained():
     assert lines[0].endswith("source  + AdaBN  student  teacher") and "333 steps" in lines[5]
     assert lines[-1] == ("recommended: teacher, mIoU 31.25, +16.25 over source, "
                          "+13.25 over its AdaBN")
+    results["source"]["adabn"] = scored(30.0, 33.0)
+    lines = evaluation.format_read_outs(results, 333).splitlines()
+    assert lines[-2].endswith("-0.25 over its AdaBN") and "did not pay" in lines[-1]
     results |= {"source": None, "recommended": "student"}
     lines = evaluation.format_read_outs(results, 0).splitlines()
     assert lines[0].split() == ["student", "teacher"] and lines[-1].endswith("student, mIoU 30.00")
