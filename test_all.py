@@ -8041,9 +8041,9 @@ def test_a_longer_schedule_and_a_used_folder_say_the_way_on(small_run, tmp_path)
     fails([*argv, "--steps", "50"], "--steps was 2, is 50", way)
     assert "to train longer" not in fails([*argv, "--steps", "1"], "--steps was 2, is 1")
 
-    # without last.pt too the scores of another run are not overwritten
-    (out / "last.pt").unlink()
-    for path in ("log.jsonl", "best.pt"):
+    # without last.pt too the scores of another run are not overwritten, nor its source phase
+    (out / "last.pt").rename(out / "source.pt")
+    for path in ("log.jsonl", "best.pt", "source.pt"):
         fails([*argv, "--mix", "1"],
               f"out/{path} is of a run with other flags: --mix was 0.0, is 1.0",
               "--out NEW")

@@ -1453,16 +1453,16 @@ def check_resume(flags, classes, checkpoint, path):
 
 
 def check_scores(out, flags, classes):
-    """Raise CheckpointError where OUT, without last.pt, has scores of a run with other flags."""
+    """Raise CheckpointError where OUT, without last.pt, has results of a run with other flags."""
     found = []
     log = out / "log.jsonl"
     if log.is_file():
         start, result = evaluation.last_run(evaluation.read_events(log))
         if result:
             found.append((log, start))
-    best = out / "best.pt"
-    if model.is_checkpoint(best):
-        found.append((best, model.load_checkpoint(best)))
+    for path in (out / "best.pt", out / "source.pt"):
+        if model.is_checkpoint(path):
+            found.append((path, model.load_checkpoint(path)))
     for path, run in found:
         before = model.current_flags(run["flags"])
         changed = changed_flags(before, flags)
