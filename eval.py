@@ -9,7 +9,8 @@
     python eval.py out/last.pt --export net.onnx       also .pt2 (torch.export) and .safetensors
     python eval.py out/last.pt --data cityscapes:DIR --split test --submit upload
     python eval.py out/last.pt --alignment streets     distance of the domains, per class
-    python eval.py out/last.pt --before source/last.pt --picture gain.png
+    python eval.py out/last.pt --before out/source.pt --picture gain.png
+                                                       what adaptation changed, in three frames
     python eval.py --table runs/* [--against ROW]      mean, spread and differences over seeds
     python eval.py --table runs/* --picture curve.png  mIoU over the number of labelled images
     python eval.py --curves runs/* --picture runs.png  mIoU and losses over the steps

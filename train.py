@@ -2208,7 +2208,7 @@ def loop(run, signals):
         reports = finished or adapts_next or done == run.start + 1 or done % f.log_every == 0
         saves = finished or leaves or done % f.save_every == 0
 
-        if reports or validates or saves or adapts_next:
+        if reports or validates or saves:
             run.check_gradients()  # statistics of a bad step are neither saved nor scored
         if reports:
             values = {"lr": optimizer.param_groups[0]["lr"], "grad_norm": round(norm.item(), 4)}
