@@ -2241,20 +2241,19 @@ def before_adaptation(run):
     """
     if not run.f.source_steps:
         return None
-    box = [None]
+    checkpoint = None
     if RANK == 0:
         try:
-            box = [model.load_checkpoint(run.source_pt)]
-            if box[0].get("run") != run.id:
+            checkpoint = model.load_checkpoint(run.source_pt)
+            if checkpoint.get("run") != run.id:
                 raise model.CheckpointError(f"{run.source_pt}: of another run")
         except model.CheckpointError as error:
-            box = [None]
+            checkpoint = None
             print0(f"note: nothing is shown of the network before adaptation ({error})")
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    if box[0] is None:
+    checkpoint = from_first(checkpoint)
+    if checkpoint is None:
         return None
-    return model.build_segmenter(box[0], "student", run.source_pt).to(run.device)
+    return model.build_segmenter(checkpoint, "student", run.source_pt).to(run.device)
 
 
 def with_adabn(run, net):
