@@ -1150,28 +1150,30 @@ class Segmenter(nn.Module):
     def two_scales(self, x, head="plain", corner=None):
         """An image at half its size and crops of it at full size, fused: HRDA, Hoyer et al., 2022.
 
-        One crop of 1024 from disk to gradient: data.Crops cuts it out of a frame of 2048 x 1024 and
-        train.py draws a corner, say (256, 128). The mean of 2 x 2 pixels makes the context, 512 x
-        512; the square of 512 at the corner is the detail, cut out and not scaled. The same
-        backbone and decoder see one after the other, in two batches for BatchNorm. Each gives
-        logits of 128 x 128: a cell of the context covers 8 x 8 pixels of the crop, one of the
-        detail 4 x 4. From the context's maps the attention says how much to trust the detail, one
-        number from 0 to 1 for each class and cell, about 0.5 at the start. Context and attention
-        are upsampled to 256 x 256, the grid of the crop's cells; there the detail takes rows 64 to
-        191 and columns 32 to 159. Outside of them the context speaks alone, inside it is attention
-        * detail + the rest * context. A kernel takes the last step to 1024 x 1024 labels: this
-        loss counts 0.9, that of the detail's own logits on its 512 x 512 labels 0.1. Backward runs
-        through both passes into the one backbone, and through the context's maps into the
-        attention. Teacher and evaluation have no corner: nine details, 256 pixels apart, cover the
-        crop, and where they overlap their logits are averaged. The teacher sees them in one batch.
+        One crop of 1024 from disk to gradient: data.Crops reads a frame of 2048 x 1024, from its
+        file or the cache, cuts the crop out and flips it or not; train.py draws a corner for the
+        whole batch, say (256, 128). The mean of 2 x 2 pixels makes the context, 512 x 512; the
+        square of 512 at the corner is the detail, cut out and not scaled. The same backbone and
+        decoder see one after the other, in two batches for BatchNorm. Each gives logits of 128 x
+        128: a cell of the context covers 8 x 8 pixels of the crop, one of the detail 4 x 4. From
+        the context's maps the attention says how much to trust the detail, one number from 0 to 1
+        for each class and cell, about 0.5 at the start. Context and attention are upsampled to 256
+        x 256, the grid of the crop's cells; there the detail takes rows 64 to 191 and columns 32 to
+        159. Outside of them the context speaks alone, inside it is attention * detail + (1 -
+        attention) * context; the second is multiplied first and then upsampled. A kernel takes the
+        last step to 1024 x 1024 labels: this loss counts 0.9, that of the detail's own logits on
+        its 512 x 512 labels 0.1. Backward runs through both passes into the one backbone, and
+        through the attention into the context's maps. Teacher and evaluation have no corner: nine
+        details, 256 pixels apart, cover the crop, and where they overlap their logits are averaged.
+        The teacher sees them in one batch.
 
         x, head, corner: see forward; corner a multiple of the stride. Sides of an image that are no
         multiple of two strides get a mean-coloured rim, which is cut off again; sides below
         `detail` are taken whole. The fused logits are float32.
 
         HRDA masks the attention before it is upsampled, so that the weights of a cell beside the
-        detail sum to 1 - attention / 4; here they sum to 1, and inside the crop a pixel gets in
-        training what it gets in evaluation.
+        detail sum to 1 - attention / 4; here they sum to 1, and inside the detail both are fused
+        in training as in evaluation, where details that overlap are averaged first.
         """
         height, width = x.shape[2:]
         cell = self.cell()

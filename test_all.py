@@ -4060,8 +4060,8 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
     for row in rows_of_command("python eval.py --table assets/logs/multi-{hrda,naive256}-?.jsonl"):
         if row[1] == "teacher":
             teachers.setdefault(row[0], row)
-    sentence = re.search(r"`hrda` (\d+\.\d ± \d+\.\d), one resolution at the same\s+"
-                         r"cost (\d+\.\d ± \d+\.\d)", readme)
+    sentence = re.search(r"`hrda` (\d+\.\d ± \d+\.\d), the same crops at full\s+size\s+"
+                         r"alone (\d+\.\d ± \d+\.\d)", readme)
     for figure, row in zip(sentence.groups(), ("multi-hrda", "multi-naive256"), strict=True):
         assert figure in teachers[row]
 
