@@ -1924,7 +1924,7 @@ def check_data(datasets, skip):
 
 
 def run(args):
-    """The command line's work with a checkpoint; returns which images it had to leave out, or ''."""
+    """The command line's work with a checkpoint; returns which images were left out, or ''."""
     check_outputs(args)
     published = args.backbone, args.decoder, args.classes, args.detail
     checkpoint, model = open_network(args.checkpoint, args.weights, args, *published)
