@@ -2314,7 +2314,7 @@ def test_what_own_tables_leave_out_is_said_with_its_share(tmp_path):
       "gtFine/train/u/{}_gtFine_labelTrainIds.png": [255, 10, 10, 14]}),
 ])
 def test_what_published_tables_leave_out_is_said_with_its_share(kind, image, masks, tmp_path):
-    """A quarter without a label, two of sky, one of a vehicle; also in a set with both kinds of ids."""
+    """A quarter without a label, two of sky, one of a vehicle; also where ids are of both kinds."""
     for i, (mask, row) in enumerate(masks.items()):
         put(tmp_path / image.format(i), np.zeros((2, 4, 3)))
         put(tmp_path / mask.format(i), np.array([row] * 2))
