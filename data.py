@@ -66,7 +66,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
-READING = 4  # of files; a higher number where the same files are read to other values or faults
+READING = 5  # of files; a higher number where the same files are read to other values or faults
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
@@ -1179,6 +1179,9 @@ def _open(path, low_bytes=False):
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if _has_pages(image):
+                    raise DataError(f"{path}: holds {image.n_frames} pictures; save the one that "
+                                    "counts as a file of its own", spares_others=True)
                 # Damaged PNG data may well be decoded, to other pixels; their checksums tell.
                 if image.format == "PNG":
                     image.verify()
@@ -1192,12 +1195,26 @@ def _open(path, low_bytes=False):
                 image.load()
                 image.info["orientation"] = orientation
                 return image
+    except DataError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; "
                         "make it smaller") from error
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
         raise DataError(f"{path}: no readable image ({type(error).__name__}: {error}); "
                         "restore or remove it", spares_others=True) from error
+
+
+def _has_pages(image):
+    """
+    Whether a file holds several pictures, none of them the one that counts: a stack, an animation.
+    What phones and maps store beside their picture, other exposures or smaller copies, is none.
+    """
+    if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+        return False
+    size = image.size
+    image.seek(1)
+    return image.size == size
 
 
 def _bits(path, image):
@@ -2911,10 +2928,15 @@ def overlay(picture, label, colors):
 
 
 def grid(rows, titles, gap=4):
-    """PIL image of rows of pictures (lists of uint8 (h,w,3), of any sizes), a title a column."""
+    """
+    PIL image of rows of pictures (lists of uint8 (h,w,3), of any sizes), a title a column. Columns
+    are as wide as the widest picture or title.
+    """
     pictures = list(itertools.chain.from_iterable(rows))
     height = max(picture.shape[0] for picture in pictures) + gap
-    width = max(picture.shape[1] for picture in pictures) + gap
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    title_widths = [math.ceil(ruler.textlength(title)) + 2 for title in titles]
+    width = max([picture.shape[1] for picture in pictures] + title_widths) + gap
     top = 14  # the height of Pillow's own font
     sheet = Image.new("RGB", (len(titles) * width - gap, top + len(rows) * height - gap), "white")
     draw = ImageDraw.Draw(sheet)

@@ -1790,6 +1790,21 @@ def test_tagged_tiffs_are_turned_once_and_counted(tmp_path):
             assert turned and np.array_equal(image[..., 0], np.rot90(raw, -1)), mode
 
 
+def test_files_of_several_pictures_are_refused(tmp_path):
+    """Read without a word, the first would count. What is stored beside a picture does no harm."""
+    frames = [Image.fromarray(np.full((8, 10), value, np.uint8)) for value in (1, 99, 200)]
+    for name in ("stack.tif", "moving.png", "moving.gif", "moving.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        for read in (data.read_image, data.read_label, data.read_mask_colours):
+            refused(lambda: read(tmp_path / name), f"{name}: holds 3 pictures")
+    small = frames[1].resize((5, 4))
+    frames[0].save(tmp_path / "map.tif", save_all=True, append_images=[small])  # an overview
+    assert (data.read_label(tmp_path / "map.tif") == 1).all()
+    photo = frames[0].convert("RGB")
+    photo.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[photo] * 2)
+    assert np.abs(data.read_image(tmp_path / "phone.jpg").astype(int) - 1).max() <= 2
+
+
 def test_a_damaged_tag_or_coder_is_one_line(tmp_path):
     picture = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
     exif = Image.Exif()
@@ -3627,17 +3642,33 @@ def test_pictures():
     assert np.array_equal(picture, data.as_picture(torch.full((3, 2, 2), 100, dtype=torch.uint8)))
     mixed = data.overlay(picture, label, colors)
     assert mixed[0, 1].tolist() == [150, 100, 50] and mixed[1, 0].tolist() == [100, 100, 100]
-    sheet = data.grid([[picture, drawn], [mixed, mixed]], ["image", "label"])
+    sheet = data.grid([[picture, drawn], [mixed, mixed]], ["", ""])
     assert sheet.size == (2 + 4 + 2, 14 + 2 + 4 + 2) and sheet.getpixel((6, 14)) == (10, 20, 30)
-    dark = np.zeros((20, 30, 3), np.uint8)
+    dark = np.zeros((20, 70, 3), np.uint8)
     wide = evaluation.panel(dark, label, label, "ab", colors)
-    assert wide.width == 4 * 30 + 3 * 4 and wide.getpixel((34, 14)) == (10, 20, 30)
-    assert evaluation.panel(dark, None, label, "ab", colors).width == 3 * 30 + 2 * 4
+    assert wide.width == 4 * 70 + 3 * 4 and wide.getpixel((74, 14)) == (10, 20, 30)
+    assert evaluation.panel(dark, None, label, "ab", colors).width == 3 * 70 + 2 * 4
     entries = [("a", colors[0]), ("a long name", colors[1])]
     one, two = (data.with_legend(wide.crop((0, 0, w, 34)), entries) for w in (132, 80))
     assert one.size == (132, 34 + 18) and two.size == (80, 34 + 34)  # the second on its own line
     assert one.getpixel((6, 40)) == two.getpixel((6, 40)) == (10, 20, 30)
-    assert two.getpixel((6, 56)) == (200, 100, 0) and one.getpixel((34, 14)) == (10, 20, 30)
+    assert two.getpixel((6, 56)) == (200, 100, 0) and one.getpixel((74, 14)) == (10, 20, 30)
+
+
+def test_titles_of_narrow_pictures_do_not_overlap():
+    picture = np.zeros((20, 30, 3), np.uint8)
+    titles = ["image", "before adaptation", "after adaptation, teacher"]
+    sheet = data.grid([[picture] * 3], titles)
+    column = (sheet.width + 4) // 3
+    for i in range(1, 3):  # between two columns no title reaches
+        between = sheet.crop((i * column - 4, 0, i * column, 14))
+        assert between.getcolors() == [(4 * 14, (255, 255, 255))], titles[i]
+    widest = sheet.crop((2 * column, 0, sheet.width, 14)).convert("L").point(lambda v: 255 - v)
+    assert widest.getbbox()[2] <= column - 4  # the last title is whole, too
+    alone = data.grid([[picture]], titles[2:]).convert("L").point(lambda v: 255 - v)
+    room = data.grid([[np.zeros((20, 300, 3), np.uint8)]], titles[2:]).convert("L")
+    room = room.point(lambda v: 255 - v)
+    assert alone.crop((0, 0, alone.width, 14)).getbbox() == room.crop((0, 0, 300, 14)).getbbox()
 
 
 def test_panel_of_a_training_step_leaves_the_network_alone():
@@ -3647,7 +3678,7 @@ def test_panel_of_a_training_step_leaves_the_network_alone():
     views = {"source": torch.rand(5, 3, 8, 8), "label": torch.full((5, 8, 8), 255).byte()}
     sheet = evaluation.training_panel(model, views, "abcd")
     # three columns, at most four rows
-    plain = data.grid([[np.zeros((8, 8, 3), np.uint8)] * 3] * 4, views)
+    plain = data.grid([[np.zeros((8, 8, 3), np.uint8)] * 3] * 4, ["", "", ""])
     shown = {colour for _, colour in sheet.crop((0, plain.height, *sheet.size)).getcolors(999)}
     colours = {tuple(colour) for colour in data.palette("abcd").tolist()}
     assert sheet.height > plain.height and shown & colours
