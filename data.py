@@ -2885,23 +2885,27 @@ def restyle(image, looks, generator, shard=(0, 1)):
     looks: target images (B,3,H,W), of which each image draws one to take its low frequencies from;
     T2S-DA's pseudo-target. None draws a random look, for domain generalisation, once per step:
     colour jitter and blur (strong_augment); or a gain and a shift per image and channel; or the low
-    frequencies of other images of the batch, beta from 0.01..0.1. Source: after T2S-DA (Wang et
-    al., 2023).
+    frequencies of another image of the batch, beta from 0.01..0.1. Images are chosen among those of
+    the process; where it has one alone, that one has a gain and a shift instead. Source: after
+    T2S-DA (Wang et al., 2023).
     """
-    styles = image if looks is None else looks
     # Both kinds of look draw these first.
-    pick = (uniform((len(image),), generator, shard) * len(styles)).long()
-    pick = pick.to(image.device, non_blocking=True)
+    B = len(image)
+    pick = uniform((B,), generator, shard)  # (B,), in [0,1)
     choice, where = torch.rand(2, generator=generator).tolist()
     if looks is not None:
-        return fourier_restyle(image, styles[pick], 0.01)
+        pick = (pick * len(looks)).long().to(image.device, non_blocking=True)
+        return fourier_restyle(image, looks[pick], 0.01)
     if choice < 1 / 3:
         return strong_augment(image, generator, shard)
-    if choice < 2 / 3:
+    if choice < 2 / 3 or B == 1:
         draw = uniform((len(image), 2, 3, 1, 1), generator, shard)
         gain, shift = draw.to(image.device, non_blocking=True).unbind(1)  # (B,3,1,1) each
         return (image.float() * (0.6 + 0.8 * gain) + 0.4 * shift - 0.2).clamp(0, 1)
-    return fourier_restyle(image, styles[pick], 0.01 + 0.09 * where)
+    # never an image itself: the next one, or the one after that, ...
+    other = (torch.arange(B) + 1 + (pick * (B - 1)).long()) % B  # (B,)
+    other = other.to(image.device, non_blocking=True)
+    return fourier_restyle(image, image[other], 0.01 + 0.09 * where)
 
 
 # ---------------------------------------------------------------- pictures: uint8 arrays (h,w,3)

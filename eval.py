@@ -669,7 +669,9 @@ def training_panel(model, views, names, rows=4):
         views = views | {"prediction": predict_labels(model, seen)}
     colors = palette(names)
     sheet, shown = [], []
-    for i in range(min(rows, len(seen))):
+    # a pass without a teacher may see labelled target images beside those of the source
+    fewest = min(len(view) for view in views.values())
+    for i in range(min(rows, fewest)):
         row = []
         for view in views.values():
             if view.ndim == 4:

@@ -1,7 +1,8 @@
 """One function per published loss: tensors in, a scalar out. All is float32, also under autocast.
 
 Under torchrun every loss is scaled so that the mean of its gradients over the processes, which DDP
-forms, equals the gradient of one process that sees the joint batch.
+forms, equals the gradient of one process that sees the joint batch. Only `cluda`, `cluda_two` and
+`t2s` differ: they compare a pixel with those of its own process.
 """
 import functools
 import math
@@ -156,7 +157,8 @@ def cluda_two(rows, detail, label, gate, window, weight=None, tau=0.1):
     (R, a row of `cluda`) and with the crop's detail cells (T). Its gate q weighs the two, q * R +
     (1 - q) * T; outside of the crop it is R alone. The mean is over the cells that cluda counts;
     with q = 1 the value is cluda's. A learned gate falls where T is the smaller of the two, and
-    nothing else holds it: watch its mean.
+    nothing else holds it: watch its mean. T has fewer keys, those of the crop, and so is the
+    smaller one even where both resolutions have the same features.
 
     rows: unit float (B,h,w,C), the context's cells; detail: unit float (B,a,b,C), the same cells of
     the crop seen at full size; both with gradient. label: int (B,h,w), 255 = takes no part; gate:
@@ -196,7 +198,8 @@ def t2s(queries, label, keys, key_label, class_weight, tau=0.1):
 
     queries: unit float (N,C) of the student; keys: unit (M,C) of the teacher, detached here: only
     the queries move; label (N,), key_label (M,): int, 255 = takes no part; class_weight: float
-    (K,); tau: temperature.
+    (K,); tau: temperature. Keys are those of the process: two processes of B images compare fewer
+    pairs than one of 2B.
     """
     value = pixel_nce(queries, keys.detach(), label, key_label, tau=tau, form="supcon")
     hot = _one_hot(label, len(class_weight))  # (N,K)
@@ -248,7 +251,8 @@ def sepico(rows, label, gaussians, tau=100.0):
 class ClassConfidence(torch.nn.Module):
     """The running mean of the teacher's confidence per predicted class, and class weights from it.
 
-    After T2S-DA, as reconstructed; the form is that of AEL (Hu et al., NeurIPS 2021).
+    After T2S-DA, as reconstructed; the form is that of AEL (Hu et al., NeurIPS 2021), whose
+    momentum is 0.999. A short run needs a smaller one, to forget its untrained teacher in time.
     """
 
     def __init__(self, num_classes, momentum=0.999):

@@ -1073,9 +1073,9 @@ class Segmenter(nn.Module):
         A cell of the context is as wide as two of the detail; corners are multiples of 16.
         """
         name = self.backbone.name
-        if self.stride not in (2, 4, 8, 16, 32):
+        if self.stride not in (2, 4, 8, 16):
             raise WeightsError(f"--detail: the finest maps of {name} have a stride of "
-                               f"{self.stride} pixels, it must be a power of two; take another "
+                               f"{self.stride} pixels, it must be 2, 4, 8 or 16; take another "
                                "backbone")
         for step in (2 * self.stride, self.backbone.multiple):
             if self.detail % step:

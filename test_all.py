@@ -1197,6 +1197,21 @@ def test_restyle_without_looks_draws_one_of_three(monkeypatch):
     assert 0.01 <= min(betas) < 0.02 and 0.09 < max(betas) <= 0.1
 
 
+def test_a_random_look_is_never_an_images_own(monkeypatch):
+    images = torch.arange(1.0, 5.0).view(4, 1, 1, 1).expand(4, 3, 6, 8) / 10
+    monkeypatch.setattr(data, "strong_augment", lambda image, generator, shard: "jitter")
+    monkeypatch.setattr(data, "fourier_restyle", lambda image, style, beta: (image, style))
+    for B in (1, 2, 4):
+        taken = set()
+        for seed in range(300):
+            look = data.restyle(images[:B], None, generator(seed))
+            if isinstance(look, tuple):
+                image, style = (x[:, 0, 0, 0].mul(10).round().long().tolist() for x in look)
+                taken |= set(zip(image, style))
+        pairs = {(a, b) for a in range(1, B + 1) for b in range(1, B + 1) if a != b}
+        assert taken == pairs, B  # all others, and of one image alone none
+
+
 def test_strong_augment():
     flat = torch.tensor([0.2, 0.5, 0.6]).view(1, 3, 1, 1).expand(1, 3, 5, 5)  # blur keeps it
     edge = torch.zeros(2, 3, 12, 12)
@@ -3686,6 +3701,14 @@ def test_panel_of_a_training_step_leaves_the_network_alone():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_panel_has_as_many_rows_as_its_smallest_view():
+    """Labelled target images join the view called source where no teacher sees them."""
+    views = {"source": torch.rand(4, 3, 8, 8), "mask_source": torch.rand(2, 3, 8, 8)}
+    sheet = evaluation.training_panel(Pointwise(), views, "abcd")
+    plain = data.grid([[np.zeros((8, 8, 3), np.uint8)] * 3] * 2, ["", "", ""])
+    assert plain.height < sheet.height < plain.height + 4 * 16 + 8  # two rows and a legend
+
+
 class Mended(MadeImages):
     """Class 1 in nine of ten rows, 255 in the last; Pointwise is right in some of the nine."""
 
@@ -5995,6 +6018,7 @@ def test_passes_with_one_corner_are_joined():
 
 @pytest.mark.parametrize("backbone, detail, words", [
     ("timm:vit_small_patch14_dinov2", 112, "a stride of 14 pixels"),
+    ("timm:vit_small_patch32_224", 64, "a stride of 32 pixels"),
     ("mit_b0", 20, "multiple of 8"), ("timm:vit_tiny_patch16_224", 48, "multiple of 32")])
 def test_details_of_broken_cells_are_refused(backbone, detail, words):
     make = functools.partial(Segmenter, backbone, "segformer", 3, 8, detail=detail)
@@ -6900,6 +6924,16 @@ def test_sepico_is_nearly_inert_at_its_published_temperature():
 # train.py: flags
 
 
+def test_the_default_warm_up_ends_within_each_phase():
+    def warmup(line):
+        return train.parse_flags(line.split()).warmup
+
+    assert (warmup("--steps 40000"), warmup("--steps 1000"), warmup("--steps 9")) == (1500, 50, 0)
+    assert warmup("--steps 1000 --source-steps 40") == 20
+    assert warmup("--steps 1000 --source-steps 970") == 15
+    assert warmup("--steps 1000 --source-steps 40 --warmup 90") == 90  # as typed, which is said
+
+
 def test_learning_rates_are_the_published_ones():
     rates = {0: 6.0e-11, 750: 2.94375e-5, 1499: 5.7713e-5, 1500: 5.775e-5, 39_999: 1.5e-9}
     for step, rate in rates.items():
@@ -7189,6 +7223,48 @@ def test_pull_moves_the_student_alone_and_starts_with_the_warm_up(monkeypatch):
     assert (balanced == 1).all() and doubted.max() == 1 > doubted.min()  # DyCE weighs them already
     assert set(views) == {"source", "restyled", "target"}
     assert (views["restyled"].image - source.image).abs().mean() > 0
+
+
+def test_classes_are_doubted_on_valid_pixels_alone(monkeypatch):
+    """Not on padding, nor in the rows of --border, nor where a lone source has no label."""
+    networks = unsure_networks()
+    networks.student.projection = networks.teacher.projection = torch.nn.Identity()
+    source, target = step_inputs(2)
+    target.weight[:, :, :4] = False  # padding
+    spy = Mock(wraps=losses.ClassConfidence.update)
+    monkeypatch.setattr(losses.ClassConfidence, "update", lambda *inputs: spy(*inputs))
+    flags = train.parse_flags("--recipe t2sda --mix 0 --border 5 7".split())
+    one_step(flags, networks, source, None, target)
+    counted = spy.call_args.args[1] != 255
+    assert counted.sum() == 2 * 52 * 60 and counted[:, 5:-7, 4:].all()
+    flags = train.parse_flags("--recipe t2sda_dg".split())
+    one_step(flags, networks, source, None, None)
+    assert torch.equal(spy.call_args.args[1] == 255, source.label == 255)
+
+
+@pytest.mark.parametrize("line, alpha", [("--steps 40000", 0.999), ("", 0.99), ("--alpha 0.9", 0.9)])
+def test_class_confidence_forgets_as_fast_as_the_teacher(line, alpha):
+    flags = train.parse_flags([*"--recipe t2sda --channels 8".split(), *TINY, *line.split()])
+    nets = train.open_networks(flags, ("road", "car"), None, torch.device("cpu"))
+    assert nets.class_confidence.momentum == alpha
+
+
+@pytest.mark.parametrize("backbone, cell", [("timm:vit_tiny_patch16_224", 16), ("mit_b0", 8)])
+def test_no_cell_is_smaller_than_one_of_the_features(backbone, cell):
+    """It would be contrasted with copies of itself."""
+    torch.manual_seed(0)
+    net = Segmenter(backbone, "segformer", 3, 8)
+    source, _ = step_inputs(1, size=96)
+    rows, label, weight = train.cells(net, net(source.image).features, source)
+    assert len(rows) == len(label) == len(weight) == (96 // cell) ** 2
+    assert len(rows.detach().unique(dim=0)) == len(rows)
+
+
+def test_cluda_refuses_details_whose_cells_are_larger_than_its_own():
+    line = "--recipe cluda_hrda --backbone timm:vit_tiny_patch16_224 --init none --crop 128"
+    flags = train.parse_flags([*line.split(), "--channels", "8"])
+    refused_by(model.WeightsError, "take another backbone", train.open_networks, flags,
+               ("road", "car"), None, torch.device("cpu"))
 
 
 def test_sepico_contrasts_encoder_stages_of_source_and_jittered_target(monkeypatch):

@@ -231,7 +231,8 @@ def build_parser():
     a("--dyce", type=share, default=0.0, metavar="H",
       help="supervised loss balanced by class, on this share of the hardest pixels; 0: plain mean")
     a("--cluda", type=factor, default=0.0, metavar="X",
-      help="weight of CLUDA's contrast among source and among mixed cells")
+      help="weight of CLUDA's contrast among source and among mixed cells; beside --t2s from the "
+           "end of --warmup on, as that itself")
     a("--gate", choices=("learned", "half"), metavar="G",
       help="what weighs --cluda's contrast with cells of the context against that with cells of "
            "the detail: learned, or half of each, its control (default: learned)")
@@ -243,7 +244,7 @@ def build_parser():
     a("--restyled", type=factor, default=0.0, metavar="X",
       help="weight of the cross-entropy on the restyled images of --t2s")
     a("--tau", type=between(1e-3, 1e3), default=0.1, metavar="T",
-      help="temperature of the contrasts; published: 100 for SePiCo, 1 for CLUDA")
+      help="temperature, one for all contrasts; published: 100 for SePiCo, 1 for CLUDA")
     a("--control", action=switch, default=False,
       help="for ablations: compute all that a contrast needs, but give it no weight")
 
@@ -257,7 +258,8 @@ def build_parser():
     a("--stop-at", type=count, metavar="N",
       help="save and stop after this step of the schedule (default: --steps)")
     a("--warmup", type=count_or_0, metavar="N",
-      help="steps of linear warm-up (default: 1500, at most --steps / 20)")
+      help="steps of linear warm-up, of the source phase and of the rest (default: 1500, at most "
+           "--steps / 20 and half of the shorter one)")
     a("--lr", type=between(0, 10), metavar="X",
       help="peak learning rate of the backbone (default: 6e-5 from 10,000 steps on, published, "
            "else 1e-3)")
@@ -265,7 +267,8 @@ def build_parser():
       help="the decoder's learning rate over the backbone's (default: 10 from 10,000 steps on, "
            "published, else 1)")
     a("--accum", type=between(1, 10**4, int), default=1, metavar="N",
-      help="batches per optimiser step, for small memory")
+      help="batches per optimiser step, for small memory; each is a batch of its own to ClassMix, "
+           "to pseudo-labels' weight and to losses that divide by what they count")
     a("--seed", type=between(0, 2**31, int), default=0, metavar="N",
       help="every random draw is a function of it, the step and the sample")
     a("--compile", action=switch, default=False,
@@ -313,8 +316,8 @@ def parse_flags(argv=None):
     asked_val = f.val
     own_ids = f.classes  # say what own masks without IDS mean
 
-    settle_training(f)
     settle_data(f, parser)
+    settle_training(f)
 
     # every flag of the parser, filled in: what a resumed run has to repeat
     saved = dict(vars(f))
@@ -387,14 +390,22 @@ def phase_at(f, step):
     return f.source_steps, f.steps - f.source_steps
 
 
+def shorter_phase(f):
+    """Length of the source phase or of the rest, whichever is shorter; of a run without, all."""
+    return min(f.source_steps or f.steps, f.steps - f.source_steps)
+
+
 def settle_training(f):
-    """Fill in what follows from --steps, --crop and the method."""
+    """Fill in what follows from --steps, --crop and the method; after settle_data()."""
     # published: long runs from ImageNet weights on large crops
     long = f.steps >= 10_000
     if f.alpha is None:
         f.alpha = 0.999 if long else 0.99
+    if f.source_steps is None:
+        # a teacher that has learned next to nothing yet would mislead a short run
+        f.source_steps = f.steps // 3 if adapts(f) and not long else 0
     if f.warmup is None:
-        f.warmup = min(1500, f.steps // 20)
+        f.warmup = min(1500, f.steps // 20, max(0, shorter_phase(f)) // 2)
     if f.lr is None:
         f.lr = 6e-5 if long else 1e-3
     if f.head_lr is None:
@@ -409,12 +420,12 @@ def settle_training(f):
         f.gate = "learned"
     if f.stop_at is None:
         f.stop_at = f.steps
-    if f.labeled.isdecimal():
-        f.labeled = str(int(f.labeled))  # 00 is 0
 
 
 def settle_data(f, parser):
-    """Fill in --target, --val, --classes and --source-steps."""
+    """Fill in --target, --val and --classes."""
+    if f.labeled.isdecimal():
+        f.labeled = str(int(f.labeled))  # 00 is 0
     if f.target is None:
         if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
             parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
@@ -426,10 +437,6 @@ def settle_data(f, parser):
         f.val = f.target
     if f.classes is None:
         f.classes = usual_classes(f)
-
-    if f.source_steps is None:
-        # a teacher that has learned next to nothing yet would mislead a short run
-        f.source_steps = f.steps // 3 if f.steps < 10_000 and adapts(f) else 0
 
 
 def one_or_several(value, name, parser):
@@ -595,7 +602,9 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
 
     clock("losses")
     if f.contrasts:
-        said = (target.label, confidence) if f.adapts else None
+        said = None
+        if f.adapts:
+            said = (torch.where(valid, target.label, data.IGNORE), confidence)
         terms |= contrast_terms(f, step, nets, source, known, known_out, views, outs, said)
         clock("contrast")
     if f.adapts:
@@ -800,12 +809,13 @@ def contrast_terms(f, step, nets, source, known, known_out, views, outs, said):
         if f.detail:
             terms["gate"] = sum(gate for _, gate in found) / len(found)
 
-    # T2S-DA pulls restyled cells, and labelled target cells, to those of the clean source; classes
-    # that the teacher doubts weigh more
+    # T2S-DA pulls restyled cells to those of the clean source, while adapting labelled target
+    # cells too; classes that the teacher doubts weigh more
     if f.t2s:
         if said is None:  # no target image: the teacher's confidence on the source
             size = source.label.shape[1:]
-            said = model.upsample_pseudo_label(clean.logits, size, threshold=0.0)[:2]
+            label, confidence = model.upsample_pseudo_label(clean.logits, size, threshold=0.0)[:2]
+            said = (torch.where(source.label == data.IGNORE, data.IGNORE, label), confidence)
         nets.class_confidence.update(*said)
         class_weight = nets.class_confidence.weights(f.doubt_power)
         names = [name for name in ("restyled", "labeled") if name in views]
@@ -856,10 +866,12 @@ def contrast_within(f, net, out, view):
 def cells(net, features, view):
     """The view in cells of 8 x 8 pixels: rows (N,C), label (N,), weight (N,).
 
-    With several resolutions a cell is 16 x 16 pixels, which are 8 x 8 of the context. Rows: see
-    cell_rows. The label of a cell is the class that covers 75 % of it, else 255.
+    With several resolutions a cell is 16 x 16 pixels, which are 8 x 8 of the context. It is never
+    smaller than a cell of the features, which is 16 x 16 in many a ViT: it would be compared with
+    copies of itself. Rows: see cell_rows. The label of a cell is the class that covers 75 % of it,
+    else 255.
     """
-    cell = 16 if net.detail else 8
+    cell = max(16 if net.detail else 8, net.cell())
     grid = [max(1, side // cell) for side in view.label.shape[1:]]
     label = data.majority_label(view.label, grid, net.num_classes)  # (B,S,S) -> (B,h,w)
     rows = cell_rows(net, features, grid)
@@ -1298,6 +1310,9 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         detail=f.detail_side,
         gate=f.gate == "learned",
     )
+    if f.cluda and f.detail and student.cell() > 16:
+        raise model.WeightsError(f"--cluda with --detail compares cells of 16 pixels, those of "
+                                 f"{f.backbone} have {student.cell()}; take another backbone")
     if ours:
         load_ours(student, classes, f.init)
     elif reads_init and f.init == "none":
@@ -1321,7 +1336,7 @@ def open_networks(f, classes, bank, device, checkpoint=None):
     elif wanted:
         imagenet = copy.deepcopy(student).requires_grad_(False).eval()
 
-    confidence = losses.ClassConfidence(len(classes)).to(device)
+    confidence = losses.ClassConfidence(len(classes), f.alpha).to(device)
     gaussians = None
     if f.sepico:
         channels = model.StageProjection.channels
@@ -1432,7 +1447,7 @@ def check_resume(flags, classes, checkpoint, path):
     Returns the PLACES that differ: what lies there is still to be compared. Another number of
     processes is free where a step sees as many images: image k of a run is the same for any number
     of processes, and so are the draws of augmentation where all processes' batches are as large
-    together. What BatchNorm and dropout see is not.
+    together. What BatchNorm, dropout, --t2s and contrasts see is not.
     """
     before = model.current_flags(checkpoint["flags"])
     changed = changed_flags(before, flags)
@@ -2003,6 +2018,9 @@ class Run:
                f"{len(f.class_names)} classes; {f.backbone} + {f.decoder}-{f.channels}; "
                f"{WORLD} x {f.batch} {seen}, {self.dtype_name} ({self.dtype_reason}); "
                f"{self.versions['device']}, torch {self.versions['torch']}")
+        if f.warmup >= shorter_phase(f):
+            print0(f"note: --warmup {f.warmup} does not end within a phase of {shorter_phase(f)} "
+                   "steps, whose learning rate stays below --lr")
         if bank:
             rows = digest(bank.embeddings.numpy().tobytes())
             dimensions = bank.embeddings.shape[1]
@@ -2400,7 +2418,7 @@ def process_note(before, flags):
     if batch != before["batch"]:
         seen = f"BatchNorm now sees batches of {batch} instead of {before['batch']}"
     if batch * flags["world"] != before["batch"] * before["world"]:
-        seen += ", augmentation is drawn for other batches"
+        seen += ", augmentation and the sums in losses are of other batches"
     return (f"note: {flags['world']} instead of {before['world']} processes: every step has the "
             f"same {evaluation.images_per_step(flags)} images; {seen}, and the run is not bit for "
             f"bit what {before['world']} would give")
