@@ -28,6 +28,7 @@ index, or 255 for "ignore".
 import argparse
 import colorsys
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -189,10 +190,13 @@ def whole_file(path):
     is left then.
     """
     path = Path(path)
-    part = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
+    place = path.resolve()  # a link stays one, to a new file
+    part = place.with_name(f".{os.getpid()}{path.suffix}")  # short: a long name may just fit
     try:
+        if place.exists() and not place.is_file():
+            raise OSError(errno.EEXIST, "not a regular file")
         yield part
-        os.replace(part, path)
+        os.replace(part, place)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error}); make room, or give "
                       "another place") from None
@@ -2294,8 +2298,9 @@ def leave_out_bad(datasets, bad):
 def fingerprint(dataset):
     """
     Digest of what a data set gives, wherever it lies: names and sizes of its files in their order,
-    and what its masks mean; 16 hex digits. Where two are equal, so are all crops that are drawn at
-    one --size. Files are the same at every size; what is rendered is another picture at each.
+    and what its masks mean, where it has any; 16 hex digits. Where two are equal, so are all crops
+    that are drawn at one --size. Files are the same at every size; what is rendered is another
+    picture at each.
     """
     content = [dataset.kind, dataset.split]
     for part in dataset.parts:
@@ -2303,9 +2308,43 @@ def fingerprint(dataset):
         sizes = []
         for path in itertools.chain.from_iterable(part.files or []):
             sizes.append(path and path.stat().st_size)
-        meaning = (sorted(part.ids.names.items()), part.ids.nearest, part.train_ids)
-        content.append((part.kind, rendered_at, part.names, sizes, meaning))
+        content.append((part.kind, rendered_at, part.names, sizes, _meaning(part)))
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def fingerprint_of_ids(dataset):
+    """Digest of what the masks of a data set mean, 16 hex digits; None of one without labels."""
+    if not dataset.labeled:
+        return None
+    content = [_meaning(part) for part in dataset.parts]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def _meaning(part):
+    """What the masks of one SPEC mean, None where it has none."""
+    if not part.labeled:
+        return None
+    return sorted(part.ids.names.items()), part.ids.nearest, part.train_ids
+
+
+def keep_out(flag, folder, dataset):
+    """
+    Raises DataError where results in a folder would lie among the files of a data set: they would
+    replace some of them, or be taken for some the next time. flag: what names the folder.
+    """
+    folder = Path(folder).resolve()
+    for part in dataset.parts:
+        if part.files is None:
+            continue
+        beside = {path.parent for path in itertools.chain.from_iterable(part.files) if path}
+        below = []
+        if part.kind == "folder":  # which is searched with all that it holds
+            spec = parse_spec(part.spec, part.split)
+            below = [place for place in (spec.images, spec.masks) if place]
+        among = any(folder == place.resolve() for place in beside)
+        if among or any(folder.is_relative_to(Path(home(place)).resolve()) for place in below):
+            raise DataError(f"{flag}: {folder} is a folder of {part.spec}'s own files; "
+                            "give another place")
 
 
 # ---------------------------------------------------------------- several data sets as one
@@ -3126,6 +3165,7 @@ def run(args):
         args.spec, args.split, args.classes, args.size, args.cache, partial=True)
     if dataset.files is not None:
         dataset.cached = False  # a look at a data set needs its facts, not a copy of its images
+    keep_out(f"--out {args.out}", Path(args.out).resolve().parent, dataset)
     problems = _report(dataset, dataset.check())
     if problems:
         raise DataError(f"{args.spec}: {problems} problems, see the list above")

@@ -48,11 +48,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from data import (CLASS_SPACES, IGNORE, LABEL_IDS, SUFFIXES, DataError, Parser, as_picture,
-                  cell_means, check_picture, check_sets, colorize, fail, grid, interrupted,
-                  leave_out_bad, legend, majority_label, open_dataset, output, overlay, palette,
-                  parse_size, read_colours, read_image, resize_image, save_ids, save_picture, walk,
-                  whole_file, with_legend)
+from data import (CLASS_SPACES, IGNORE, LABEL_IDS, OWN, SUFFIXES, DataError, Parser, as_picture,
+                  cell_means, check_picture, check_sets, colorize, fail, fingerprint_of_ids, grid,
+                  interrupted, keep_out, leave_out_bad, legend, majority_label, open_dataset,
+                  output, overlay, palette, parse_size, parse_spec, read_colours, read_image,
+                  resize_image, save_ids, save_picture, walk, whole_file, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags, has_one_value,
                    images_at_once, is_out_of_memory, load, open_checkpoint, reason_of, starts,
                    upsample_pseudo_label, why_unwritable, write_exported)
@@ -761,6 +761,9 @@ SERVERS = {
 }
 
 
+LONGEST_NAME = 255  # bytes, of a file on the usual file systems
+
+
 def images_below(path, results):
     """The image file `path`, or all images below the folder `path`, sorted.
 
@@ -768,12 +771,13 @@ def images_below(path, results):
     Raises DataError where there are none, and where results would lie among them.
     """
     path = Path(path)
-    if not path.is_dir():
-        return [path]
     results = Path(results).resolve()
-    if results == path.resolve():
+    folder = path if path.is_dir() else path.parent
+    if results == folder.resolve():
         raise DataError(f"--save {results}: the folder of the images themselves, of which results "
                         "would be some the next time; give another one")
+    if not path.is_dir():
+        return [path]
     inside = path.resolve() in results.parents
     files = []
     for file in walk(path):
@@ -800,6 +804,8 @@ def read_pictures(files, size, antialias, faults):
     """
     for file in tqdm(files, "images", disable=None, leave=False):
         try:
+            if len(os.fsencode(f"{file.name}_panel.png")) > LONGEST_NAME:
+                raise DataError(f"{file}: a name too long to add _panel.png to it; shorten it")
             pixels = read_image(file)  # (h,w,3)
         except DataError as error:
             faults.append(str(error))
@@ -949,14 +955,24 @@ def is_event(line):
     if not isinstance(line, dict):
         return False
     kind = line.get("event")
-    scored = line.get("student")
     if kind in ("start", "resume"):
         flags = line.get("flags")
         return isinstance(flags, dict) and {"recipe", "seed"} <= flags.keys()
-    if kind in ("eval", "result"):
-        needed = {"miou"} if kind == "eval" else {"miou", "iou"}
-        return isinstance(scored, dict) and needed <= scored.keys()
+    if kind == "eval":
+        return is_score(line.get("student"), {"miou"})
+    if kind == "result":
+        others = [line[name] for name in ("teacher", "adabn") if line.get(name)]
+        return all(is_score(one, {"miou", "iou"}) for one in (line.get("student"), *others))
     return kind is not None and isinstance(line.get("step", 0), int)
+
+
+def is_score(value, needed):
+    """Whether a value of a log is the scores of a network, with what is needed of them."""
+    if not isinstance(value, dict) or not needed <= value.keys():
+        return False
+    if "iou" in needed and not isinstance(value["iou"], dict):
+        return False
+    return isinstance(value["miou"], (int, float)) and math.isfinite(value["miou"])
 
 
 def read_events(log):
@@ -1024,13 +1040,19 @@ def read_run(path):
 
     flags = current_flags(start["flags"])
     if flags.get("dtype") == "auto":  # logs from before the answer was logged
-        flags["dtype"] = "fp32" if start["versions"]["device"].startswith("cpu") else "bf16"
+        device = start.get("versions", {}).get("device", "")
+        flags["dtype"] = "fp32" if device.startswith("cpu") else "bf16"
     flags["images per step"] = images_per_step(flags)
     if result:
         flags["validation images"] = result["student"].get("images")
         # see predict(); it was one step as long as logs had no ids of runs
         steps = "in two steps" if "run" in result else "in one step, as older scripts did"
         flags["resizing of predictions"] = steps
+        names = [list(result[name]["iou"]) for name in ("student", "teacher", "adabn")
+                 if result.get(name)]
+        if any(other != names[0] for other in names):
+            raise DataError(f"{log}: its read-outs have scores of different classes; no table can "
+                            "hold them")
     inputs = dict(start.get("inputs", {}))
     if bank := start.get("text"):
         inputs["text"] = f"{bank.get('kind')} {bank['rows_sha256']}"
@@ -1760,7 +1782,11 @@ def check_outputs(args):
             raise DataError(f"--{name} {path}: there is no such folder")
         if Path(path).is_dir():
             raise DataError(f"--{name} {path}: a folder; give a file")
+        if Path(path).exists() and not Path(path).is_file():
+            raise DataError(f"--{name} {path}: no regular file; give another one")
         check_folder(f"--{name}", Path(path).parent)
+    if args.json and Path(args.json).suffix != ".json":
+        raise DataError(f"--json {args.json}: write FILE.json")
     if args.picture:
         check_picture(args.picture, "--picture")
     if args.export:
@@ -1859,18 +1885,21 @@ def write_network(args, checkpoint, model):
     print(f"classes: {', '.join(model.classes)}")
 
 
-def open_data(args, flags, classes, size, detail):
+def open_data(args, checkpoint, classes, size, detail):
     """The data sets (to predict, --alignment, --adabn), None where one is not asked for; notes.
 
-    flags: those of the run; size, detail: as of open_dataset. All files that will be read are
+    size, detail: as of open_dataset. All files that will be read are
     checked. Raises DataError.
     """
     # What the values of own masks mean that have no IDS: positions in the classes, or what the file
     # of --classes says. Where the classes came from IDS or a file that is gone, nothing says it.
+    flags = checkpoint["flags"]
     ids = flags.get("classes", "classes")
+    lost = None
     if ids in CLASS_SPACES:
         ids = "classes"
     elif ids != "classes" and not Path(ids or "").is_file():
+        lost = ids
         ids = None
     how = {"ids": ids, "antialias": flags.get("antialias", True), "detail": detail}
     dataset = source = target = None
@@ -1880,8 +1909,13 @@ def open_data(args, flags, classes, size, detail):
         if spec == "none":
             raise DataError(f"{args.checkpoint}: the run had no validation data; "
                             "give --data SPEC or --images PATH")
+        if lost and any(lacks_ids(one, args.split) for one in as_list(spec)):
+            raise DataError(f"{args.checkpoint}: {lost}, the run's --classes, says what masks mean "
+                            "and is not there; restore it, or give --data with IDS behind the "
+                            "masks")
         dataset = open_dataset(spec, args.split, classes, size, flags["cache"], **how)
         checked.append((dataset, not args.submit))
+        check_meaning(args, checkpoint, dataset)
     if args.alignment:
         source = open_dataset(args.alignment, "val", classes, size, flags["cache"], **how)
         checked.append((source, True))
@@ -1892,6 +1926,27 @@ def open_data(args, flags, classes, size, detail):
     if not args.submit:  # a server wants every image
         skip = flags.get("skip_bad", 0)
     return dataset, source, target, check_data(checked, skip)
+
+
+def as_list(spec):
+    """A SPEC, or a list of several, as a list."""
+    return [spec] if isinstance(spec, str) else list(spec)
+
+
+def lacks_ids(spec, split):
+    """Whether a SPEC is of own files and does not say what the values of masks mean."""
+    parsed = parse_spec(spec, split)
+    return parsed.kind in OWN and not parsed.ids
+
+
+def check_meaning(args, checkpoint, dataset):
+    """Raise DataError where the masks of the run's own --val no longer mean what they did."""
+    known = checkpoint.get("inputs", {}).get("val_masks")
+    if args.data or args.split != "val" or known is None:
+        return
+    if known != fingerprint_of_ids(dataset):
+        raise DataError(f"{dataset.spec}: its masks do not mean what they did in training: IDS or "
+                        "the file of --classes has changed; restore it, or name the data by --data")
 
 
 def with_adabn(model, target):
@@ -1940,7 +1995,12 @@ def run(args):
     if args.palette:
         colors = read_colours(args.palette, classes)
 
-    dataset, source, target, notes = open_data(args, flags, classes, size, detail)
+    dataset, source, target, notes = open_data(args, checkpoint, classes, size, detail)
+    for flag in ("save", "picture", "submit"):
+        place = getattr(args, flag)
+        if place and dataset:
+            folder = Path(place).resolve().parent if flag == "picture" else place
+            keep_out(f"--{flag} {place}", folder, dataset)
     if target:
         model = with_adabn(model, target)
     if args.export:

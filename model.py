@@ -55,8 +55,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from data import (DataError, Parser, cache_folder, class_names, fail, interrupted, output,
-                  whole_file)
+from data import (CLASS_SPACES, DataError, Parser, cache_folder, class_names, fail, interrupted,
+                  output, whole_file)
 from kernels import text_correlation, upsample_pseudo_label  # the second for train.py and eval.py
 
 if __name__ == "__main__":
@@ -1739,9 +1739,10 @@ def read_file(path):
     if os.path.isdir(path):
         raise WeightsError(f"{path}: a folder; give the file of weights in it")
     if not os.path.isfile(path):
-        raise WeightsError(
-            f"{path}: no such weights file; check the path (--init also takes imagenet, none)"
-        )
+        words = ""
+        if "." not in os.path.basename(path):  # a word that was mistyped
+            words = " (--init also takes imagenet, none)"
+        raise WeightsError(f"{path}: no such weights file; check the path{words}")
     try:
         if str(path).endswith(".safetensors"):
             return import_optional("safetensors.torch").load_file(path)
@@ -2004,9 +2005,11 @@ def save_checkpoint(path, state):
         free = 0
         if os.path.isdir(folder):
             free = shutil.disk_usage(folder).free >> 20
+        kept = "no checkpoint is there yet"
+        if os.path.exists(path):
+            kept = "a previous checkpoint is intact"
         raise CheckpointError(
-            f"{path}: cannot be written ({reason}); {free} MB are free there; a previous "
-            "checkpoint is intact"
+            f"{path}: cannot be written ({reason}); {free} MB are free there; {kept}"
         ) from None
     finally:
         if os.path.exists(temporary):
@@ -2352,6 +2355,8 @@ def write_exported(path, net, checkpoint):
     for name, value in checkpoint["flags"].items():
         if name in EXPORTED_FLAGS and value is not None:
             flags[name] = value
+    if checkpoint["flags"].get("classes") in CLASS_SPACES:  # else what masks mean lies elsewhere
+        flags["classes"] = checkpoint["flags"]["classes"]
     about = {"flags": flags, "classes": list(checkpoint["classes"]), "step": checkpoint["step"]}
     if checkpoint.get("text"):
         about["text"] = checkpoint["text"]["kind"]
@@ -2370,7 +2375,8 @@ def read_exported(path):
         about = (file.metadata() or {}).get("nanouda")
     if about is None:
         return None
-    flags = {"language": None, "size": None, "val": "none", "target": "none", "cache": None}
+    flags = {"language": None, "size": None, "val": "none", "target": "none", "cache": None,
+             "classes": None}
     rest = {"optimizer": None, "versions": {}, "student": state, "teacher": None}
     try:
         about = json.loads(about)
@@ -2406,7 +2412,8 @@ def make_bank(names, spec, out):
         classes = class_names(names)
     if "" in classes or len(classes) < 2 or len(set(classes)) < len(classes):
         raise TextError(f"--names {names}: needs two or more different names")
-    if out and not (out.endswith(".npz") and os.path.isdir(os.path.dirname(out) or ".")):
+    named = os.path.splitext(out or "")[1] == ".npz"
+    if out and not (named and os.path.isdir(os.path.dirname(out) or ".")):
         raise TextError(f"--out {out}: a bank is an .npz file in a folder that exists")
     bank = text_bank(spec, classes)
     if out and bank.kind in ("learned", "none"):

@@ -544,6 +544,13 @@ def test_fingerprints_are_of_content_not_of_place(tmp_path):
     spec = f"folder:{tmp_path}/a/images:{tmp_path}/a/labels"
     before = data.fingerprint(open_train(spec))
     assert before in seen and data.fingerprint(open_train(f"{spec}:{tmp_path}/ids.txt")) != before
+    unlabelled = spec.rpartition(":")[0]
+    prints = []
+    for ids in ("classes", tmp_path / "ids.txt"):  # which mean nothing without masks
+        images = data.open_dataset(unlabelled, "train", ABC, partial=True, ids=str(ids))
+        prints.append(data.fingerprint(images))
+        assert data.fingerprint_of_ids(images) is None
+    assert prints[0] == prints[1]
     assert data.fingerprint(data.open_dataset(spec, "val", ABC)) != before
     (tmp_path / "a/labels/001.png").write_bytes((tmp_path / "a/images/001.png").read_bytes())
     assert data.fingerprint(open_train(spec)) != before
@@ -4211,6 +4218,13 @@ def test_table_compares_what_was_scored_and_what_a_step_saw(tmp_path):
             "text stub instead of learned")
 
 
+def test_table_refuses_read_outs_of_different_classes(tmp_path):
+    start = {"flags": {"recipe": "mic", "seed": 0}}
+    scored = {"student": {"miou": 4, "iou": {"a": 4}}, "teacher": {"miou": 4, "iou": {"b": 4}}}
+    log = write_log(tmp_path / "x-0.jsonl", ("start", "A", start), ("result", "A", scored))
+    refused(lambda: evaluation.table([log]), "x-0.jsonl", "scores of different classes")
+
+
 def test_table_refuses_what_it_cannot_compare(tmp_path, capsys):
     one = made_log(tmp_path / "one-0", 0, 41, 45)
     (tmp_path / "text").write_text("no log\n\xff")
@@ -4218,6 +4232,9 @@ def test_table_refuses_what_it_cannot_compare(tmp_path, capsys):
     foreign += '{"event": "start"}\n{"event": "start", "flags": [1]}\n'
     foreign += '{"event": "step", "step": "a"}\n{"event": "result", "student": 5}\n'
     foreign += '{"event": "eval", "student": {"miou": 5}}\n'
+    foreign += '{"event": "result", "student": {"miou": NaN, "iou": {}}}\n'
+    foreign += '{"event": "result", "student": {"miou": 1, "iou": 2}}\n'
+    foreign += '{"event": "result", "student": {"miou": "1", "iou": {}}}\n'
     (tmp_path / "foreign").write_text(foreign)
     refused(lambda: evaluation.step_curves([tmp_path / "foreign"]), "neither losses nor scores")
     (tmp_path / "other").mkdir()
@@ -4572,7 +4589,7 @@ def test_command_line_scores_and_draws(tmp_path, capsys):
     out, right = capsys.readouterr().out, f"{json.loads(report.read_text())['accuracy']:.1f} %"
     assert f"pixel accuracy {right} before, {right} after, over 3 images" in out
     assert "000 (+0.0), 001 (+0.0), 002 (+0.0)" in out
-    assert Image.open(picture).width == 4 * 64 + 3 * 4
+    assert Image.open(picture).width > 4 * 64 + 3 * 4  # the widest title is wider than a frame
 
 
 def test_command_line_pools_and_checks_its_data_before_the_work(tmp_path, capsys, monkeypatch):
@@ -4615,6 +4632,90 @@ def test_command_line_pools_and_checks_its_data_before_the_work(tmp_path, capsys
     cut(tmp_path / "b" / "labels" / "000.png")
     eval_fails(capsys, [checkpoint], "no readable image", f"(2 of 2 items of {b})")
     eval_fails(capsys, ["--data", a, checkpoint], "give a checkpoint first")
+
+
+def test_results_never_lie_among_the_files_they_are_of(tmp_path, capsys):
+    """They would replace images or masks of the same name, or be taken for some the next time."""
+    spec = make_folder(tmp_path / "a", 2, (64, 48))
+    images, masks = tmp_path / "a" / "images", tmp_path / "a" / "labels"
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{images}/000.png {masks}/000.png\n")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.png")}
+    checkpoint = made_checkpoint(tmp_path / "last.pt", val=spec)
+    picture = ["--before", checkpoint, "--picture"]
+    link = tmp_path / "link"
+    link.symlink_to(masks)
+    for argv in (["--save", masks], ["--save", images], ["--save", images / "below"],
+                 ["--save", link], ["--data", f"list:{listed}", "--save", masks],
+                 [*picture, images / "gain.png"]):
+        eval_fails(capsys, [checkpoint, *argv], "own files; give another place")
+    for argv in (["--save", images], ["--save", tmp_path / "a/images/.."]):
+        photo = argv[1] / "000.png" if argv[1] == images else tmp_path / "a" / "photo.png"
+        put(tmp_path / "a" / "photo.png", np.zeros((24, 32, 3)))
+        eval_fails(capsys, [checkpoint, "--images", photo, *argv], "the folder of the images")
+        (tmp_path / "a" / "photo.png").unlink()
+    (tmp_path / "ids.txt").write_text("a\nb\nc\n")
+    with pytest.raises(SystemExit) as stop:
+        data.main([f"{spec}:{tmp_path}/ids.txt", "--out", str(images / "sheet.png")])
+    assert stop.value.code == 2 and "give another place" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.png")} == before
+
+    evaluation.main([checkpoint, "--save", str(tmp_path / "a" / "panels")])
+    assert len(list((tmp_path / "a" / "panels").iterdir())) == 2
+
+
+def test_scores_replace_nothing_but_scores(tmp_path, capsys):
+    checkpoint = made_checkpoint(tmp_path / "last.pt", val=make_folder(tmp_path, 2, (64, 48)))
+    eval_fails(capsys, [checkpoint, "--json", checkpoint], "last.pt: write FILE.json")
+    eval_fails(capsys, [checkpoint, "--json", tmp_path / "images/000.png"], "write FILE.json")
+    pipe, real, link = tmp_path / "pipe.json", tmp_path / "real.json", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    eval_fails(capsys, [checkpoint, "--json", pipe], "no regular file")
+    assert pipe.is_fifo()
+    refused_by(OSError, "not a regular file", lambda: data.whole_file(pipe).__enter__())
+    link.symlink_to(real)
+    for _ in range(2):  # a new file, then the old one's place
+        evaluation.main([checkpoint, "--json", str(link)])
+        assert link.is_symlink() and json.loads(real.read_text())["step"] == 7
+        real.write_text(json.dumps({"step": 0}))
+
+
+def test_names_without_room_for_a_result_are_named_and_left_out(tmp_path, capsys):
+    for name in ("n" * 243, "n" * 242, "z"):  # _panel.png has 10 bytes, .png 4 of 255
+        put(tmp_path / "in" / f"{name}.png", np.zeros((24, 32, 3)))
+    checkpoint, out = made_checkpoint(tmp_path / "last.pt"), tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([checkpoint, "--images", str(tmp_path / "in"), "--save", str(out)])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "2 of 3 images cannot be read" in said.err
+    assert said.out.count("a name too long to add _panel.png to it; shorten it") == 2
+    assert {path.name for path in out.iterdir()} == {"z_ids.png", "z_panel.png"}
+
+
+def test_masks_are_read_as_in_training_or_not_at_all(small_run, tmp_path, capsys):
+    """--classes FILE may say what values mean: edited or gone, scores would be of other labels."""
+    argv = [*small_run, *"--recipe source --steps 2 --stop-at".split()]
+    names = Path(argv[argv.index("--classes") + 1])
+    names.write_text("0 sky\n1 wall\n2 car\n")
+    run_train([*argv, "1"])
+    checkpoint = str(tmp_path / "out" / "last.pt")
+    exported, report = str(tmp_path / "net.safetensors"), tmp_path / "scores.json"
+    evaluation.main([checkpoint, "--export", exported])
+    evaluation.main([checkpoint, "--json", str(report)])
+    spec = argv[argv.index("--val") + 1]
+    capsys.readouterr()
+
+    eval_fails(capsys, [exported, "--data", spec], "nothing says what the values of its masks mean")
+    names.write_text("2 sky\n1 wall\n0 car\n")
+    eval_fails(capsys, [checkpoint], "do not mean what they did in training", "restore it")
+    fails([*argv, "2"], "masks of --source", "restore it, or give --out NEW")
+    names.unlink()
+    eval_fails(capsys, [checkpoint], "says what masks mean and is not there; restore it")
+    names.write_text("0 sky\n1 wall\n2 car\n")
+    before = json.loads(report.read_text())["miou"]
+    evaluation.main([checkpoint, "--json", str(report)])
+    assert json.loads(report.read_text())["miou"] == before
+    run_train([*argv, "2"])
 
 
 def test_what_eval_writes_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
@@ -4754,8 +4855,9 @@ def test_exported_weights_load_alone(tmp_path, capsys):
     with torch.no_grad():
         assert torch.equal(model.load(path)(image).logits, net(image).logits)
     put(tmp_path / "photo.png", np.zeros((24, 32, 3)))
-    evaluation.main([str(path), "--images", str(tmp_path / "photo.png"), "--save", str(tmp_path)])
-    assert (tmp_path / "photo_ids.png").exists()
+    predicted = tmp_path / "predicted"
+    evaluation.main([str(path), "--images", str(tmp_path / "photo.png"), "--save", str(predicted)])
+    assert (predicted / "photo_ids.png").exists()
     refused_by(CheckpointError, "says itself what it is", model.load, path, "mit_b0")
     (tmp_path / "out").mkdir()
     wrong = Mock(side_effect=lambda *_: Segmenter("mit_b0", "segformer", 3, 8).eval())
@@ -6182,6 +6284,8 @@ def test_failed_saves_leave_the_old_checkpoint(tmp_path):
             raise RuntimeError("cannot be pickled")
     poisoned = tiny_checkpoint(step=2, optimizer=Poison())
     refused_by(CheckpointError, "cannot be pickled.*intact", save_checkpoint, path, poisoned)
+    refused_by(CheckpointError, "no checkpoint is there yet", save_checkpoint,
+               tmp_path / "new.pt", poisoned)
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     large = dict(student=torch.zeros(10 ** 6))
@@ -7242,7 +7346,8 @@ def test_classes_are_doubted_on_valid_pixels_alone(monkeypatch):
     assert torch.equal(spy.call_args.args[1] == 255, source.label == 255)
 
 
-@pytest.mark.parametrize("line, alpha", [("--steps 40000", 0.999), ("", 0.99), ("--alpha 0.9", 0.9)])
+@pytest.mark.parametrize("line, alpha",
+                         [("--steps 40000", 0.999), ("", 0.99), ("--alpha 0.9", 0.9)])
 def test_class_confidence_forgets_as_fast_as_the_teacher(line, alpha):
     flags = train.parse_flags([*"--recipe t2sda --channels 8".split(), *TINY, *line.split()])
     nets = train.open_networks(flags, ("road", "car"), None, torch.device("cpu"))
@@ -8096,6 +8201,13 @@ def test_moved_data_go_on_and_other_data_do_not(small_run, tmp_path, monkeypatch
     run_train(moved)
     other, _ = write_pairs(tmp_path, name="of another")
     fails([*moved, "--val", other], "trained with other data: --val was")
+
+
+def test_a_run_does_not_write_into_a_folder_that_is_searched_for_its_data(small_run, tmp_path):
+    images = Path(small_run[small_run.index("--target") + 1].partition(":")[2])
+    small_run[small_run.index("--out") + 1] = str(images / "out")
+    fails(small_run, "a folder of folder:", "own files; give another place")
+    assert not (images / "out" / "panels").exists()
 
 
 def test_a_resumed_run_does_not_need_the_checkpoint_that_it_began_with(small_run, tmp_path):

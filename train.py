@@ -1499,6 +1499,7 @@ def check_log(log):
 def read_inputs(f, sets, labeled, bank):
     """{flag: digest of what lies there} of the PLACES; what is no file or data stands for itself.
 
+    "source_masks", "target_masks" and "val_masks" say what masks mean whose labels are used.
     labeled: names of the target images whose labels are used.
     """
     inputs = {
@@ -1514,6 +1515,8 @@ def read_inputs(f, sets, labeled, bank):
     for name in ("source", "target", "val"):
         dataset = getattr(sets, name)
         inputs[name] = data.fingerprint(dataset) if dataset else None
+        labels_count = dataset and (name != "target" or f.labeled != "0")
+        inputs[f"{name}_masks"] = data.fingerprint_of_ids(dataset) if labels_count else None
     return inputs
 
 
@@ -1899,6 +1902,9 @@ class Run:
         f = self.f
         self.bank = open_bank(f, self.checkpoint)
         self.sets = open_sets(f)
+        for dataset in (self.sets.source, self.sets.target, self.sets.val):
+            if dataset:
+                data.keep_out(f"--out {f.out}", f.out, dataset)
         self.labeled_names = [self.sets.target.names[i] for i in self.sets.labeled]
         self.check_labeled()
         bank = open_bank(f, None) if "text" in self.moved else self.bank
@@ -1946,7 +1952,8 @@ class Run:
     def check_inputs(self):
         """Raise CheckpointError where other things lie in another place than before.
 
-        Other things in the same place are said: files may have been repaired.
+        And where masks mean another thing. Other files in the same place are said: they may have
+        been repaired.
         """
         before = model.current_flags(self.checkpoint["flags"])
         known = self.checkpoint.get("inputs", {})
@@ -1957,6 +1964,11 @@ class Run:
             raise model.CheckpointError(
                 f"{self.last} was trained with other data: {text}, and that is not the same by "
                 "names, sizes or contents; give the same, or --out NEW")
+        for name in ("source", "target", "val"):
+            if f"{name}_masks" in other:
+                raise model.CheckpointError(
+                    f"{self.last}: masks of --{name} {words(before[name])} do not mean what they "
+                    "did: IDS or the file of --classes has changed; restore it, or give --out NEW")
         for name in other:
             if name in ("source", "target", "val"):
                 print0(f"note: --{name} {words(before[name])}: its files are not as they were "
