@@ -1729,7 +1729,7 @@ def build_parser():
       help="size at the network (default: as trained; --images: longer side)")
     a("--palette", metavar="FILE",
       help="colours of the pictures: a name and its colour in a line, such as 128 64 128 road")
-    a("--json", metavar="FILE",
+    a("--json", metavar="FILE.json",
       help="write the scores there too; with --images: the share of pixels of each class")
     a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
       help="cuda, cuda:1, mps, cpu")
