@@ -748,6 +748,11 @@ def home(path):
     return os.path.expanduser(path)
 
 
+def specs(value):
+    """One SPEC, or a list of several, as a list of str."""
+    return [value] if isinstance(value, str) else list(value)
+
+
 def parse_spec(text, split="train"):
     """Spec of a text. Raises DataError."""
     if text in STREETS:
@@ -1212,12 +1217,14 @@ def _open(path, low_bytes=False):
 def _has_pages(image):
     """
     Whether a file holds several pictures, none of them the one that counts: a stack, an animation.
-    What phones and maps store beside their picture, other exposures or smaller copies, is none.
+    What phones and maps store beside their picture is none: exposures, smaller copies, its mask.
     """
     if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
         return False
     size = image.size
     image.seek(1)
+    if image.format == "TIFF" and image.tag_v2.get(254, 0) & 5:  # NewSubfileType: a copy, a mask
+        return False
     return image.size == size
 
 
@@ -1586,14 +1593,14 @@ def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False
     resolutions, where there is one. Raises DataError at once for what file names tell, and at
     reading for what is wrong in a file.
     """
-    specs = [spec] if isinstance(spec, str) else list(spec)
+    spec = specs(spec)
     if ids == "classes" and (classes is None or isinstance(classes, str)):
         ids = classes
     if classes is None:
-        classes = default_classes(specs[0])
+        classes = default_classes(spec[0])
     names = class_names(classes)
     how = names, size, cache, partial, ids, antialias, detail
-    parts = [SegmentationDataset(one, split, *how) for one in specs]
+    parts = [SegmentationDataset(one, split, *how) for one in spec]
     return parts[0] if len(parts) == 1 else Pool(parts, partial)
 
 
@@ -2313,10 +2320,13 @@ def fingerprint(dataset):
 
 
 def fingerprint_of_ids(dataset):
-    """Digest of what the masks of a data set mean, 16 hex digits; None of one without labels."""
-    if not dataset.labeled:
+    """
+    Digest of what the masks of a user's own files mean, 16 hex digits; None where there are none.
+    What published masks mean does not change under a run.
+    """
+    content = [_meaning(part) for part in dataset.parts if part.kind in OWN and part.labeled]
+    if not content:
         return None
-    content = [_meaning(part) for part in dataset.parts]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
@@ -2938,7 +2948,7 @@ def restyle(image, looks, generator, shard=(0, 1)):
     if choice < 1 / 3:
         return strong_augment(image, generator, shard)
     if choice < 2 / 3 or B == 1:
-        draw = uniform((len(image), 2, 3, 1, 1), generator, shard)
+        draw = uniform((B, 2, 3, 1, 1), generator, shard)
         gain, shift = draw.to(image.device, non_blocking=True).unbind(1)  # (B,3,1,1) each
         return (image.float() * (0.6 + 0.8 * gain) + 0.4 * shift - 0.2).clamp(0, 1)
     # never an image itself: the next one, or the one after that, ...

@@ -52,7 +52,7 @@ from data import (CLASS_SPACES, IGNORE, LABEL_IDS, OWN, SUFFIXES, DataError, Par
                   cell_means, check_picture, check_sets, colorize, fail, fingerprint_of_ids, grid,
                   interrupted, keep_out, leave_out_bad, legend, majority_label, open_dataset,
                   output, overlay, palette, parse_size, parse_spec, read_colours, read_image,
-                  resize_image, save_ids, save_picture, walk, whole_file, with_legend)
+                  resize_image, save_ids, save_picture, specs, walk, whole_file, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags, has_one_value,
                    images_at_once, is_out_of_memory, load, open_checkpoint, reason_of, starts,
                    upsample_pseudo_label, why_unwritable, write_exported)
@@ -1888,8 +1888,7 @@ def write_network(args, checkpoint, model):
 def open_data(args, checkpoint, classes, size, detail):
     """The data sets (to predict, --alignment, --adabn), None where one is not asked for; notes.
 
-    size, detail: as of open_dataset. All files that will be read are
-    checked. Raises DataError.
+    size, detail: as of open_dataset. All files that will be read are checked. Raises DataError.
     """
     # What the values of own masks mean that have no IDS: positions in the classes, or what the file
     # of --classes says. Where the classes came from IDS or a file that is gone, nothing says it.
@@ -1909,7 +1908,7 @@ def open_data(args, checkpoint, classes, size, detail):
         if spec == "none":
             raise DataError(f"{args.checkpoint}: the run had no validation data; "
                             "give --data SPEC or --images PATH")
-        if lost and any(lacks_ids(one, args.split) for one in as_list(spec)):
+        if lost and any(lacks_ids(one, args.split) for one in specs(spec)):
             raise DataError(f"{args.checkpoint}: {lost}, the run's --classes, says what masks mean "
                             "and is not there; restore it, or give --data with IDS behind the "
                             "masks")
@@ -1926,11 +1925,6 @@ def open_data(args, checkpoint, classes, size, detail):
     if not args.submit:  # a server wants every image
         skip = flags.get("skip_bad", 0)
     return dataset, source, target, check_data(checked, skip)
-
-
-def as_list(spec):
-    """A SPEC, or a list of several, as a list."""
-    return [spec] if isinstance(spec, str) else list(spec)
 
 
 def lacks_ids(spec, split):

@@ -55,7 +55,7 @@ from unittest.mock import Mock, create_autospec
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 import data
 import eval as evaluation
@@ -551,6 +551,7 @@ def test_fingerprints_are_of_content_not_of_place(tmp_path):
         prints.append(data.fingerprint(images))
         assert data.fingerprint_of_ids(images) is None
     assert prints[0] == prints[1]
+    assert data.fingerprint_of_ids(open_train("streets")) is None  # not the user's to change
     assert data.fingerprint(data.open_dataset(spec, "val", ABC)) != before
     (tmp_path / "a/labels/001.png").write_bytes((tmp_path / "a/images/001.png").read_bytes())
     assert data.fingerprint(open_train(spec)) != before
@@ -1822,6 +1823,14 @@ def test_files_of_several_pictures_are_refused(tmp_path):
     small = frames[1].resize((5, 4))
     frames[0].save(tmp_path / "map.tif", save_all=True, append_images=[small])  # an overview
     assert (data.read_label(tmp_path / "map.tif") == 1).all()
+    mask = TiffImagePlugin.ImageFileDirectory_v2()
+    mask[254] = 4  # of the picture before it, as GDAL stores it
+    with TiffImagePlugin.AppendingTiffWriter(tmp_path / "masked.tif", True) as file:
+        frames[0].save(file, "TIFF")
+        file.newFrame()
+        frames[1].save(file, "TIFF", tiffinfo=mask)
+    assert Image.open(tmp_path / "masked.tif").n_frames == 2
+    assert (data.read_label(tmp_path / "masked.tif") == 1).all()
     photo = frames[0].convert("RGB")
     photo.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[photo] * 2)
     assert np.abs(data.read_image(tmp_path / "phone.jpg").astype(int) - 1).max() <= 2

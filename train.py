@@ -427,7 +427,7 @@ def settle_data(f, parser):
     if f.labeled.isdecimal():
         f.labeled = str(int(f.labeled))  # 00 is 0
     if f.target is None:
-        if not set(specs(f.source)) <= {"target", "none", *data.STREETS}:
+        if not set(data.specs(f.source)) <= {"target", "none", *data.STREETS}:
             parser.error(f"--source {words(f.source)} has no --target: give images to adapt to, or "
                          "--target none with --recipe source (the default is rendered streets)")
         f.target = "streets:night"
@@ -451,19 +451,14 @@ def one_or_several(value, name, parser):
     return value
 
 
-def specs(value):
-    """The SPECs of --source, --target or --val, list of str."""
-    return [value] if isinstance(value, str) else value
-
-
 def words(value):
     """The SPECs of --source, --target or --val as they were typed."""
-    return " ".join(specs(value))
+    return " ".join(data.specs(value))
 
 
 def first_labelled(f):
     """The SPEC whose names are the classes: the first of --source, without one of --target."""
-    return specs(f.target if f.source == "none" else f.source)[0]
+    return data.specs(f.target if f.source == "none" else f.source)[0]
 
 
 def usual_classes(f):
