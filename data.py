@@ -1575,7 +1575,10 @@ def _in_processes(task, items, text):
 
 # ---------------------------------------------------------------- the data set
 
-def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False, ids="classes",
+BY_POSITION = object()  # in place of IDS, whose file may have any name
+
+
+def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False, ids=BY_POSITION,
                  antialias=True, detail=False):
     """
     Data set of {"image": uint8 (3,H,W) tensor, "label": uint8 (h,w) tensor or None, "name": str}.
@@ -1587,14 +1590,14 @@ def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False
     scores do not depend on size. cache: directory, None is ~/.cache/nanouda; used for streets, and
     for real training sets of one size if they are small or a directory is given. partial: some
     images may lack a label, and are then served with one of 255. ids: what the values of own masks
-    mean where their SPEC has no IDS: "classes", positions in these, or what the file says of which
-    these are; another file; None, which makes such masks an error. antialias: see resize_image;
+    mean where their SPEC has no IDS: BY_POSITION, positions in the classes, or what the file says
+    of which these are; another file; None, which makes such masks an error. antialias: see resize_image;
     without it files are not cached. detail: the published size is that of training at several
     resolutions, where there is one. Raises DataError at once for what file names tell, and at
     reading for what is wrong in a file.
     """
     spec = specs(spec)
-    if ids == "classes" and (classes is None or isinstance(classes, str)):
+    if ids is BY_POSITION and (classes is None or isinstance(classes, str)):
         ids = classes
     if classes is None:
         classes = default_classes(spec[0])
@@ -1636,7 +1639,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
     left_out: images that leave_out has taken away, list of str.
     """
 
-    def __init__(self, spec, split, classes, size, cache, partial=False, ids="classes",
+    def __init__(self, spec, split, classes, size, cache, partial=False, ids=BY_POSITION,
                  antialias=True, detail=False):
         self.spec = spec
         self.split = split
@@ -1700,7 +1703,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             if self.detail:
                 return SETS[self.kind].detail_size or SETS[self.kind].size
             return SETS[self.kind].size
-        self._set_own_ids(spec.ids or ids)
+        self._set_own_ids(spec.ids, ids)
         self.train_ids = spec.ids is None and self.ids.kind == "position"
         return None
 
@@ -1720,22 +1723,26 @@ class SegmentationDataset(torch.utils.data.Dataset):
             self.notes.append(f"{len(shared)} masks are those of several images: "
                               f"{_some(shared)}")
 
-    def _set_own_ids(self, ids):
-        """Sets what the values of own masks mean. ids: as of open_dataset, or a file."""
+    def _set_own_ids(self, file, ids):
+        """
+        Sets what the values of own masks mean. file: the SPEC's IDS or None. ids: as of
+        open_dataset, for masks without.
+        """
         self.ids = Table(dict(enumerate(self.classes)) or {0: None}, "position")
-        if ids is None and self.labeled:
+        if file is None and ids is None and self.labeled:
             raise DataError(f"{self.spec}: nothing says what the values of its masks mean; give "
                             "--classes FILE (a name per line, the first is value 0), or IDS behind "
                             "the masks, a file with lines such as '7 road' or '128 64 128 road'")
-        if ids in (None, "classes") or ids in CLASS_SPACES:
+        if file is None and ids in (None, BY_POSITION, *CLASS_SPACES):
             return
-        self.ids = read_table(home(ids))
-        self.ids_from = ids
+        file = file or ids
+        self.ids = read_table(home(file))
+        self.ids_from = file
         if self.ids.title:
-            self.notes.append(f"{ids}: its first line, {self.ids.title}, is taken for a title and "
+            self.notes.append(f"{file}: its first line, {self.ids.title}, is taken for a title and "
                               f"is no class; if it is one, write `0 {self.ids.title}`, `1 NAME`")
         if self.ids.nearest:
-            self.notes.append(f"{ids}: a value that is not listed means the nearest one (~)")
+            self.notes.append(f"{file}: a value that is not listed means the nearest one (~)")
 
     def _shown_ids(self):
         """The table that says most about the masks: published ids without those of no name."""

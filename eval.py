@@ -48,11 +48,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from data import (CLASS_SPACES, IGNORE, LABEL_IDS, OWN, SUFFIXES, DataError, Parser, as_picture,
-                  cell_means, check_picture, check_sets, colorize, fail, fingerprint_of_ids, grid,
-                  interrupted, keep_out, leave_out_bad, legend, majority_label, open_dataset,
-                  output, overlay, palette, parse_size, parse_spec, read_colours, read_image,
-                  resize_image, save_ids, save_picture, specs, walk, whole_file, with_legend)
+from data import (BY_POSITION, CLASS_SPACES, IGNORE, LABEL_IDS, OWN, SUFFIXES, DataError, Parser,
+                  as_picture, cell_means, check_picture, check_sets, colorize, fail,
+                  fingerprint_of_ids, grid, home, interrupted, keep_out, leave_out_bad, legend,
+                  majority_label, open_dataset, output, overlay, palette, parse_size, parse_spec,
+                  read_colours, read_image, resize_image, save_ids, save_picture, specs, walk,
+                  whole_file, with_legend)
 from model import (CheckpointError, WeightsError, build_segmenter, current_flags, has_one_value,
                    images_at_once, is_out_of_memory, load, open_checkpoint, reason_of, starts,
                    upsample_pseudo_label, why_unwritable, write_exported)
@@ -1893,11 +1894,11 @@ def open_data(args, checkpoint, classes, size, detail):
     # What the values of own masks mean that have no IDS: positions in the classes, or what the file
     # of --classes says. Where the classes came from IDS or a file that is gone, nothing says it.
     flags = checkpoint["flags"]
-    ids = flags.get("classes", "classes")
+    ids = flags.get("classes", BY_POSITION)
     lost = None
     if ids in CLASS_SPACES:
-        ids = "classes"
-    elif ids != "classes" and not Path(ids or "").is_file():
+        ids = BY_POSITION
+    elif ids is not BY_POSITION and not Path(home(ids or "")).is_file():
         lost = ids
         ids = None
     how = {"ids": ids, "antialias": flags.get("antialias", True), "detail": detail}

@@ -1914,6 +1914,19 @@ def test_own_masks_need_classes_or_ids(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["classes", "camvid11"])
+def test_a_file_of_ids_may_have_any_name(name, tmp_path, monkeypatch):
+    """Also one that stands for something else where no file is asked for."""
+    monkeypatch.chdir(tmp_path)
+    make_masks(tmp_path / "d", (1, 2))
+    Path(name).write_text("1 sky\n2 wall\n")
+    as_ids = data.open_dataset(f"folder:d/images:d/masks:{name}", "train", ("wall", "sky"))
+    assert as_ids.mapping == ["1 -> sky", "2 -> wall"] and not as_ids.check()
+    if name not in data.CLASS_SPACES:
+        by_classes = data.open_dataset("folder:d/images:d/masks", "train", name)
+        assert by_classes.mapping == ["1 -> sky", "2 -> wall"] and not by_classes.check()
+
+
 @pytest.mark.parametrize("spec, classes", [
     ("streets", "cityscapes19"), ("gta:d", "cityscapes19"), ("vistas:d", "cityscapes19"),
     ("idd:d", "cityscapes19"), ("camvid:d", "camvid11"), ("camvid32:d", "camvid11"),
