@@ -39,7 +39,6 @@ import multiprocessing
 import os
 import re
 import signal
-import struct
 import sys
 import threading
 import time
@@ -58,7 +57,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from kernels import IGNORE
@@ -67,7 +66,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
-READING = 5  # of files; a higher number where the same files are read to other values or faults
+READING = 6  # of files; a higher number where the same files are read to other values or faults
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
@@ -138,7 +137,15 @@ def interrupted():
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are one line, like all others of the scripts."""
+    """
+    A command line whose errors are one line, like all others of the scripts. With it standard
+    output takes any text: what its encoding lacks, such as a file's name in Latin-1, as \\udce9.
+    """
+
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
 
     def error(self, message):
         fail(self.prog, f"{message} (-h explains the flags)", 2)
@@ -436,6 +443,7 @@ def read_table(path):
         names[value] = None if name == "-" else name
         where[value] = number
     if kind == "position":
+        _refuse_columns(path, list(names.values()))
         _refuse_numbers(path, list(names.values()))
     return Table(names, kind, nearest=tilde, title=title if kind == "position" else None)
 
@@ -461,6 +469,17 @@ def _parse_line(line, where):
     if not 0 <= np.min(value) <= np.max(value) <= most:
         raise DataError(f"{where}: {_words(value)} is out of range; it must be from 0 to {most}")
     return kind, value, name, tilde
+
+
+def _refuse_columns(path, names):
+    """
+    Raises DataError where several names, str or None, are rows of three columns or more, which say
+    more than a position.
+    """
+    gaps = {len(re.findall(r"[,;\t]", name or "")) for name in names}
+    if len(names) > 1 and len(gaps) == 1 and min(gaps) > 1:
+        raise DataError(f"{path}: its lines have {min(gaps) + 1} columns, such as {names[0]!r}; "
+                        "leave the value and the name, `ID NAME` or RED GREEN BLUE NAME")
 
 
 def _refuse_numbers(path, names):
@@ -854,7 +873,8 @@ SUFFIXES += tuple(end for end in PHONE_SUFFIXES if end in Image.registered_exten
 
 def walk(folder, above=()):
     """
-    Files below a folder, also in linked ones, but not in a link to a folder that it is in. Hidden
+    Files below a folder, also in linked ones, but not in a link to a folder that it is in, and
+    links to files that are gone, which nobody can read: they would be missed in silence. Hidden
     files and folders, such as .ipynb_checkpoints or a Mac's ._a.png, do not count.
     """
     real = os.path.realpath(folder)
@@ -866,7 +886,7 @@ def walk(folder, above=()):
             continue
         if entry.is_dir():
             yield from walk(entry.path, (*above, real))
-        elif entry.is_file():
+        elif entry.is_file() or not os.path.exists(entry.path):
             yield Path(entry.path)
 
 
@@ -958,7 +978,7 @@ def _accept_missing(dataset, files):
     if not dataset.partial:
         raise DataError(f"{dataset.spec}: {text}; add them (only the --target of train.py may lack "
                         "some, with another --val, or none)")
-    dataset.notes.append(text + "; a --target with --labeled may lack some, no other data set")
+    dataset.notes.append(text + "; train.py refuses that, but in its --target")
 
 
 def _find_published(dataset, root):
@@ -1180,9 +1200,9 @@ def _image_names(images):
 
 def _open(path, low_bytes=False):
     """
-    Decoded PIL image; info["orientation"] is its EXIF tag, 1 to 8. low_bytes: of a PNG's 16-bit
-    colours the low bytes, where Pillow gives the high ones. Whatever is wrong with the file becomes
-    a DataError that names it.
+    Decoded PIL image; info["orientation"] is its EXIF tag, 1 to 8, and info["turned"] whether it is
+    turned by that already. low_bytes: of a PNG's 16-bit colours the low bytes, where Pillow gives
+    the high ones. Whatever is wrong with the file becomes a DataError that names it.
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
@@ -1200,16 +1220,17 @@ def _open(path, low_bytes=False):
                 if low_bytes:  # told that bytes stand the other way round, Pillow takes those
                     tile = image.tile[0]
                     image.tile = [tile._replace(args=tile.args.replace("16B", "16L"))]
-                orientation = image.getexif().get(0x0112, 1)  # loading a TIFF removes it
+                orientation = image.getexif().get(0x0112, 1)
                 image.load()
                 image.info["orientation"] = orientation
+                image.info["turned"] = image.format == "TIFF"  # loading it did that
                 return image
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; "
                         "make it smaller") from error
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
+    except Exception as error:  # damaged files make Pillow's parts raise errors of many kinds
         raise DataError(f"{path}: no readable image ({type(error).__name__}: {error}); "
                         "restore or remove it", spares_others=True) from error
 
@@ -1245,10 +1266,20 @@ def _bits(path, image):
     return 8
 
 
+# By the number in the EXIF tag. 1 is upright, and so is what has an odd tag.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
 def _upright(image):
-    """(the image as its EXIF tag shows it, whether that turned or mirrored it)."""
-    turned = image.info["orientation"] in range(2, 9)  # 1, and an odd tag, is upright
-    return ImageOps.exif_transpose(image), turned  # a TIFF is turned already
+    """(an image of _open as its EXIF tag shows it, whether that turned or mirrored it)."""
+    # Not by ImageOps.exif_transpose, which writes the other tags anew and fails where one is odd.
+    turn = TURNS.get(image.info["orientation"])
+    if turn is not None and not image.info["turned"]:
+        image = image.transpose(turn)
+    return image, turn is not None
 
 
 def _read_upright(path):
@@ -1316,13 +1347,13 @@ def read_label(path, lossy=False):
 
 def _ids_fault(image, bits):
     """Why Pillow does not give the ids in an opened file of `bits` per channel, str, or None."""
-    if image.mode in ("L", "LA") and bits in range(2, 8):
+    if image.mode in ("L", "LA") and bits < 8:
         return f"a {bits}-bit grey {image.format}, which Pillow scales to 8 bits"
     if image.mode[0] == "I" and bits not in (8, 16, 32):
         return f"a {bits}-bit grey {image.format}, which Pillow scales to 16 bits"
     if image.format == "TIFF" and image.mode != "P" and image.tag_v2.get(262) == 0:
         return "a TIFF in which 0 is white, which Pillow inverts"
-    if image.mode in ("RGB", "RGBA") and bits > 8:
+    if image.mode in ("RGB", "RGBA") and bits != 8:
         return f"a {bits}-bit colour picture"
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and image.mode[0] != "I":
         return f"a picture of mode {image.mode} and no class ids"
@@ -2041,10 +2072,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """
         path = self.files[i][1]
         ids = self.ids
+        listed_in = self.ids_from
         table = self.table
         marks = self.lacking
         if self._holds_train_ids(path):
             ids = TRAIN_IDS
+            listed_in = "the train ids of Cityscapes, which the file's name labelTrainIds promises"
             table = self.train_table
             marks = self.train_lacking
             raw = read_label(path)
@@ -2057,7 +2090,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         label = _look_up(ids, table, raw)
         if (label == UNKNOWN).any():
             raise DataError(f"{path}: {self._unknown_values(raw[label == UNKNOWN])} are not in "
-                            f"{self.ids_from}; correct the mask or the table (255 is 'ignore', and "
+                            f"{listed_in}; correct the mask or the table (255 is 'ignore', and "
                             "so is a value with the name -)",
                             values=[] if self.ids.kind == "colour" else np.unique(raw).tolist())
         lacking = 0
@@ -2135,7 +2168,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         mask = self.files[i][1]
         if turned and mask:
             facts["alone"] = not _upright(_open(mask))[1]
-        if mask and self.kind in OWN and self.ids.kind != "colour":
+        by_index = self.ids.kind != "colour" and not self.ids.nearest
+        if mask and self.kind in OWN and by_index:
             facts["palette"] = palette_digest(mask)
         self._note(i, image.shape[1::-1], label, **facts)
         if not self.cached:
@@ -2201,14 +2235,19 @@ class SegmentationDataset(torch.utils.data.Dataset):
             parts = []
             ids = sorted(self.ids.names.items()), self.ids.nearest, self.train_ids, READING
             for path in itertools.chain.from_iterable(self.files):
-                if path is not None:
-                    status = path.stat()
-                    # ctime too: unpacking and copying may give a replaced file the old mtime
-                    times = (status.st_mtime_ns, status.st_ctime_ns)
-                    path = (str(path.resolve()), status.st_size, *times)
-                parts.append(path)
+                parts.append(path and (str(path.resolve()), *_size_and_times(path)))
         content = (self.kind, self.split, self.size, parts, ids)
         return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _size_and_times(path):
+    """Size and times of a file, ints, which tell whether it was replaced; () where it is gone."""
+    try:
+        status = path.stat()
+    except OSError:  # reading it says why
+        return ()
+    # ctime too: unpacking and copying may give a replaced file the old mtime
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _item(image, label, name):
@@ -2557,7 +2596,8 @@ class Crops(torch.utils.data.Dataset):
         else:
             self.subset = subset
             names = [f"labelled {labels}"] + [dataset.drawn_names[i] for i in subset]
-        self.seed = (seed, zlib.crc32("\n".join([dataset.kind, *names]).encode()))
+        text = "\n".join([dataset.kind, *names])  # a name may be in another encoding than UTF-8
+        self.seed = (seed, zlib.crc32(text.encode(errors="surrogateescape")))
 
     def __getitem__(self, k):
         rng = np.random.default_rng((*self.seed, 0, k))
@@ -3095,10 +3135,13 @@ def contact_sheet(dataset, rows=8, width=320):
 
 def parse_size(text):
     """'WxH' as (W, H), an argparse type."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+    if not re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WxH, for example 256x192")
-    width, height = text.split("x")
-    return int(width), int(height)
+    width, height = map(int, text.split("x"))
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; "
+                                         "give a smaller one")
+    return width, height
 
 
 def _report(dataset, faults):
@@ -3171,8 +3214,14 @@ def check_picture(path, flag):
     """Raises DataError where a picture that the work ends with could not be written."""
     if not Path(path).resolve().parent.is_dir():
         raise DataError(f"{flag} {path}: there is no such folder")
-    if Path(path).is_dir() or Path(path).suffix.lower() not in Image.registered_extensions():
-        raise DataError(f"{flag} {path}: no kind of picture; write FILE.png")
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), kind or "")
+        written = not Path(path).is_dir()
+    except (KeyError, OSError, ValueError):  # no such kind, or one that Pillow only reads
+        written = False
+    if not written:
+        raise DataError(f"{flag} {path}: no kind of picture that can be written; write FILE.png")
 
 
 def run(args):

@@ -55,7 +55,7 @@ from unittest.mock import Mock, create_autospec
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 
 import data
 import eval as evaluation
@@ -443,7 +443,8 @@ def test_sizes(tmp_path):
     one = make_folder(tmp_path / "one", 1, (1, 1))
     assert data.open_dataset(one, "val", ABC)[0]["image"].shape == (3, 1, 1)
     assert data.parse_size("256x192") == (256, 192)
-    for wrong in ("256", "0x4", "axb", "256x192x3"):
+    assert data.parse_size("10000x10000") == (10_000, 10_000)
+    for wrong in ("256", "0x4", "axb", "256x192x3", "10001x10000", f"{10 ** 30}x1"):
         with pytest.raises(argparse.ArgumentTypeError):
             data.parse_size(wrong)
 
@@ -1338,7 +1339,8 @@ def test_data_command(tmp_path):
     run_data(spec.rsplit(":", 1)[0], *options, str(sheet))
     assert Image.open(sheet).size == (320, three[1])  # without labels only the images
     for wrong, words in (("none/sheet.png", "there is no such folder"), ("sheet.txt", "FILE.png"),
-                         ("images", "FILE.png")):  # found out before anything is read
+                         ("images", "FILE.png"), ("sheet.psd", "FILE.png"),
+                         ("sheet.xbm", "FILE.png")):  # found out before anything is read
         code, out, err = run_data(spec, *options, str(tmp_path / wrong))
         assert code == 2 and not out and err.startswith("data.py: error: --out ") and words in err
         assert err.count("\n") == 1
@@ -1456,6 +1458,7 @@ def test_tables_merge_names_and_ignore_values(tmp_path):
     ("road rgb(1,2,3)\ncar rgb(4,5,6)", ["line 1", "no plain name"]),
     ("road,1,2,3,flat\ncar,4,5,6,vehicle", ["line 1", "no plain name"]),
     ("id,name,supercategory\n7,road,flat", ["names more columns"]),
+    ("road, 7, 0, flat\ncar, 26, 13, vehicle", ["4 columns", "`ID NAME`"]),
     ("#fff road\n#000 car", ["names no class", "#"]),
 ])
 def test_faults_of_a_table_name_file_and_line(text, words, tmp_path):
@@ -1714,6 +1717,19 @@ def test_a_tilde_stands_before_grey_values(tmp_path):
         mask.save(tmp_path / name)
         refused(lambda: data.read_label(tmp_path / name, lossy=True), name, "colour", "~")
 
+    # read by their colours, the palettes of a set may differ
+    for number, shades in enumerate(([0, 255], [255, 0])):
+        mask = Image.fromarray(crack.astype(np.uint8) ^ number)
+        mask.putpalette(np.repeat(shades, 3).tolist())
+        (tmp_path / "m").mkdir(exist_ok=True)
+        mask.save(tmp_path / "m" / f"{number}.png")
+        put(tmp_path / "i" / f"{number}.png", np.zeros((12, 16, 3)))
+    table_of(tmp_path, "~0 ground\n~255 crack")
+    both = data.open_dataset(f"folder:{tmp_path}/i:{tmp_path}/m:{tmp_path}/table.txt", "train",
+                             cache=tmp_path / "cache")
+    assert not both.check() and both.label_problem() == ""
+    assert all((item["label"].numpy() == crack).all() for item in both)
+
 
 def test_masks_of_one_colour_and_many_opacities_are_refused(tmp_path):
     opacity = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
@@ -1764,6 +1780,10 @@ def test_files_that_pillow_changes_are_refused(tmp_path):
     refused(lambda: data.read_label(tmp_path / "few.pgm"), "scales")
     (tmp_path / "all.pgm").write_bytes(b"P5 2 1 255\n" + bytes((1, 18)))
     assert data.read_label(tmp_path / "all.pgm").tolist() == [[1, 18]]
+    (tmp_path / "two.pgm").write_bytes(b"P5 2 1 1\n" + bytes((0, 1)))
+    (tmp_path / "few.ppm").write_bytes(b"P6 2 1 7\n" + bytes((0, 0, 0, 1, 1, 1)))
+    for name in ("two.pgm", "few.ppm"):  # Pillow gives 0 and 255, 0 and 36
+        refused(lambda: data.read_label(tmp_path / name), name, "-bit")
 
 
 def test_sixteen_bit_colours_are_refused(tmp_path):
@@ -1849,6 +1869,67 @@ def test_a_damaged_tag_or_coder_is_one_line(tmp_path):
         blob = (tmp_path / "x.avif").read_bytes()
         (tmp_path / "x.avif").write_bytes(blob.replace(b"pitm", b"pixm"))
         refused(lambda: data.read_image(tmp_path / "x.avif"), "x.avif", "no readable image")
+
+
+def test_odd_tags_beside_that_of_the_orientation_do_no_harm(tmp_path):
+    """Pillow's exif_transpose writes them anew, and fails at some."""
+    ramp = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+    exif = Image.Exif()
+    exif[0x010e] = "a photo"
+    for tag in range(1, 10):
+        exif[0x0112] = tag
+        Image.fromarray(ramp).save(tmp_path / "x.png", exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.png")))
+        Image.fromarray(ramp).save(tmp_path / "x.jpg", exif=exif, quality=100)
+        blob = (tmp_path / "x.jpg").read_bytes()
+        assert blob.count(b"\x01\x0e\x00\x02") == 1  # a text becomes one in a tag of numbers
+        (tmp_path / "x.jpg").write_bytes(blob.replace(b"\x01\x0e\x00\x02", b"\x00\x0e\x00\x02"))
+        for path in (tmp_path / "x.png", tmp_path / "x.jpg"):
+            image, turned = data._read_upright(path)
+            assert image.shape[:2] == expected.shape and turned == (1 < tag < 9)
+            assert abs(image[..., 0].astype(int) - expected).max() < 4, (path, tag)
+
+
+def test_a_tiff_without_its_width_is_one_line(tmp_path):
+    path = tiff_bits(tmp_path / "x.tif", 8)
+    width = struct.pack("<HHI", 256, 3, 1)
+    assert path.read_bytes().count(width) == 1
+    path.write_bytes(path.read_bytes().replace(width, struct.pack("<HHI", 250, 3, 1)))
+    for read in (data.read_image, data.read_label, data.read_mask_colours, data.read_png16):
+        refused(lambda: read(path), "x.tif", "restore or remove it")
+
+
+def test_links_to_files_that_are_gone_are_faults_and_not_missed(tmp_path):
+    spec = make_masks(tmp_path / "d", (0, 1))
+    for gone in ("images/p00.png", "masks/p02.png"):
+        (tmp_path / "d" / gone).unlink()
+        (tmp_path / "d" / gone).symlink_to(tmp_path / "nowhere.png")
+    for one, count in ((spec, 2), (spec.rpartition(":")[0], 1), (f"glob:{tmp_path}/d/images/*", 1)):
+        dataset = data.open_dataset(one, "train", ("x", "y"), cache=tmp_path / "cache")
+        faults = dataset.check()
+        assert len(dataset) == 3 and len(faults) == count
+        assert "images/p00.png: no readable image (FileNotFound" in faults[0].text
+        assert all(fault.spares_others for fault in faults)
+
+
+def test_names_of_any_encoding_are_drawn_and_shown(tmp_path, monkeypatch):
+    """Old disks have names in Latin-1, which Python gives with halves of surrogates."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux keeps such names")
+    spec = make_masks(tmp_path / "d", (0, 1))
+    for folder in ("images", "masks"):
+        os.rename(tmp_path / "d" / folder / "p00.png", os.fsencode(tmp_path / "d" / folder)
+                  + b"/caf\xe9.png")
+    dataset = data.open_dataset(spec, "train", ("x", "y"), cache=tmp_path / "cache")
+    assert not dataset.check() and dataset.names[0] == "caf\udce9"
+    assert data.Crops(dataset, 8, 0)[0]["image"].shape == (3, 8, 8)
+    (tmp_path / "names.txt").write_text("x\ny\n")
+    for encoding in ("utf-8", "ascii"):
+        shown = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", shown)
+        data.main([spec, "--classes", f"{tmp_path}/names.txt", "--out", f"{tmp_path}/sheet.png"])
+        shown.flush()
+        assert b": caf\\udce9, p01" in shown.buffer.getvalue()
 
 
 def test_what_lies_in_hidden_folders_is_no_image(tmp_path):
@@ -1978,6 +2059,8 @@ def test_own_train_ids_are_read_by_name_unless_ids_say_more(tmp_path):
     known = data.open_dataset(f"list:{tmp_path}/list.txt", "train", "camvid11")
     assert known[0]["label"].tolist() == [[3, 4, 1], [3, 4, 255]]
     assert known.lacking is None  # sidewalk is Pavement there
+    put(tmp_path / city[1], np.array([[0, 1, 26]]))  # an id of Cityscapes' labelIds
+    assert "ids 26 (1 pixels) are not in the train ids" in found.check()[0].text
 
 
 def test_specs_by_glob(tmp_path):
