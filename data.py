@@ -2392,15 +2392,32 @@ def keep_out(flag, folder, dataset):
     for part in dataset.parts:
         if part.files is None:
             continue
-        beside = {path.parent for path in itertools.chain.from_iterable(part.files) if path}
-        below = []
-        if part.kind == "folder":  # which is searched with all that it holds
-            spec = parse_spec(part.spec, part.split)
-            below = [place for place in (spec.images, spec.masks) if place]
-        among = any(folder == place.resolve() for place in beside)
-        if among or any(folder.is_relative_to(Path(home(place)).resolve()) for place in below):
+        places = {path.parent for path in itertools.chain.from_iterable(part.files) if path}
+        among = any(folder == place.resolve() for place in places)
+        spec = parse_spec(part.spec, part.split)
+        for place in filter(None, (spec.images, spec.masks)):
+            if part.kind == "folder":  # which is searched with all that it holds
+                among |= folder.is_relative_to(Path(place).resolve())
+            elif part.kind == "glob":
+                among |= _finds_results(place, folder, part.names)
+        if among:
             raise DataError(f"{flag}: {folder} is a folder of {part.spec}'s own files; "
                             "give another place")
+
+
+def _finds_results(pattern, folder, names):
+    """
+    Whether a glob would match results in a folder, which is resolved: what train.py draws there,
+    or what eval.py draws for images of these names.
+    """
+    root, rest = _glob_root(pattern)
+    root = Path(root).resolve()
+    if "*" not in pattern or not folder.is_relative_to(root):
+        return False
+    stars = _star_groups(rest)
+    inside = folder.relative_to(root)
+    results = ["result.png", "panels/000000.png", *[f"{name}.png" for name in names]]
+    return any(stars.fullmatch((inside / result).as_posix()) for result in results)
 
 
 # ---------------------------------------------------------------- several data sets as one

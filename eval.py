@@ -1922,6 +1922,11 @@ def open_data(args, checkpoint, classes, size, detail):
     if args.adabn:
         target = open_dataset(args.adabn, "train", classes, size, flags["cache"], True, **how)
         checked.append((target, False))
+    for flag in ("save", "picture", "submit"):
+        place = getattr(args, flag)
+        if place and dataset:
+            folder = Path(place).resolve().parent if flag == "picture" else place
+            keep_out(f"--{flag} {place}", folder, dataset)
     skip = 0
     if not args.submit:  # a server wants every image
         skip = flags.get("skip_bad", 0)
@@ -1991,11 +1996,6 @@ def run(args):
         colors = read_colours(args.palette, classes)
 
     dataset, source, target, notes = open_data(args, checkpoint, classes, size, detail)
-    for flag in ("save", "picture", "submit"):
-        place = getattr(args, flag)
-        if place and dataset:
-            folder = Path(place).resolve().parent if flag == "picture" else place
-            keep_out(f"--{flag} {place}", folder, dataset)
     if target:
         model = with_adabn(model, target)
     if args.export:

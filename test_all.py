@@ -1883,18 +1883,18 @@ def test_odd_tags_beside_that_of_the_orientation_do_no_harm(tmp_path):
         Image.fromarray(ramp).save(tmp_path / "x.jpg", exif=exif, quality=100)
         blob = (tmp_path / "x.jpg").read_bytes()
         assert blob.count(b"\x01\x0e\x00\x02") == 1  # a text becomes one in a tag of numbers
-        (tmp_path / "x.jpg").write_bytes(blob.replace(b"\x01\x0e\x00\x02", b"\x00\x0e\x00\x02"))
+        (tmp_path / "x.jpg").write_bytes(blob.replace(b"\x01\x0e\x00\x02", b"\x01\x00\x00\x02"))
         for path in (tmp_path / "x.png", tmp_path / "x.jpg"):
             image, turned = data._read_upright(path)
             assert image.shape[:2] == expected.shape and turned == (1 < tag < 9)
             assert abs(image[..., 0].astype(int) - expected).max() < 4, (path, tag)
 
 
-def test_a_tiff_without_its_width_is_one_line(tmp_path):
+def test_a_tiff_of_a_second_picture_without_size_is_one_line(tmp_path):
     path = tiff_bits(tmp_path / "x.tif", 8)
-    width = struct.pack("<HHI", 256, 3, 1)
-    assert path.read_bytes().count(width) == 1
-    path.write_bytes(path.read_bytes().replace(width, struct.pack("<HHI", 250, 3, 1)))
+    blob = path.read_bytes()
+    second = struct.pack("<I", len(blob))  # where it begins, in place of 0 for none
+    path.write_bytes(blob[:-4] + second + directory([(258, 3, 8)]))
     for read in (data.read_image, data.read_label, data.read_mask_colours, data.read_png16):
         refused(lambda: read(path), "x.tif", "restore or remove it")
 
@@ -8323,6 +8323,46 @@ def test_a_run_does_not_write_into_a_folder_that_is_searched_for_its_data(small_
     small_run[small_run.index("--out") + 1] = str(images / "out")
     fails(small_run, "a folder of folder:", "own files; give another place")
     assert not (images / "out" / "panels").exists()
+
+
+def test_results_that_a_glob_would_find_the_next_time_are_refused(tmp_path):
+    for place in ("a/rgb", "a/b/rgb"):
+        put(tmp_path / "d" / place / "x.png", np.zeros((4, 6, 3)))
+    for pattern, out, refuses in (
+            ("**/*.png", "d/out", True), ("**/*.png", "d/a/b/c/out", True), ("**/*.png", "e", False),
+            ("*/*.png", "d/out", True), ("*/*.png", "d", True), ("*/*.png", "d/a/out", False),
+            ("**/rgb/*.png", "d/out", False), ("**/rgb/*.png", "d/a/rgb", True),
+            ("**/x.png", "d/out", True), ("**/*.jpg", "d/out", False)):
+        suffix = Path(pattern).suffix
+        put(tmp_path / "d" / "a" / f"x{suffix}", np.zeros((4, 6, 3)))
+        dataset = data.open_dataset(f"glob:{tmp_path}/d/{pattern}", "train", ("x",))
+        if refuses:
+            refused(lambda: data.keep_out("--out", tmp_path / out, dataset), "give another place")
+        else:
+            data.keep_out("--out", tmp_path / out, dataset)
+        (tmp_path / "d" / "a" / f"x{suffix}").unlink()
+
+
+@pytest.mark.parametrize("flags, words", {
+    "target": (["--target", "folder:nowhere"], "no image file matches nowhere"),
+    "validation": (["--val", "folder:nowhere:nowhere"], "no image file matches nowhere"),
+    "out": (["--out", "IMAGES/out"], "own files; give another place"),
+    "labels": (["--labeled", "99", "--val", "none"], "--labeled 99: there are 5 images"),
+    "weights": (["--backbone", "timm:resnet18", "--init", "first.pth"], "first.pth"),
+}.values(), ids="target validation out labels weights".split())
+def test_nothing_is_rendered_or_read_before_what_names_and_weights_tell(flags, words, tmp_path):
+    spec, images = write_pairs(tmp_path)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "first.pth")
+    argv = ["--source", "streets", "--target", spec, "--val", "none", "--recipe", "source",
+            "--classes", "cityscapes19", "--size", "64x48", "--crop", "32", "--channels", "8",
+            "--steps", "1", "--dtype", "fp32", *TINY, "--cache", str(tmp_path / "cache"),
+            "--out", str(tmp_path / "out"), *flags]
+    argv = [word.replace("IMAGES", images.partition(":")[2]).replace("first", f"{tmp_path}/first")
+            for word in argv]
+    done = run_train(argv, check=False)
+    error = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and error.startswith("train.py: error: ") and words in error
+    assert "go into" not in done.stderr and not (tmp_path / "cache").exists()
 
 
 def test_a_resumed_run_does_not_need_the_checkpoint_that_it_began_with(small_run, tmp_path):

@@ -1061,19 +1061,26 @@ def pick_dtype(wanted, device):
 Sets = namedtuple("Sets", "source target labeled val")
 
 
-def open_training_set(f, spec, count=False, partial=False):
-    """A training split. The first process renders streets and, with count, counts their classes."""
+def open_training_set(f, spec, partial=False):
+    """A training split, as far as the names of its files tell."""
     dataset = data.open_dataset(spec, "train", f.class_names, f.size, f.cache, partial, f.own_ids,
                                 detail=f.detail > 0)
     if f.cache and not dataset.cached:
         print0(f"note: --cache: {dataset.spec} has no common size and is read from its files each "
                "time; give --size WxH")
+    return dataset
+
+
+def render(dataset, count):
+    """Draw the streets of a training split, and with count count their classes.
+
+    On the first process. Files are read by check_sets.
+    """
     for part in dataset.parts:
-        if RANK == 0 and part.files is None:  # files are read by check_sets
+        if RANK == 0 and part.files is None:
             part.prepare()
             if count:
                 part.class_counts()
-    return dataset
 
 
 def check_sets(f, datasets):
@@ -1132,23 +1139,19 @@ def check_labels(dataset, f, indices=None):
 
 
 def open_sets(f):
-    """The data of a run, as Sets. Raises DataError."""
+    """The data of a run, as Sets, as far as names and lists tell. Raises DataError."""
     source = target = val = None
     labeled = []
-    used = []  # (data set, whether its labels are used)
     if f.source != "none":
-        source = open_training_set(f, f.source, count=f.rcs > 0)
+        source = open_training_set(f, f.source)
         if not source.labeled:
             raise data.DataError(f"--source {words(f.source)}: has no labels, and a source "
                                  f"needs them{source.no_labels}")
-        used.append((source, True))
         never = [name for i, name in enumerate(f.class_names) if i not in source.table]
         if never:
             print0(f"note: {words(f.source)} has no label for {', '.join(never)}")
     if f.target != "none":
-        count = f.rcs > 0 and source is None
-        target = open_training_set(f, f.target, count, partial=True)
-        used.append((target, f.labeled != "0"))
+        target = open_training_set(f, f.target, partial=True)
         both = data.images_in_both(source, target) if source and f.source != f.target else []
         if both:
             print0(f"note: {len(both)} of the {len(target)} target images are also images of the "
@@ -1162,8 +1165,27 @@ def open_sets(f):
         if not val.labeled:
             raise data.DataError(f"--val {words(f.val)}: has no labels; give a labelled set, or "
                                  f"none{val.no_labels}")
-        used.append((val, True))
         check_validation(f, source, target, val)
+    for dataset in filter(None, (source, target, val)):
+        data.keep_out(f"--out {f.out}", f.out, dataset)
+    if f.labeled != "0":
+        labeled = data.labeled_indices(target, f.labeled)
+    return Sets(source, target, labeled, val)
+
+
+def read_sets(f, sets):
+    """Render or read all the data of a run, which takes minutes the first time -> Sets, without
+    what --skip-bad leaves out. Raises DataError.
+    """
+    source, target, labeled, val = sets
+    counted = source or target  # for --rcs
+    used = []  # (data set, whether its labels are used)
+    for dataset, labels in ((source, True), (target, f.labeled != "0")):
+        if dataset:
+            render(dataset, count=f.rcs > 0 and dataset is counted)
+            used.append((dataset, labels))
+    if val:
+        used.append((val, True))
     check_sets(f, used)
 
     if f.labeled != "0":
@@ -1172,7 +1194,7 @@ def open_sets(f):
         check_labels(source, f)
     if labeled:
         check_labels(target, f, labeled)
-    return Sets(source, target, labeled, val)
+    return sets._replace(labeled=labeled)
 
 
 def leave_signals_to_the_run(_):
@@ -1892,14 +1914,23 @@ class Run:
         else:
             check_scores(self.out, self.flags, f.class_names)
 
+    # In this order, so that what takes minutes comes last: names, downloads, reading and rendering.
+
     def open_data(self):
-        """Open text and data. Raises CheckpointError where they are not those of the checkpoint."""
+        """Open data and text, as far as names tell."""
+        self.sets = open_sets(self.f)
+        self.bank = open_bank(self.f, self.checkpoint)
+
+    def open_networks(self):
+        """Open the networks, with the weights that they begin with."""
         f = self.f
-        self.bank = open_bank(f, self.checkpoint)
-        self.sets = open_sets(f)
-        for dataset in (self.sets.source, self.sets.target, self.sets.val):
-            if dataset:
-                data.keep_out(f"--out {f.out}", f.out, dataset)
+        self.nets = open_networks(f, f.class_names, self.bank, self.device, self.checkpoint)
+        check_batchnorm(self.nets.student, f, self.device)
+
+    def read_data(self):
+        """Read all data. Raises CheckpointError where they are not those of the checkpoint."""
+        f = self.f
+        self.sets = read_sets(f, self.sets)
         self.labeled_names = [self.sets.target.names[i] for i in self.sets.labeled]
         self.check_labeled()
         bank = open_bank(f, None) if "text" in self.moved else self.bank
@@ -1908,10 +1939,9 @@ class Run:
             self.check_inputs()
 
     def open(self):
-        """Open networks, optimiser and log; go on from the checkpoint, if there is one."""
+        """Open optimiser, loaders and log; go on from the checkpoint, if there is one."""
         f = self.f
-        nets = open_networks(f, f.class_names, self.bank, self.device, self.checkpoint)
-        check_batchnorm(nets.student, f, self.device)
+        nets = self.nets
         self.student, self.teacher = nets.student, nets.teacher
         self.statistics = torch.nn.ModuleDict({"confidence": nets.class_confidence})
         if nets.gaussians is not None:
@@ -2447,7 +2477,8 @@ def train(f, device):
     run = Run(f, device)
     if run.checkpoint and run.finished():
         if run.moved:
-            run.open_data()  # which compares what lies there
+            run.open_data()
+            run.read_data()  # which compares what lies there
         print0(f"{run.last} is at step {run.start} of {f.steps}, nothing is left to do; "
                f"use it: {use_command(run)}")
         return
@@ -2455,6 +2486,8 @@ def train(f, device):
         say_where_it_goes_on(run)
     evaluation.check_folder("--out", run.out)
     run.open_data()
+    run.open_networks()
+    run.read_data()
     run.open()
     run.announce()
     loop(run, catch_signals())
