@@ -224,7 +224,7 @@ def cache_folder(path=None):
     DataError where there is no home.
     """
     if path:
-        return Path(path)
+        return Path(home(path))  # no shell expands --cache=~/d
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanouda"
     except RuntimeError:
@@ -1263,6 +1263,13 @@ def _bits(path, image):
         if most < 255:
             return min(most.bit_length(), 7)  # Pillow scales what ends at 254, too
         return most.bit_length()
+    if image.format == "SGI":
+        with open(path, "rb") as file:
+            return 8 * file.read(4)[3]
+    if image.format == "JPEG2000":
+        with open(path, "rb") as file:  # its first two markers; the second gives size and bits
+            size = re.search(rb"\xff\x4f\xff\x51.{38}(.)", file.read(1 << 16), re.DOTALL)
+        return (size[1][0] & 127) + 1 if size else 8
     return 8
 
 
@@ -1298,7 +1305,7 @@ def read_image(path):
     return _read_upright(path)[0]
 
 
-# What does not keep values exactly.
+# What need not keep values exactly: nothing tells whether such a file does.
 LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
@@ -1315,7 +1322,7 @@ def _mask_fault(image, what, lossy=False):
     exact = image.format not in LOSSY and image.info.get("compression") not in LOSSY_TIFF
     if exact or lossy:
         return None
-    fault = f"a lossy {image.format}, which does not keep {what} exactly"
+    fault = f"a {image.format}, a format that need not keep {what} exactly"
     if image.mode == "RGB":  # a photograph in a mask's place may be a swapped folder
         fault += " (if it is a photograph: images stand before masks in a SPEC)"
     return fault
@@ -1622,10 +1629,10 @@ def open_dataset(spec, split, classes=None, size=None, cache=None, partial=False
     for real training sets of one size if they are small or a directory is given. partial: some
     images may lack a label, and are then served with one of 255. ids: what the values of own masks
     mean where their SPEC has no IDS: BY_POSITION, positions in the classes, or what the file says
-    of which these are; another file; None, which makes such masks an error. antialias: see resize_image;
-    without it files are not cached. detail: the published size is that of training at several
-    resolutions, where there is one. Raises DataError at once for what file names tell, and at
-    reading for what is wrong in a file.
+    of which these are; another file; None, which makes such masks an error. antialias: see
+    resize_image; without it files are not cached. detail: the published size is that of training at
+    several resolutions, where there is one. Raises DataError at once for what file names tell, and
+    at reading for what is wrong in a file.
     """
     spec = specs(spec)
     if ids is BY_POSITION and (classes is None or isinstance(classes, str)):
@@ -1663,11 +1670,11 @@ class SegmentationDataset(torch.utils.data.Dataset):
     """
     What open_dataset returns for one SPEC.
 
-    spec, split, classes: as given. kind: the spec's first word. names: one per image. size: (W,H)
-    or None. labeled: whether it has labels. notes: list of str, what the user should know. files:
-    [(image, label or None)], None for streets. ids: the Table of its masks. table: label_table of
-    it. mapping: mapping_lines of it. cached: whether items go through the cache.
-    left_out: images that leave_out has taken away, list of str.
+    spec, split, classes: as given. kind: the spec's first word, of streets all of it. names: one
+    per image. size: (W,H) or None. labeled: whether it has labels. notes: list of str, what the
+    user should know. files: [(image, label or None)], None for streets. ids: the Table of its
+    masks. table: label_table of it. mapping: mapping_lines of it. cached: whether items go through
+    the cache. left_out: images that leave_out has taken away, list of str.
     """
 
     def __init__(self, spec, split, classes, size, cache, partial=False, ids=BY_POSITION,

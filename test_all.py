@@ -704,6 +704,8 @@ def test_a_cache_out_of_reach_and_no_home_are_one_line(tmp_path, monkeypatch):
     code, _, err = run_data(spec, "--classes", "camvid11", "--out", str(tmp_path / "sheet.png"))
     assert code == 2 and err.startswith("data.py: error: this user has no home folder")
     assert "--cache DIR" in err and err.count("\n") == 1
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert data.cache_folder("~/c") == tmp_path / "me/c"  # --cache=~/c, which no shell expands
 
     def out_of_reach(path, *args, **options):  # as in a home that another user has closed
         if "closed" in str(path):
@@ -1793,11 +1795,16 @@ def test_sixteen_bit_colours_are_refused(tmp_path):
             (278, 3, 1), (279, 4, 12)]
     head = struct.pack("<2sHI3H", b"II", 42, 26, 16, 16, 16)
     (tmp_path / "deep.tif").write_bytes(head + bytes(12) + directory(tags))
-    for path in (deep, tmp_path / "deep.ppm", tmp_path / "deep.tif"):
+    head = struct.pack(">HBBHHHHII", 474, 0, 2, 3, 2, 1, 3, 0, 65535)  # 2 bytes a value
+    (tmp_path / "deep.sgi").write_bytes(head.ljust(512, b"\0") + bytes(12))
+    for path in (deep, *[tmp_path / f"deep.{end}" for end in ("ppm", "tif", "sgi")]):
         assert Image.open(path).mode == "RGB"                             # so says Pillow
         refused(lambda: data.read_image(path), path, "8-bit image")
         refused(lambda: data.read_label(path), path, "bit colour")
         refused(lambda: data.read_mask_colours(path), path, "8 bits")
+    for array, bits in ((np.zeros((3, 4), np.uint16), 16), (np.zeros((3, 4, 3), np.uint8), 8)):
+        Image.fromarray(array).save(tmp_path / "x.jp2")
+        assert data._bits(tmp_path / "x.jp2", Image.open(tmp_path / "x.jp2")) == bits
 
 
 def test_tagged_masks_turn_with_their_images(tmp_path):
