@@ -8336,7 +8336,8 @@ def test_results_that_a_glob_would_find_the_next_time_are_refused(tmp_path):
     for place in ("a/rgb", "a/b/rgb"):
         put(tmp_path / "d" / place / "x.png", np.zeros((4, 6, 3)))
     for pattern, out, refuses in (
-            ("**/*.png", "d/out", True), ("**/*.png", "d/a/b/c/out", True), ("**/*.png", "e", False),
+            ("**/*.png", "d/out", True), ("**/*.png", "d/a/b/c/out", True),
+            ("**/*.png", "e", False),
             ("*/*.png", "d/out", True), ("*/*.png", "d", True), ("*/*.png", "d/a/out", False),
             ("**/rgb/*.png", "d/out", False), ("**/rgb/*.png", "d/a/rgb", True),
             ("**/x.png", "d/out", True), ("**/*.jpg", "d/out", False)):
