@@ -1055,6 +1055,20 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         return gradient, None, None, None, None, None  # autograd casts it to the logits' dtype
 
 
+def _check_logits(logits):
+    """Raises ValueError unless logits are (B,K,h,w), with something in them."""
+    if logits.ndim != 4 or logits.numel() == 0:
+        raise ValueError(
+            f"logits are {tuple(logits.shape)}, they must be (B, K, h, w), none of it 0"
+        )
+
+
+def _check_size(name, size):
+    """Raises ValueError unless a size is (H,W) with a pixel in it."""
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{name} is {tuple(size)}, it must be (H, W), none of it 0")
+
+
 def upsample_cross_entropy(
     logits, labels, weight=None, ignore_index=IGNORE, reduction="mean", backend="auto"
 ):
@@ -1075,12 +1089,14 @@ def upsample_cross_entropy(
     cannot run. The gradient is formed in the forward sweep, after Liger-Kernel (Hsu et al. 2024,
     arXiv:2410.10989).
     """
+    _check_logits(logits)
     B, K = logits.shape[:2]
     if labels.ndim != 3 or len(labels) != B or labels.dtype not in (torch.uint8, torch.int64):
         raise ValueError(
             f"labels are {tuple(labels.shape)} {labels.dtype}, "
             f"they must be ({B}, H, W) uint8 or int64"
         )
+    _check_size("the size of the labels", labels.shape[1:])
     if weight is not None and weight.shape != labels.shape:
         raise ValueError(
             f"weight {tuple(weight.shape)} must have the shape of the labels, {tuple(labels.shape)}"
@@ -1114,14 +1130,17 @@ def upsample_pseudo_label(logits, size, threshold, backend="auto", via=None):
 
     logits (B,K,h,w) float, K <= 256; size (H,W), align_corners=False; threshold in [0,1], a
     number or a 0-d tensor; via: a size (h',w') on the way, where the released evaluations upsample
-    twice. No gradient. Raises ValueError on too many classes, RuntimeError where
+    twice. No gradient. Raises ValueError on wrong shapes and too many classes, RuntimeError where
     backend="triton" cannot run.
     """
+    _check_logits(logits)
     if logits.shape[1] > 256:
         raise ValueError(f"{logits.shape[1]} classes do not fit into uint8 labels")
+    _check_size("size", size)
     sweep = _triton_pseudo_label if _use_triton(logits, backend) else _torch_pseudo_label
     if via is not None:
         via = tuple(via)
+        _check_size("via", via)
         if via in (tuple(size), tuple(logits.shape[2:])):  # one of the two steps does nothing
             via = None
     label, confidence = sweep(logits, size, via)
@@ -1166,14 +1185,21 @@ def text_correlation(features, text, scale, backend="auto"):
             f"features {tuple(features.shape)}, text {tuple(text.shape)}: "
             "must be (B, C, H, W) and (K, C)"
         )
+    if torch.is_tensor(scale) and scale.ndim:
+        raise ValueError(f"scale is {tuple(scale.shape)}, it must be a number or a 0-d tensor")
     if len(text) > 256:
         raise ValueError(f"{len(text)} rows of text, 256 are the most")
     if torch.compiler.is_exporting():  # a loop over images and rows would tie the program to a size
         return plain_correlation(features.float(), text.float(), scale)
+    if features.numel() == 0 or text.numel() == 0:
+        raise ValueError(
+            f"features {tuple(features.shape)}, text {tuple(text.shape)}: none of it may be 0"
+        )
 
     # Text is small: it is normalised and scaled here, and its gradients are left to autograd.
     text = text.float()
     rows = text * (text * text).sum(1, keepdim=True).add(EPS**2).rsqrt() * scale  # (K,C)
+    rows = rows.contiguous()  # a product has the strides of text; the kernels count on these
     if _use_triton(features, backend):
         sweep, gradient_sweep = _triton_correlation, _triton_correlation_gradient
     else:
