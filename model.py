@@ -526,8 +526,15 @@ class TimmBackbone(nn.Module):
         self.std = self.net.pretrained_cfg["std"]
 
     def recompute(self):
-        """Gradient checkpointing, by timm's own means."""
-        getattr(self.net, "model", self.net).set_grad_checkpointing(True)
+        """Gradient checkpointing, by timm's own means. Raises WeightsError where it has none."""
+        net = getattr(self.net, "model", self.net)
+        try:
+            net.set_grad_checkpointing(True)
+        except Exception as error:  # every model has its own way to refuse
+            raise WeightsError(
+                f"--checkpointing: timm:{self.name} cannot compute activations again "
+                f"({reason_of(error)}); leave it out, or take another --backbone"
+            ) from None
 
     def forward(self, x):
         return self.net(x.contiguous(memory_format=torch.channels_last))[-4:]
@@ -1271,11 +1278,13 @@ def text_bank(spec, class_names):
 
     spec: FILE.npz          a bank, of these classes in this order
           clip:MODEL/TAG    OpenCLIP's text tower: TAG is a tag, for which the network is used once,
-                            or a file of weights; encoded once, then cached
+                            or a file of weights; encoded once, then cached. A file that was
+                            trained with QuickGELU needs a MODEL-quickgelu; of tags that is known
           stub              seeded orthonormal rows, no language
           learned           as stub, for vectors that the student trains
           none              as stub, never looked at
-          shuffled:FILE     each of two or more classes has another one's row
+          shuffled:FILE     each of two or more classes has another one's row; FILE is not
+                            shuffled itself
           auto              the cached bank of these classes, else the stub, said loudly
 
     The network is used for clip: alone. Raises TextError, for auto also where several banks fit.
@@ -1284,8 +1293,10 @@ def text_bank(spec, class_names):
     kind, _, rest = str(spec).partition(":")
     if kind == "clip":
         return clip_bank(rest, names)
-    if kind == "shuffled":
+    if kind == "shuffled" and rest:
         bank = read_bank(rest, names)
+        if bank.kind == "shuffled":  # once more could lead back: of two classes it does
+            raise TextError(f"{rest}: is shuffled already; give --text {rest}")
         others = max(1, len(names) - 1)
         shift = 1 + np.random.RandomState(TEXT_SEED).randint(others)
         return TextBank(bank.embeddings.roll(shift, 0), names, "shuffled")
@@ -1426,6 +1437,8 @@ def clip_bank(spec, names):
     weights = tag
     if os.path.isfile(tag):
         weights = f"{os.path.basename(tag)} {file_hash(tag)}"
+    else:
+        architecture = with_activation(architecture, tag)
 
     # The cache's key is the hash of all that the rows follow from
     content = {
@@ -1450,6 +1463,20 @@ def clip_bank(spec, names):
     return read_bank(path, names)
 
 
+def with_activation(architecture, tag):
+    """The name of the same architecture with the activation that a tag's weights were trained with.
+
+    OpenAI's and some others know QuickGELU. open_clip's ViT-B-16 has GELU, takes their weights all
+    the same and only warns; ViT-B-16-quickgelu is the one that they fit.
+    """
+    open_clip = import_optional("open_clip")
+    trained = open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
+    built = (open_clip.get_model_config(architecture) or {}).get("quick_gelu", False)
+    if trained and not built:
+        return f"{architecture}-quickgelu"
+    return architecture
+
+
 def file_hash(path):
     """The first half of a file's sha256."""
     digest = hashlib.sha256()
@@ -1462,14 +1489,23 @@ def file_hash(path):
 @torch.no_grad()
 def encode_prompts(architecture, tag, prompts):
     """Unit rows float32 (K,D), one a prompt, and open_clip's version. Raises TextError."""
+    open_clip = import_optional("open_clip")
+    spec = f"--text clip:{architecture}/{tag}"
+    needs_package = "hf_tokenizer_name" in str(open_clip.get_model_config(architecture))
+    if needs_package and importlib.util.find_spec("transformers") is None:
+        raise TextError(
+            f"{spec}: needs the package transformers for its tokens: pip install transformers; or "
+            "take another tower, such as ViT-B-16/laion2b_s34b_b88k"
+        )
+
     def create():
-        open_clip = import_optional("open_clip")
+        tokenizer = open_clip.get_tokenizer(architecture)  # small, and before a large download
         tower = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True)
-        return open_clip, tower
+        return tokenizer, tower
 
     remedy = "name a tag while online, a local file as TAG, or a bank made elsewhere (FILE.npz)"
-    open_clip, tower = from_hub(create, f"--text clip:{architecture}/{tag}", remedy, TextError)
-    tokens = open_clip.get_tokenizer(architecture)(prompts)  # (K, context length)
+    tokenizer, tower = from_hub(create, spec, remedy, TextError)
+    tokens = tokenizer(prompts)  # (K, context length)
     rows = F.normalize(tower.eval().encode_text(tokens).float(), dim=1)
     return rows, open_clip.__version__
 

@@ -3079,6 +3079,8 @@ def correlation_inputs(case):
         features[-1, :, 1, 2] = 0
         if K > 1:
             text[K // 2] = 0
+    if case.layout == "transposed":
+        text = laid_out(text, case.layout)
     # A gradient of the scale that were noise alone would be cancellation, and not near anything.
     upstream = torch.randn(B, K, *size, generator=g)
     upstream += 5 * kernels.plain_correlation(features, text, 1.0)
@@ -3304,6 +3306,11 @@ REFUSALS = {  # operator: good arguments; what is wrong with one of them, and th
         ("id 200", {"labels": LABELS.byte() + 200}),
         ("labels are", {"labels": LABELS[0]}),
         ("labels are", {"labels": LABELS.int()}),
+        ("size of the labels", {"labels": LABELS[:, :0]}),
+        ("logits are", {"logits": torch.zeros(19, 4, 4), "labels": LABELS.expand(19, 8, 8)}),
+        ("logits are", {"logits": torch.zeros(0, 19, 4, 4), "labels": LABELS[:0]}),
+        ("logits are", {"logits": torch.zeros(1, 19, 0, 4)}),
+        ("logits are", {"logits": torch.zeros(4)}),
         ("weight", {"weight": torch.ones(1, 8, 4)}),
         ("reduction", {"reduction": "sum"}),
         ("backend", {"backend": "cuda"}),
@@ -3311,12 +3318,20 @@ REFUSALS = {  # operator: good arguments; what is wrong with one of them, and th
     "upsample_pseudo_label": (
         {"logits": torch.zeros(1, 19, 2, 2), "size": (4, 4), "threshold": 0.5},
         ("300 classes", {"logits": torch.zeros(1, 300, 2, 2)}),
+        ("logits are", {"logits": torch.zeros(19, 2, 2)}),
+        ("logits are", {"logits": torch.zeros(1, 0, 2, 2)}),
+        ("size is", {"size": (0, 4)}),
+        ("size is", {"size": (4,)}),
+        ("via is", {"via": (4, 0)}),
     ),
     "text_correlation": (
         {"features": torch.zeros(1, 40, 5, 6), "text": torch.zeros(19, 40), "scale": 1},
         ("must be", {"text": torch.zeros(19, 39)}),
         ("must be", {"text": torch.zeros(40)}),
         ("must be", {"features": torch.zeros(40, 5, 6)}),
+        ("none of it", {"features": torch.zeros(0, 40, 5, 6)}),
+        ("none of it", {"text": torch.zeros(0, 40)}),
+        ("scale is", {"scale": torch.ones(40)}),
         ("257 rows", {"text": torch.zeros(257, 40)}),
         ("backend", {"backend": "cuda"}),
     ),
@@ -5961,6 +5976,12 @@ def test_checkpointing_computes_activations_again(name):
     assert len(calls) == 3  # once, then twice
 
 
+def test_a_backbone_that_cannot_compute_again_is_one_line():
+    net = Segmenter("timm:hrnet_w18_small", "segformer", 3, 8)
+    words = "--checkpointing: timm:hrnet_w18_small .*not supported.* another --backbone"
+    refused_by(WeightsError, words, net.backbone.recompute)
+
+
 @pytest.mark.parametrize("name, strides, mean", [
     ("vit_medium_patch32_clip_224", (32,) * 4, 0.48145466),
     ("resnet50_clip", (4, 8, 16, 32), 0.48145466),
@@ -6630,6 +6651,8 @@ def test_text_banks(tmp_path, monkeypatch, capsys):
     shuffled = text_bank("shuffled:" + path, bank.names)
     assert shuffled.kind == "shuffled" and (shuffled.embeddings != bank.embeddings).any(1).all()
     assert torch.equal(shuffled.embeddings.sort(0).values, bank.embeddings.sort(0).values)
+    twice = write_bank(tmp_path / "shuffled.npz", shuffled)
+    refused_by(TextError, "is shuffled already", text_bank, "shuffled:" + twice, bank.names)
     stub = text_bank("stub", bank.names)
     torch.testing.assert_close(stub.embeddings @ stub.embeddings.T, torch.eye(3))
     assert torch.equal(stub.embeddings, text_bank("stub", bank.names).embeddings)
@@ -6687,6 +6710,7 @@ def test_faults_of_a_text_bank(content, words, tmp_path):
 @pytest.mark.parametrize("spec, words", [
     ("moon", "--text moon: give FILE.npz"), ("clip:ViT-B-32/", "clip:ViT-B-32/: needs MODEL/TAG"),
     ("clip:ViT-B-32", "needs MODEL/TAG"), ("clip:ViT-B-32/none", "needs MODEL/TAG"),
+    ("shuffled:", "--text shuffled:: give FILE.npz"),
     ("clip:ViT-B-32/no_such_tag", "no weights: .*no_such_tag.*FILE.npz"),
     ("clip:moon/openai", "no weights: .*moon")])
 def test_text_that_cannot_be_had_is_one_line(spec, words, tmp_path, monkeypatch):
@@ -6735,6 +6759,41 @@ def test_openclip_encodes_prompts_once(tmp_path, monkeypatch):
     other = open_clip.create_model("tiny").state_dict()
     torch.save(other, tmp_path / "tiny.pt")  # other weights under the same name
     assert not torch.equal(text_bank(spec, names).embeddings, bank.embeddings)
+
+
+@pytest.mark.parametrize("model_name, tag, built", [
+    ("ViT-B-16", "openai", "ViT-B-16-quickgelu"),
+    ("ViT-B-16-quickgelu", "openai", "ViT-B-16-quickgelu"),
+    ("ViT-B-16", "laion2b_s34b_b88k", "ViT-B-16"),
+    ("ViT-B-32", "laion400m_e32", "ViT-B-32-quickgelu")])
+def test_a_text_tower_has_the_activation_of_its_weights(model_name, tag, built, tmp_path,
+                                                        monkeypatch):
+    """open_clip itself says what a tag was trained with, and what each of its towers has."""
+    open_clip = model.import_optional("open_clip")
+    trained = open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False)
+    assert trained == open_clip.get_model_config(built).get("quick_gelu", False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    encoded = []
+
+    def encode(architecture, tag, prompts):
+        encoded.append((architecture, tag))
+        return torch.eye(len(prompts), 8), "0"
+
+    monkeypatch.setattr(model, "encode_prompts", encode)
+    bank = text_bank(f"clip:{model_name}/{tag}", ("road", "sky"))
+    assert encoded == [(built, tag)] and bank.about["model"] == built
+
+
+def test_a_tower_that_needs_transformers_says_so_before_its_download(tmp_path, monkeypatch):
+    open_clip = model.import_optional("open_clip")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(model.importlib.util, "find_spec", Mock(return_value=None))
+    downloaded = Mock(side_effect=RuntimeError("downloaded"))
+    monkeypatch.setattr(open_clip, "create_model", downloaded)
+    words = "^--text clip:ViT-B-16-SigLIP/webli: .*pip install transformers"
+    refused_by(TextError, words, text_bank, "clip:ViT-B-16-SigLIP/webli", ("road", "sky"))
+    assert not downloaded.called
+    refused_by(TextError, "downloaded", text_bank, "clip:ViT-B-16/openai", ("road", "sky"))
 
 
 def test_text_command(tmp_path, capsys, monkeypatch):
