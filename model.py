@@ -1755,6 +1755,17 @@ def published_to_ours(state):
     return ours
 
 
+def ours_of_file(state, path):
+    """published_to_ours for the tensors of a file. Raises WeightsError where their shapes are so
+    odd that they cannot be taken apart or put together."""
+    try:
+        return published_to_ours(state)
+    except (TypeError, IndexError, RuntimeError) as error:
+        raise WeightsError(
+            f"{path}: its tensors have shapes that no network known here has ({reason_of(error)})"
+        ) from None
+
+
 def numpy_numbers():
     """What unpickling numpy's numbers takes, which runs nothing; mmcv's best score is one."""
     scalar = np.float64(0).__reduce__()[0]
@@ -1807,7 +1818,9 @@ def tensors_by_name(state, path):
             state = state[key]
     tensors = {}
     if isinstance(state, dict):
-        tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+        for name, value in state.items():
+            if isinstance(name, str) and torch.is_tensor(value):
+                tensors[name] = value
     if not tensors:
         raise WeightsError(f"{path}: holds no tensors by name; it must be a state dict")
     return tensors
@@ -1815,11 +1828,12 @@ def tensors_by_name(state, path):
 
 def differences(expected, found):
     """How two dicts of tensors by name differ, in one line; '' where they agree in names, shapes,
-    and in which are integers (those of quantised weights are)."""
+    and in which are integers (those of quantised weights are), and every number found is finite."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     shapes = []
     types = []
+    broken = []
     for name, value in expected.items():
         if name not in found:
             continue
@@ -1827,12 +1841,15 @@ def differences(expected, found):
             shapes.append(f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}")
         elif found[name].is_floating_point() != value.is_floating_point():
             types.append(f"{name} {found[name].dtype} for {value.dtype}")
+        elif not found[name].isfinite().all():  # a run that diverged: it predicts all the same
+            broken.append(name)
     parts = []
     differing = {
         "missing": missing,
         "unexpected": extra,
         "other shapes": shapes,
         "other types": types,
+        "with NaN or infinity": broken,
     }
     for what, names in differing.items():
         if names:
@@ -1869,7 +1886,7 @@ def load_backbone(module, path):
     networks = split_copies(state)
     network = networks.get("student") or networks.get("teacher", {})
     found, decoder = {}, {}
-    for name, value in published_to_ours(network).items():
+    for name, value in ours_of_file(network, path).items():
         if name.startswith(("decoder.", "attention.")):
             decoder[name] = value
         elif not CLASSIFIERS.match(name):
@@ -2237,13 +2254,43 @@ def current_flags(flags):
     return flags
 
 
+def check_description(checkpoint, path):
+    """Raise CheckpointError where what a file says of its network lacks something, or is of another
+    kind: files by other hands, and the words in .safetensors, have no checksum."""
+    flags = checkpoint["flags"]
+    classes = checkpoint["classes"]
+    text = checkpoint.get("text")
+    wrong = []
+    if not isinstance(flags, dict):
+        wrong, flags = ["flags"], {}
+    kinds = {"backbone": str, "decoder": str, "channels": int}
+    for name, kind in kinds.items():
+        if not isinstance(flags.get(name), kind):
+            wrong.append(name)
+    for name in ("detail", "crop"):
+        if not isinstance(flags.get(name, 0), (int, float)):
+            wrong.append(name)
+    if not isinstance(classes, (list, tuple)) or not classes:
+        wrong.append("classes")
+    if text and not (isinstance(text, dict) and torch.is_tensor(text.get("embeddings"))):
+        wrong.append("text")
+    if flags.get("language") and not text:
+        wrong.append("text")
+    if wrong:
+        raise CheckpointError(
+            f"{path}: what it says of its network is damaged ({', '.join(wrong)}); make the file "
+            "again, or use another"
+        )
+
+
 def build_segmenter(checkpoint, weights="student", path="checkpoint"):
     """The network that a checkpoint describes, in eval mode; .classes are the names of its classes.
 
     weights: "student" or "teacher", whose weights it gets. Raises CheckpointError.
     """
+    check_description(checkpoint, path)
     flags = current_flags(checkpoint["flags"])
-    if checkpoint.get(weights) is None:
+    if not isinstance(checkpoint.get(weights), dict):
         raise CheckpointError(f"{path}: holds no {weights} (recipe {flags.get('recipe')})")
     if "spatial_depth" in flags and flags.get("language") == "lcmsm":
         raise CheckpointError(
@@ -2321,8 +2368,8 @@ def open_checkpoint(path, backbone=None, decoder=None, classes=None, detail=None
     return published_checkpoint(path, state, backbone, decoder, classes, detail)
 
 
-def segmenter_state(state):
-    """The tensors of one published segmenter by the names of a Segmenter.
+def segmenter_state(state, path):
+    """The tensors of one published segmenter by the names of a Segmenter. Raises WeightsError.
 
     ImageNet's pixel statistics, which the files leave to their configurations, are added.
     """
@@ -2330,7 +2377,7 @@ def segmenter_state(state):
         "pixel_mean": torch.tensor(MixTransformer.mean).view(1, 3, 1, 1),
         "pixel_std": torch.tensor(MixTransformer.std).view(1, 3, 1, 1),
     }
-    for name, value in published_to_ours(state).items():
+    for name, value in ours_of_file(state, path).items():
         if not name.startswith(("decoder.", "attention.")):
             name = f"backbone.{name}"
         ours[name] = value
@@ -2350,7 +2397,7 @@ def published_checkpoint(path, state, backbone, decoder, classes, detail=None):
         )
     networks = {}
     for network, tensors in split_copies(state).items():
-        networks[network] = segmenter_state(tensors)
+        networks[network] = segmenter_state(tensors, path)
     network = networks.get("student") or networks.get("teacher") or {}
     classifier = network.get("decoder.classifier.weight")
     if classifier is None:

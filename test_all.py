@@ -5652,6 +5652,66 @@ def save_safetensors(state, path, metadata=None):
     model.import_optional("safetensors.torch").save_file(state, path, metadata)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    """Every class would have the same score, and one of them would win."""
+    state = MixTransformer("mit_b0").state_dict()
+    state["norm2.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "backbone.pth")
+    words = "NaN or infinity 1 .norm2.bias"
+    refused_by(WeightsError, f"backbone.pth: .*{words}", load_backbone,
+               MixTransformer("mit_b0"), tmp_path / "backbone.pth")
+    checkpoint = tiny_checkpoint()
+    checkpoint["student"] = checkpoint["student"] | {"decoder.fusion.bn.running_var":
+                                                     torch.full((8,), float("inf"))}
+    save_checkpoint(tmp_path / "last.pt", checkpoint)
+    refused_by(CheckpointError, "last.pt: .*NaN or infinity 1 .decoder.fusion.bn.running_var",
+               model.load, tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("backbone.block1.0.attn.qkv.weight", ()), ("backbone.block1.0.mlp.fc1.weight", ()),
+    ("decode_head.linear_fuse.conv.weight", (3,))])
+def test_tensors_of_odd_shapes_are_one_line(name, shape, tmp_path):
+    net = random_segmenter("segformer")
+    state = published_file(net, dict, NVIDIA_MLP, True)
+    torch.save(state | {name: torch.zeros(shape)}, tmp_path / "odd.pth")
+    refused_by(WeightsError, "odd.pth: its tensors have shapes", model.load, tmp_path / "odd.pth",
+               "mit_b0", "segformer", list("abcde"))
+    refused_by(WeightsError, "odd.pth: its tensors have shapes", load_backbone, net,
+               tmp_path / "odd.pth")
+
+
+def test_tensors_by_number_are_no_weights(tmp_path):
+    """An optimiser's state; beside weights by name they say nothing."""
+    before = MixTransformer("mit_b0")
+    torch.save({0: torch.zeros(3), 1: torch.zeros(3)}, tmp_path / "optimizer.pth")
+    refused_by(WeightsError, "optimizer.pth: holds no tensors by name", load_backbone, before,
+               tmp_path / "optimizer.pth")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"flags": None}, "flags"), ({"flags": {}}, "backbone, decoder, channels"),
+    ({"channels": "8"}, "channels"), ({"detail": None}, "detail"), ({"crop": "x"}, "crop"),
+    ({"classes": None}, "classes"), ({"classes": "abc"}, "classes"), ({"classes": []}, "classes"),
+    ({"language": "dlg"}, "text"), ({"language": "dlg", "text": 5}, "text"),
+    ({"language": "lcmsm", "text": {"kind": "clip"}}, "text")])
+def test_a_file_that_does_not_describe_its_network_is_one_line(changes, words, tmp_path):
+    checkpoint = tiny_checkpoint()
+    for name, value in changes.items():
+        if name in ("flags", "classes", "text"):
+            checkpoint[name] = value
+        else:
+            checkpoint["flags"][name] = value
+    save_checkpoint(tmp_path / "last.pt", checkpoint)
+    refused_by(CheckpointError, f"last.pt: what it says of its network is damaged .{words}.",
+               model.load, tmp_path / "last.pt")
+
+
+def test_a_network_that_is_no_dict_is_none(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", tiny_checkpoint(student=[]))
+    refused_by(CheckpointError, "last.pt: holds no student", model.load, tmp_path / "last.pt")
+
+
 @pytest.mark.parametrize("about", ["no json", "[]", "{}", '{"flags": {}, "classes": []}'])
 def test_exported_weights_with_damaged_words_are_one_line(about, tmp_path):
     save_safetensors(random_segmenter("segformer").state_dict(), tmp_path / "net.safetensors",
