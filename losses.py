@@ -230,6 +230,7 @@ def sepico(rows, label, gaussians, tau=100.0):
     Around it train.py differs from the released code in this: crops of the target are not drawn
     for balanced pseudo-labels, and the teacher's look at the source leaves its BatchNorm alone.
     """
+    rows = rows.float()
     mean, variance = gaussians.moments()
     classes = len(mean)
     logits = rows @ mean.t() / tau + rows.square() @ variance.t() / (2 * tau ** 2)  # (N,K)
@@ -266,7 +267,7 @@ class ClassConfidence(torch.nn.Module):
     def update(self, label, confidence):
         """label: int of any shape, 255 left out; confidence: float of that shape, in [0,1]."""
         hot = _one_hot(label.flatten(), len(self.seen))
-        sums = torch.stack([confidence.flatten() @ hot, hot.sum(0)])  # (2,K)
+        sums = torch.stack([confidence.flatten().float() @ hot, hot.sum(0)])  # (2,K)
         total, count = mean_over_ranks(sums)
         new = total / count.clamp(min=1e-6)
         step = torch.where(self.seen, 1 - self.momentum, 1.0)  # the first value is taken whole
@@ -296,6 +297,7 @@ class ClassGaussians(torch.nn.Module):
     @without_autocast
     def update(self, rows, label):
         """rows: unit float (N,C); label: int (N,), 255 left out."""
+        rows = rows.float()
         hot = _one_hot(label, len(self.count))
         total = mean_over_ranks(hot.t() @ torch.stack([rows, rows.square()]))  # (2,K,C)
         count = mean_over_ranks(hot.sum(0))  # (K,)

@@ -8212,6 +8212,25 @@ def test_two_thresholds_of_the_version_before_are_one_only_where_one_counted():
     assert "confident" not in model.current_flags(old | dict(mix=1.0, confident=0.34))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_and_contrasts_take_sixteen_bits_as_float32(dtype):
+    rows = F.normalize(torch.randn(40, 16, generator=generator()), dim=1).to(dtype)
+    confidence = torch.rand(40, generator=generator()).to(dtype)
+    label = torch.arange(40) % 3
+    found = []
+    for x, share in ((rows, confidence), (rows.float(), confidence.float())):
+        gaussians = losses.ClassGaussians(3, 16)
+        gaussians.update(x, label)
+        classes = losses.ClassConfidence(3)
+        classes.update(label, share)
+        found.append([
+            gaussians.powers, classes.confidence, losses.sepico(x, label, gaussians),
+            losses.cluda(x, label), losses.t2s(x, label, x, label, torch.ones(3)),
+        ])
+    for sixteen, exact in zip(*found):
+        assert sixteen.dtype == torch.float32 and torch.equal(sixteen, exact)
+
+
 def test_statistics_and_contrasts_stay_in_float32_under_autocast():
     """A confidence of bf16 products can pass 1; the root of what is left is then not a number."""
     confidence = losses.ClassConfidence(1)
