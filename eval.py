@@ -399,8 +399,8 @@ def format_read_outs(results, source_steps):
         text += f", {gains[1]:+.2f} over its AdaBN"
     lines.append(text)
     if gains and min(gains) < 0:
-        lines.append("but adaptation did not pay on these images: source.pt is the network from "
-                     "before it, which eval.py scores and uses, also with --adabn")
+        lines.append(f"but on these images the {name} lost by adaptation: source.pt is the network "
+                     "from before it, which eval.py scores and uses, also with --adabn")
     return "\n".join(lines)
 
 

@@ -3521,7 +3521,7 @@ def test_read_outs_stand_side_by_side_with_what_was_gained():
                          "+13.25 over its AdaBN")
     results["source"]["adabn"] = scored(30.0, 33.0)
     lines = evaluation.format_read_outs(results, 333).splitlines()
-    assert lines[-2].endswith("-0.25 over its AdaBN") and "did not pay" in lines[-1]
+    assert lines[-2].endswith("-0.25 over its AdaBN") and "the teacher lost" in lines[-1]
     results |= {"source": None, "recommended": "student"}
     lines = evaluation.format_read_outs(results, 0).splitlines()
     assert lines[0].split() == ["student", "teacher"] and lines[-1].endswith("student, mIoU 30.00")
@@ -7416,7 +7416,11 @@ WRONG_FLAGS = {  # command line: words of the message
     "--tau 0.2": "--tau does nothing without",
     "--recipe source --threshold 0.1": "--threshold does nothing without",
     "--recipe source --mask-ratio 0.5": "--mask-ratio does nothing without --mask",
+    "--recipe daformer --mask-block 16": "--mask-block does nothing without --mask",
+    "--recipe daformer --mask-block=8": "--mask-block does nothing without --mask",
     "--recipe source --border 5 9": "--border does nothing without a target",
+    "--border 15 120": "--border leaves no row of --crop a pseudo-label",
+    "--border 64 64": "--border leaves no row of --crop a pseudo-label",
     "--eval-every 5 --val none": "--eval-every needs validation data",
     "--gate half --cluda 0.1": "--gate does nothing without --cluda and --detail",
     "--recipe hrda --gate learned": "--gate does nothing without --cluda and --detail",
@@ -7428,6 +7432,9 @@ WRONG_FLAGS = {  # command line: words of the message
     "--recipe mic_hrda --mask-block 20": "--mask-block 20: with --detail at most a quarter of the",
     "--recipe mic_hrda --detail 0.125": "--mask-block 8: with --detail at most a quarter of the",
     "--recipe oracle --target none": "takes its labels from --target, which is none",
+    "--recipe oracle --source streets": "oracle learns from the labels of --target",
+    "--recipe oracle --source gta:a --target cityscapes:b": "leave out --source, or use another",
+    "--recipe oracle --source none --labeled 2": "oracle learns from the labels of --target",
 }
 
 
@@ -9229,14 +9236,14 @@ CONTRASTS = {  # flags: terms
     "cluda_hrda --gate half": ["cluda"],
     "sepico --tau 0.2 --accum 2": ["sepico"],
     "t2sda_dg --target none": ["t2s", "restyled"],
-    "mic --cluda 0.1 --t2s 0.1 --sepico 0.1 --language lcmsm --text stub":
+    "mic --mask-block 4 --cluda 0.1 --t2s 0.1 --sepico 0.1 --language lcmsm --text stub":
         ["cluda", "t2s", "sepico", "mask_source", "mask_mix"],
 }
 
 
 @pytest.mark.parametrize("flags", CONTRASTS)
 def test_contrasts_train_and_resume(flags, small_run, tmp_path, monkeypatch):
-    more = "--crop 64 --steps 4 --mask-block 4 --val none --recipe"
+    more = "--crop 64 --steps 4 --val none --recipe"
     argv = [*small_run, *more.split(), *flags.split()]
     real = data.SegmentationDataset.arrays
     spy = create_autospec(real, side_effect=real)
@@ -9544,6 +9551,11 @@ def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     assert other["recipe"] == "source" and other["out"] == f["out"] + "-source"
     out = run_train(words).stdout  # it runs, and has nothing to recommend
     assert "recommended: student" in out and "use it: " not in out
+
+    # a shell takes the command also where the folder's name has a blank
+    run = SimpleNamespace(last=Path("my runs/last.pt"), f=SimpleNamespace(adapts=False))
+    words = shlex.split(train.use_command(run))
+    assert words == ["python", "eval.py", "my runs/last.pt", "--images", "PATH"]
 
     # whatever adaptation has, the command is one that train.py takes
     parser = train.build_parser()

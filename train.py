@@ -479,6 +479,7 @@ def contradictions(f, default, all_labels):
     def changed(name):
         return getattr(f, name) != default(name)
 
+    blocks_typed = any(word.partition("=")[0] == "--mask-block" for word in f.typed)
     no_source = f.source == "none"
     no_target = f.target == "none"
     return {
@@ -487,6 +488,8 @@ def contradictions(f, default, all_labels):
             f.source_steps and not f.adapts,
         "--source-steps leaves none of --steps to adapt in": f.source_steps >= f.steps,
         "--source target takes its labels from --target, which is none": all_labels and no_target,
+        "--recipe oracle learns from the labels of --target: leave out --source, or use another "
+        "recipe": f.recipe == "oracle" and f.source != f.target,
         "--source none leaves no label to learn from: add --labeled N":
             no_source and f.labeled == "0",
         "--source target, as in oracle, takes all labels; --source none --labeled N takes some":
@@ -507,7 +510,10 @@ def contradictions(f, default, all_labels):
         "--gate does nothing without --cluda and --detail":
             f.gate and not (f.cluda and f.detail),
         "--mask-ratio does nothing without --mask": changed("mask_ratio") and not f.mask,
+        "--mask-block does nothing without --mask": blocks_typed and not f.mask,
         "--border does nothing without a target to adapt to": any(f.border) and not f.adapts,
+        "--border leaves no row of --crop a pseudo-label: give smaller numbers, or a larger crop":
+            f.adapts and sum(f.border) >= f.crop,
         "--threshold does nothing without --mix, --mask or --consistency":
             changed("threshold") and not (f.mix or f.mask or f.consistency),
         "--eval-every needs validation data: --val SPEC": f.eval_every and f.val == "none",
@@ -2386,8 +2392,10 @@ def say_what_to_read(run):
 
 def use_command(run):
     """The command that predicts images with the read-out that is recommended."""
-    weights = " --weights teacher" if run.f.adapts else ""
-    return f"python eval.py {run.last}{weights} --images PATH"
+    words = ["python", "eval.py", str(run.last)]
+    if run.f.adapts:
+        words += ["--weights", "teacher"]
+    return shlex.join([*words, "--images", "PATH"])
 
 
 def flags_of_adaptation():
