@@ -7,7 +7,8 @@ Where pixels and labels come from, how they are sampled, and what is done to a b
                                         own data: a mask's value is a position in FILE
     python data.py folder:IMAGES:MASKS:IDS        own data: IDS says what the values are
 
-SPEC    streets | streets:night | streets:shifted rendered
+SPEC    streets | streets:night | streets:shifted
+                                                  rendered
         camvid:DIR | cityscapes:DIR | gta:DIR | synthia:DIR | acdc:DIR | darkzurich:DIR | ...
                                                   as published, one row of SETS each
         folder:IMAGES[:MASKS[:IDS]]               files of the same name in two folders
@@ -3225,12 +3226,12 @@ def build_parser():
     parser.add_argument("spec", help="data set, see above")
     parser.add_argument("--classes", help="class space or names file (default: for own data the "
                                           "names of IDS, camvid11 for camvid:, else cityscapes19)")
-    parser.add_argument("--split", default="train", help="train, val or test")
-    parser.add_argument("--size", type=parse_size,
-                        help="WxH of the images on the sheet (default: the published size)")
+    parser.add_argument("--split", default="train", help="train, val or test (default: train)")
+    parser.add_argument("--size", type=parse_size, metavar="WxH",
+                        help="pixels of the images on the sheet (default: the published size)")
     parser.add_argument("--cache", help="directory of the cache (default: ~/.cache/nanouda)")
     parser.add_argument("--out", default="sheet.png",
-                        help="contact sheet: image, label colours, overlay")
+                        help="contact sheet: image, label colours, overlay (default: sheet.png)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Prediction, metrics, pictures, export. Everything about the network comes from the checkpoint.
+r"""Prediction, metrics, pictures, export. Everything about the network comes from the checkpoint.
 
     python eval.py out/last.pt                         IoU per class on the run's validation data
     python eval.py out/last.pt --data cityscapes:DIR --slide --flip --json scores.json --save panels
@@ -1695,10 +1695,13 @@ def build_parser():
            "file has a scale attention)")
     a("--data", nargs="+", metavar="SPEC",
       help="data set, as in data.py, several are pooled (default: the run's validation data)")
-    a("--split", default="val", choices=("train", "val", "test"), help="split of the data set")
+    a("--split", default="val", choices=("train", "val", "test"),
+      help="split of the data set (default: val)")
 
     task = p.add_mutually_exclusive_group().add_argument
-    task("--images", metavar="PATH", help="predict an image file or a folder of images instead")
+    task("--images", metavar="PATH",
+         help="predict an image file or a folder of images instead: NAME_panel.png, and "
+              "NAME_ids.png with the class of each pixel, counted from 0")
     task("--submit", metavar="DIR", help="write ids for the benchmark's server there instead")
     task("--table", nargs="+", metavar="RUN", help="tabulate run folders or log files instead")
     task("--curves", nargs="+", metavar="RUN",
@@ -1721,20 +1724,50 @@ def build_parser():
       help="half overlapping windows of the training crop (HRDA, MIC; default: as in the run)")
     a("--flip", action="store_true", help="average with the mirror image")
     a("--head", default="plain", choices=("plain", "language", "mean"),
-      help="decoder; language where one was trained")
+      help="decoder; language where one was trained, mean: both (default: plain)")
     a("--weights", default="student", choices=("student", "teacher"),
-      help="which network of the run")
+      help="which network of the run: the trained one, or its running average, which a run that "
+           "adapts recommends (default: student)")
     a("--adabn", nargs="+", metavar="SPEC",
       help="first re-estimate BatchNorm on unlabelled train images of this data set")
     a("--size", type=parse_size, metavar="WxH",
-      help="size at the network (default: as trained; --images: longer side)")
+      help="pixels at the network; --images: the longer of both is the longer side of each image "
+           "(default: as trained)")
     a("--palette", metavar="FILE",
       help="colours of the pictures: a name and its colour in a line, such as 128 64 128 road")
     a("--json", metavar="FILE.json",
       help="write the scores there too; with --images: the share of pixels of each class")
-    a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-      help="cuda, cuda:1, mps, cpu")
+    a("--device", type=device, metavar="D", default="cuda" if torch.cuda.is_available() else "cpu",
+      help="cuda, cuda:1, mps or cpu (default: cuda where it is there, else cpu)")
     return p
+
+
+# Flags that a task would not read, beside those that parse_flags has a sentence for
+OF_A_NETWORK = ("backbone", "decoder", "classes", "detail", "data", "split", "save", "slide",
+                "flip", "head", "weights", "adabn", "size", "palette")
+UNREAD = {
+    "table": OF_A_NETWORK,
+    "curves": OF_A_NETWORK,
+    "images": ("split",),
+    "submit": ("save", "palette"),
+    "export": ("split", "palette"),
+}
+
+
+def unread(args, default):
+    """'--FLAG does nothing ...' for a flag that was given in vain, None where there is none."""
+    def given(name):
+        return getattr(args, name) != default(name)
+
+    for task, names in UNREAD.items():
+        for name in names:
+            if given(task) and given(name):
+                return f"--{name} does nothing with --{task}: leave it out"
+    if args.export and args.size and not args.adabn:
+        return "--size does nothing with --export: what it writes takes any size"
+    if args.palette and not (args.images or args.save or args.before):
+        return "--palette colours pictures: add --save DIR"
+    return None
 
 
 def parse_flags(argv):
@@ -1759,6 +1792,9 @@ def parse_flags(argv):
         p.error("--export writes the network alone: leave out --data, --save, --slide, --flip")
     if args.json and (args.submit or args.before or args.export or args.table or args.curves):
         p.error("--json holds scores, or with --images shares of pixels: there are none here")
+    in_vain = unread(args, p.get_default)
+    if in_vain:
+        p.error(in_vain)
     return args
 
 

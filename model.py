@@ -2516,10 +2516,10 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     a = p.add_argument
-    a("what", choices=("text",))
+    a("what", choices=("text",), help="make a bank: one vector per class")
     a("--names", required=True, help="a file with one class name a line, or names with commas")
     a("--text", required=True, metavar="SPEC", help="clip:MODEL/TAG, FILE.npz, stub, ...")
-    a("--out", help="bank to write, .npz")
+    a("--out", metavar="FILE.npz", help="bank to write (default: none, only the table is printed)")
     args = p.parse_args(argv)
     try:
         make_bank(args.names, args.text, args.out)
