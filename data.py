@@ -1950,16 +1950,25 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return remarks
 
     def _crop_remarks(self, crop, sizes):
-        """A remark if crops are larger than images; sizes: (N,2) as served."""
+        """Remarks if crops are larger than images, or tiny in them; sizes: (N,2) as served."""
         if crop is None or self.split != "train":
             return []
-        inside = np.minimum(sizes, crop).prod(1) / crop ** 2  # (N,) share of a crop
-        if inside.min() == 1:
-            return []
-        width, height = sizes[inside.argmin()]
-        return [f"crops of {crop} are larger than {(inside < 1).mean():.0%} of the images "
-                f"({width}x{height}): {1 - inside.mean():.0%} of the crops is padding; use a "
-                "smaller --crop or a larger --size"]
+        remarks = []
+        pixels = np.minimum(sizes, crop).prod(1)  # (N,) of an image that are in a crop
+        inside = pixels / crop ** 2
+        if inside.min() < 1:
+            width, height = sizes[inside.argmin()]
+            remarks.append(f"crops of {crop} are larger than {(inside < 1).mean():.0%} of the "
+                           f"images ({width}x{height}): {1 - inside.mean():.0%} of the crops is "
+                           "padding; use a smaller --crop or a larger --size")
+        # in published settings 28 to 50 %
+        shown = pixels / sizes.prod(1)
+        if shown.mean() < 0.05:
+            width, height = sizes[shown.argmin()]
+            remarks.append(f"crops of {crop} show {100 * shown.mean():.2g} % of an image "
+                           f"({width}x{height}), too little to tell what it is; scale images down "
+                           "by --size WxH, or use a larger --crop")
+        return remarks
 
     def _label_remarks(self, counts, ignored):
         """Remarks on the pixels per class (K,) of all labels, and how many are ignored."""

@@ -2750,6 +2750,10 @@ def test_what_is_said_about_images_and_labels(tmp_path):
     streets = data.open_dataset("streets", "train", names, None, tmp_path / "cache")
     assert streets.remarks(crop=128) == [] and streets.check() == []
     assert "crops of 256" in streets.remarks(crop=256)[0]
+    # 32 x 32 of 256 x 192 pixels are 2.1 %, 64 x 64 are 8.3 %
+    (small,) = streets.remarks(crop=32)
+    assert small.startswith("crops of 32 show 2.1 % of an image (256x192)") and "--size" in small
+    assert streets.remarks(crop=64) == []
 
     options = ["--classes", str(tmp_path / "names.txt"), "--cache", str(tmp_path / "cache"),
                "--out", str(tmp_path / "o.png")]

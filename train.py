@@ -171,7 +171,8 @@ def build_parser():
            "names of the first source's IDS where it has one, camvid11 for --target streets:night, "
            "else cityscapes19)")
     a("--size", type=data.parse_size, metavar="WxH",
-      help="every image is resized to it (default: the data set's published size)")
+      help="pixels to which every image is resized (default: the data set's published size, own "
+           "images as they are)")
     a("--crop", type=between(1, 10**5, int), default=128, metavar="S",
       help="side of the training crop, pixels; published: 512, with --detail 1024")
     a("--detail", type=share, default=0.0, metavar="SHARE",
@@ -1969,7 +1970,10 @@ class Run:
 
         # every term goes into one backward: DDP need not look for parameters without a gradient
         if WORLD > 1:
-            wrapped = DistributedDataParallel(self.student, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                # its successor is no substitute: that sends buffers once, at the start
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+                wrapped = DistributedDataParallel(self.student, broadcast_buffers=False)
             nets = nets._replace(student=wrapped)
         self.nets = nets
         things = [i for i, name in enumerate(f.class_names) if name in THINGS]
