@@ -114,6 +114,33 @@ def feature_distance(features, reference, label, things):
     return (distance * keep).sum() / count.clamp(min=1e-6)
 
 
+class ClassShares(torch.nn.Module):
+    """The running share of the labelled pixels that each class has, and what it adds to logits.
+
+    Logit adjustment (Menon et al., ICLR 2021, equation 10): trained on logits + tau * log(share),
+    a network need not learn how frequent a class is, and without them gives rare classes more.
+    """
+
+    def __init__(self, num_classes, momentum=0.99):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("share", torch.full((num_classes,), 1 / num_classes))
+
+    @torch.no_grad()
+    def update(self, label):
+        """label: uint8 of any shape, 255 left out; without any other the shares stay."""
+        classes = torch.arange(len(self.share), device=label.device)
+        count = (label.flatten()[:, None] == classes).sum(0)  # (N,1) against (K,) -> (K,)
+        count = mean_over_ranks(count.float())
+        new = count / count.sum().clamp(min=1e-6)
+        moved = self.momentum * self.share + (1 - self.momentum) * new
+        self.share.copy_(torch.where(count.sum() > 0, moved, self.share))
+
+    def offset(self, tau):
+        """tau * log(share), float (K,); shares below 1e-4 count as that."""
+        return tau * self.share.clamp(min=1e-4).log()
+
+
 # ---- contrast: rows are unit vectors, one per cell of a coarse grid, label 255 takes no part ----
 
 

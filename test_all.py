@@ -4168,7 +4168,7 @@ def test_table_rows_are_runs_without_their_seed(tmp_path, monkeypatch):
             "dyce 0.5 instead of None, tau 0.5 instead of 0.1")
 
     logs = Path(HERE) / "assets/logs"
-    for name, rows in (("streets", 3), ("camvid", 32), ("choice", 3)):
+    for name, rows in (("streets", 3), ("older", 32), ("choice", 3)):
         assert len(rows_of(*sorted(logs.glob(f"{name}-*")))) == rows
 
 
@@ -4231,7 +4231,7 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
     assert compared > 200
 
     readouts = {}
-    for rows in ("camvid-{source,daformer,mic,oracle}", "night-{source,mic,oracle}"):
+    for rows in ("camvid-{source,daformer,mic,best,oracle}", "night-{source,mic,best,oracle}"):
         for row in rows_of_command(f"python eval.py --table assets/logs/{rows}-?.jsonl"):
             # the first; a second one has IoUs of classes
             readouts.setdefault((row[0], row[1]), row)
@@ -4239,7 +4239,8 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
     for start, name, readout in (("`source`", "source", "student"),
                                  ("`source` with AdaBN", "source", "adabn"),
                                  ("`daformer`, teacher", "daformer", "teacher"),
-                                 ("`mic` (default), teacher", "mic", "teacher"),
+                                 ("`mic`, teacher", "mic", "teacher"),
+                                 ("`best` (default), teacher", "best", "teacher"),
                                  ("`oracle`", "oracle", "student")):
         line = re.search(rf"^\| {re.escape(start)} \| .*\|$", readme, re.M)[0]
         _, photographs, minus, night, _ = [cell.strip(" *") for cell in line.strip("|").split("|")]
@@ -4260,7 +4261,7 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
         assert figure in teachers[row]
 
     before, adabn = [], []  # of the default run, at the end of its source phase
-    for log in sorted((Path(HERE) / "assets/logs").glob("night-mic-?.jsonl")):
+    for log in sorted((Path(HERE) / "assets/logs").glob("night-best-?.jsonl")):
         source = evaluation.read_run(log).result["source"]
         before.append(source["miou"])
         adabn.append(source["adabn"]["miou"])
@@ -7196,6 +7197,21 @@ def test_t2s():
     assert nothing == 0
 
 
+def test_class_shares_and_what_they_add_to_logits():
+    shares = losses.ClassShares(3, momentum=0.9)
+    assert shares.offset(1.0).allclose(torch.tensor(1 / 3).log().expand(3))  # even at the start
+    label = torch.tensor([[[0, 0, 0, 1], [255, 255, 255, 255]]], dtype=torch.uint8)
+    shares.update(label)
+    expected = 0.9 / 3 + 0.1 * torch.tensor([0.75, 0.25, 0.0])
+    torch.testing.assert_close(shares.share, expected)
+    torch.testing.assert_close(shares.offset(0.25), 0.25 * expected.log())
+    shares.update(torch.full((1, 2, 2), 255, dtype=torch.uint8))  # nothing is labelled
+    torch.testing.assert_close(shares.share, expected)
+    for _ in range(400):
+        shares.update(label)
+    torch.testing.assert_close(shares.offset(2.0)[2], 2 * torch.tensor(1e-4).log())  # the floor
+
+
 def test_class_confidence_and_weights():
     running = losses.ClassConfidence(4, momentum=0.9)
     running.update(torch.tensor([[0, 0, 1, 255]]), torch.tensor([[0.8, 0.6, 0.95, 0.1]]))
@@ -7319,6 +7335,7 @@ oracle    0   0    0     0    0     0      0.1 0   0        0           0    0.9
 dacs      1   0    0     0    0     0      0.1 0   0        0           0    0.968     None     0.99
 daformer  1   0    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
 mic       1   1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
+best      1   1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
 lcmsm     1   1    0.005 0.01 0     0      0.1 0   0        0           0    0.968     lcmsm    0.999
 cluda     1   0    0.005 0.01 0.1   0      0.1 0   0        0           0    0.968     None     0.999
 hrda      1   0    0.005 0.01 0     0      0.1 0   0        0           0    0.968     None     0.999
@@ -7339,6 +7356,7 @@ def test_recipes_have_the_values_of_their_papers():
     for recipe, *values in rows:
         flags = train.parse_flags(["--recipe", recipe, "--steps", "40000"])
         assert flags.detail == (0.5 if recipe.endswith("hrda") else 0)
+        assert flags.logit_adjust == (0.25 if recipe == "best" else 0)
         for name, value in zip(names, values, strict=True):
             wanted = value if name == "language" else float(value)
             given = str(flags.language) if name == "language" else getattr(flags, name)
@@ -7423,6 +7441,7 @@ WRONG_FLAGS = {  # command line: words of the message
     "--recipe lcmsm --mix 0": "give --mix a weight",
     "--recipe t2sda --warmup 1000": "--t2s begins after --warmup",
     "--text stub": "--text does nothing without --language",
+    "--recipe best --dyce 1": "--logit-adjust and --dyce both balance the classes: leave one out",
     "--restyled 1": "--restyled does nothing without --t2s",
     "--control": "--control does nothing without",
     "--tau 0.2": "--tau does nothing without",
@@ -7587,6 +7606,35 @@ def test_pull_moves_the_student_alone_and_starts_with_the_warm_up(monkeypatch):
     assert (balanced == 1).all() and doubted.max() == 1 > doubted.min()  # DyCE weighs them already
     assert set(views) == {"source", "restyled", "target"}
     assert (views["restyled"].image - source.image).abs().mean() > 0
+
+
+def test_logit_adjustment_is_that_of_the_upsampled_logits_view_by_view():
+    """Against torch in float64: cross-entropy of upsampled logits + tau * log(share)."""
+    networks = unsure_networks()
+    shares = torch.nn.ModuleDict({name: losses.ClassShares(3) for name in train.TEACHING})
+    networks = networks._replace(shares=shares)
+    source, target = step_inputs(2)
+    line = "--recipe best --fd 0 --threshold 0.4 --logit-adjust 2 --no-augment-source"
+    flags = train.parse_flags(line.split())
+    seen = []
+    networks.student.register_forward_hook(
+        lambda net, inputs, out: seen.append((inputs[0], out.logits)))
+    terms, views = one_step(flags, networks, source, None, target)
+    assert list(terms) == ["source", "mix", "mask"]
+    for name, (image, logits) in zip(("source", "mix", "mask"), seen, strict=True):
+        view = views[name]
+        assert image is view.image
+        label = view.label.long()
+        count = torch.bincount(label[label != 255], minlength=3).double()
+        share = 0.99 / 3 + 0.01 * count / count.sum()
+        torch.testing.assert_close(shares[name].share.double(), share)
+        full = F.interpolate(logits.double(), (64, 64), mode="bilinear", align_corners=False)
+        full = full + 2 * share.log()[:, None, None]
+        value = F.cross_entropy(full, label, ignore_index=255, reduction="none")
+        weight = 1 if view.weight is None else view.weight
+        torch.testing.assert_close(terms[name].double(), (value * weight).mean())
+    unseen = [name for name in train.TEACHING if name not in terms]
+    assert all((shares[name].share == shares["restyled"].share).all() for name in unseen)
 
 
 def test_classes_are_doubted_on_valid_pixels_alone(monkeypatch):
@@ -8263,7 +8311,7 @@ def test_statistics_and_contrasts_stay_in_float32_under_autocast():
         assert torch.equal(losses.t2s(*inputs), exact)
 
 
-@pytest.mark.parametrize("recipe", ["mic", "mic_hrda"])
+@pytest.mark.parametrize("recipe", ["mic", "mic_hrda", "best"])
 def test_resumed_run_equals_uninterrupted_bit_for_bit(recipe, small_run, tmp_path):
     small_run += ["--recipe", recipe]
     straight, halves = str(tmp_path / "straight"), str(tmp_path / "halves")
@@ -9831,6 +9879,8 @@ RECORD_ROWS = {  # name: further flags; "2 x" before them runs two processes
         "--recipe mic --threshold 0.34 --backbone timm:resnet10t --dtype bf16",
     "mic, recomputed activations, resized, workers":
         "--recipe mic --threshold 0.34 --checkpointing --size 96x80 --workers 1",
+    "best": "--recipe best --threshold 0.34 --init MIT",
+    "best, two processes": "2 x --recipe best --threshold 0.34 --init MIT --batch 1",
     "lcmsm": "--recipe lcmsm --threshold 0.34 --text BANK --mask-block 8",
     "lcmsm, learned vectors": "--recipe lcmsm --threshold 0.34 --text learned",
     "lcmsm, two processes": "2 x --recipe lcmsm --threshold 0.34 --text stub --batch 1",
