@@ -1912,6 +1912,10 @@ def draw_images(args, checkpoint, model, size, colors, how):
 
 def write_network(args, checkpoint, model):
     """The work of --export, and what it has written, said."""
+    network = args.weights
+    if args.adabn:
+        network += " with AdaBN"
+    checkpoint = checkpoint | {"network": network}
     error = export(model, checkpoint, args.export, args.head)
     print(f"{args.export}: written and read again; over images of three sizes its logits differ "
           f"from the network's by {error:.1e} at most")
@@ -2021,6 +2025,7 @@ def run(args):
     check_outputs(args)
     published = args.backbone, args.decoder, args.classes, args.detail
     checkpoint, model = open_network(args.checkpoint, args.weights, args, *published)
+    args.weights = checkpoint.get("network", args.weights)  # what was exported has but one
     flags = checkpoint["flags"]
     classes = model.classes
     size = args.size or flags["size"]

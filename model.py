@@ -2441,6 +2441,7 @@ def write_exported(path, net, checkpoint):
     if checkpoint["flags"].get("classes") in CLASS_SPACES:  # else what masks mean lies elsewhere
         flags["classes"] = checkpoint["flags"]["classes"]
     about = {"flags": flags, "classes": list(checkpoint["classes"]), "step": checkpoint["step"]}
+    about["network"] = checkpoint.get("network", "student")
     if checkpoint.get("text"):
         about["text"] = checkpoint["text"]["kind"]
     state = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
@@ -2451,6 +2452,8 @@ def write_exported(path, net, checkpoint):
 def read_exported(path):
     """The checkpoint that write_exported has written, None for other .safetensors.
 
+    It has one network, `network` says which: "student", "teacher", or one of them "with AdaBN".
+    That is its student, so that it is taken without a word, and a teacher is its teacher, too.
     Raises WeightsError.
     """
     state = read_file(path)
@@ -2460,15 +2463,17 @@ def read_exported(path):
         return None
     flags = {"language": None, "size": None, "val": "none", "target": "none", "cache": None,
              "classes": None}
-    rest = {"optimizer": None, "versions": {}, "student": state, "teacher": None}
+    checkpoint = {"flags": flags, "optimizer": None, "versions": {}, "student": state}
     try:
         about = json.loads(about)
         flags |= about["flags"]
-        checkpoint = {"flags": flags, "classes": about["classes"], "step": about["step"], **rest}
+        checkpoint |= {"classes": about["classes"], "step": about["step"]}
+        checkpoint["network"] = str(about.get("network", "student"))
     except (ValueError, TypeError, KeyError):
         raise WeightsError(
             f"{path}: what it says of itself is damaged; export it again"
         ) from None
+    checkpoint["teacher"] = state if checkpoint["network"].startswith("teacher") else None
     if "text" in about:
         # The network has its vectors among the weights; of the bank only the shape is needed
         rows = torch.zeros(len(about["classes"]), 1)

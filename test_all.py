@@ -547,8 +547,8 @@ def test_fingerprints_are_of_content_not_of_place(tmp_path):
     assert before in seen and data.fingerprint(open_train(f"{spec}:{tmp_path}/ids.txt")) != before
     unlabelled = spec.rpartition(":")[0]
     prints = []
-    for ids in ("classes", tmp_path / "ids.txt"):  # which mean nothing without masks
-        images = data.open_dataset(unlabelled, "train", ABC, partial=True, ids=str(ids))
+    for ids in (data.BY_POSITION, str(tmp_path / "ids.txt")):  # which mean nothing without masks
+        images = data.open_dataset(unlabelled, "train", ABC, partial=True, ids=ids)
         prints.append(data.fingerprint(images))
         assert data.fingerprint_of_ids(images) is None
     assert prints[0] == prints[1]
@@ -2067,7 +2067,8 @@ def test_own_train_ids_are_read_by_name_unless_ids_say_more(tmp_path):
     assert known[0]["label"].tolist() == [[3, 4, 1], [3, 4, 255]]
     assert known.lacking is None  # sidewalk is Pavement there
     put(tmp_path / city[1], np.array([[0, 1, 26]]))  # an id of Cityscapes' labelIds
-    assert "ids 26 (1 pixels) are not in the train ids" in found.check()[0].text
+    again = data.open_dataset(f"cityscapes:{tmp_path}", "train", names, (3, 2), tmp_path / "cache")
+    assert "ids 26 (1 pixels) are not in the train ids" in again.check()[0].text
 
 
 def test_specs_by_glob(tmp_path):
@@ -5009,6 +5010,32 @@ def test_exported_weights_load_alone(tmp_path, capsys):
                      "x.safetensors")
 
 
+def test_exported_weights_say_which_network_they_are(tmp_path, capsys):
+    states = []
+    for _ in range(2):
+        states.append(Segmenter("mit_b0", "segformer", 3, 8).state_dict())
+    put(tmp_path / "photo.png", np.zeros((24, 32, 3)))
+    flags = tiny_checkpoint()["flags"] | {"size": [32, 24], "crop": 16, "val": "none",
+                                          "target": "none", "cache": str(tmp_path / "cache")}
+    save_checkpoint(tmp_path / "last.pt", tiny_checkpoint(student=states[0], teacher=states[1],
+                                                          flags=flags))
+    report = tmp_path / "report.json"
+    images = ["--images", str(tmp_path / "photo.png"), "--save", str(tmp_path / "out"),
+              "--json", str(report)]
+    for network, state in zip(("student", "teacher"), states, strict=True):
+        path = str(tmp_path / f"{network}.safetensors")
+        evaluation.main([str(tmp_path / "last.pt"), "--weights", network, "--export", path])
+        for choice in ([], ["--weights", network]):
+            evaluation.main([path, *choice, *images])
+            assert json.loads(report.read_text())["weights"] == network
+            loaded = model.load(path, weights=network)
+            assert loaded.state_dict()["decoder.classifier.weight"].equal(
+                state["decoder.classifier.weight"])
+    capsys.readouterr()
+    eval_fails(capsys, [tmp_path / "student.safetensors", "--weights", "teacher", *images],
+               "holds no teacher")
+
+
 def test_exported_programs_take_any_batch_and_size(shallow, tmp_path, monkeypatch):
     """Of the language decoder, whose kernel has loops; ONNX is written from the same program."""
     torch.manual_seed(0)
@@ -7374,8 +7401,8 @@ def test_typed_flags_override_the_recipe_and_the_others_follow():
     wanted = dict(mix=1.0, mask=0.5, fd=0.0, alpha=0.999, warmup=1500, lr=6e-5, head_lr=10.0,
                   mask_block=32, stop_at=40_000, source_steps=0)
     assert wanted.items() <= vars(train.parse_flags(long.split())).items()
-    wanted = dict(recipe="mic", mix=1.0, mask=1.0, alpha=0.99, warmup=50, lr=1e-3, head_lr=1.0,
-                  mask_block=16, stop_at=1000, val="streets:night", labeled="0", init="imagenet",
+    wanted = dict(recipe="best", mix=1.0, mask=1.0, logit_adjust=0.25, alpha=0.99, warmup=50,
+                  lr=1e-3, head_lr=1.0, mask_block=16, stop_at=1000, val="streets:night", labeled="0", init="imagenet",
                   classes="camvid11",
                   backbone="timm:tf_efficientnet_lite0", channels=128, source_steps=333)
     assert wanted.items() <= vars(train.parse_flags(["--labeled", "00"])).items()
@@ -7396,10 +7423,10 @@ def test_help_names_every_flag_with_its_default():
     shown = run_train(["-h"]).stdout
     assert shown.count("\n") <= 120
     flags = re.split(r"\n  (?=--)", shown)[1:]
-    assert len(flags) == 55
+    assert len(flags) == 56
     for text in flags:
         assert "(default: " in " ".join(text.split()), text
-    assert len({text.split()[0].rstrip(",") for text in flags}) == 55
+    assert len({text.split()[0].rstrip(",") for text in flags}) == 56
     saved = {"--" + name.replace("_", "-") for name in train.parse_flags([]).saved}
     assert {text.split()[0].rstrip(",") for text in flags} == saved
 
@@ -7570,7 +7597,8 @@ def test_terms_carry_their_weights_and_the_mask_hides_blocks():
     networks = networks_of(net, imagenet)._replace(teacher=copy.deepcopy(net).requires_grad_(False))
     values = []
     for weight in ("1", "0.25"):
-        line = f"--mix {weight} --mask {weight} --fd {weight} --threshold 0.2 --mask-ratio 0.5"
+        line = (f"--recipe mic --mix {weight} --mask {weight} --fd {weight} --threshold 0.2 "
+                "--mask-ratio 0.5")
         flags = train.parse_flags([*line.split(), "--no-augment-source"])
         source, target = step_inputs(2)
         source.label[:, :, :40] = 1
@@ -8103,7 +8131,7 @@ WRONG_INPUTS = [  # change (in capitals: made by the test), words of the message
     ("--recipe lcmsm --text /nonexistent.npz", "/nonexistent.npz", 2),
     ("--out FILE/out", "names.txt is a file; give a folder", 2),
     ("--out FILE", "names.txt is a file; give a folder", 2),
-    ("--init NAN", "step 0: the gradient is not finite (source nan", 1),
+    ("--init NAN", "with NaN or infinity 1 (decoder.classifier.bias)", 2),
 ]
 
 
@@ -8341,7 +8369,7 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(recipe, small_run, tmp_pat
 
 
 def test_a_source_phase_is_a_run_of_its_own_before_adaptation(small_run, tmp_path):
-    argv = [*small_run, *"--source-steps 3 --target".split(), small_run[5]]
+    argv = [*small_run, *"--recipe mic --source-steps 3 --target".split(), small_run[5]]
     run_train([*argv, "--out", str(tmp_path / "straight")])
     plain = [*argv, *"--recipe source --rcs 0.01 --steps 3 --source-steps 0 --out".split()]
     run_train([*plain, str(tmp_path / "plain")])
@@ -9607,7 +9635,7 @@ def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     f = train.parse_flags(argv).saved
     other = train.parse_flags(words).saved
     different = {name for name in f if f[name] != other[name]}
-    assert different == {"recipe", "out", "mix", "mask", "fd", "rcs", "alpha"}
+    assert different == {"recipe", "out", "mix", "mask", "fd", "rcs", "alpha", "logit_adjust"}
     assert other["recipe"] == "source" and other["out"] == f["out"] + "-source"
     out = run_train(words).stdout  # it runs, and has nothing to recommend
     assert "recommended: student" in out and "use it: " not in out
