@@ -7402,8 +7402,8 @@ def test_typed_flags_override_the_recipe_and_the_others_follow():
                   mask_block=32, stop_at=40_000, source_steps=0)
     assert wanted.items() <= vars(train.parse_flags(long.split())).items()
     wanted = dict(recipe="best", mix=1.0, mask=1.0, logit_adjust=0.25, alpha=0.99, warmup=50,
-                  lr=1e-3, head_lr=1.0, mask_block=16, stop_at=1000, val="streets:night", labeled="0", init="imagenet",
-                  classes="camvid11",
+                  lr=1e-3, head_lr=1.0, mask_block=16, stop_at=1000, val="streets:night",
+                  labeled="0", init="imagenet", classes="camvid11",
                   backbone="timm:tf_efficientnet_lite0", channels=128, source_steps=333)
     assert wanted.items() <= vars(train.parse_flags(["--labeled", "00"])).items()
     for init in ("none", "hub", "x.pth"):  # the rates follow the steps, not the weights
