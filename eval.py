@@ -1861,7 +1861,7 @@ def draw_gain(args, checkpoint, model, dataset, colors, how):
     old, before = open_network(args.before, "student", args)
     if old["classes"] != checkpoint["classes"]:
         raise CheckpointError(f"{args.before}: has other classes than {args.checkpoint}")
-    titles = [title_of(old, "student"), title_of(checkpoint, args.weights)]
+    titles = [title_of(old, old.get("network", "student")), title_of(checkpoint, args.weights)]
     if args.adabn:
         titles[1] += ", AdaBN"
     picture, report = before_after(before, model, dataset, titles, colors, **how)
@@ -1913,7 +1913,7 @@ def draw_images(args, checkpoint, model, size, colors, how):
 def write_network(args, checkpoint, model):
     """The work of --export, and what it has written, said."""
     network = args.weights
-    if args.adabn:
+    if args.adabn and not network.endswith(" with AdaBN"):
         network += " with AdaBN"
     checkpoint = checkpoint | {"network": network}
     error = export(model, checkpoint, args.export, args.head)

@@ -118,7 +118,8 @@ class ClassShares(torch.nn.Module):
     """The running share of the labelled pixels that each class has, and what it adds to logits.
 
     Logit adjustment (Menon et al., ICLR 2021, equation 10): trained on logits + tau * log(share),
-    a network need not learn how frequent a class is, and without them gives rare classes more.
+    a network leaves to that term, with tau 1 all of it, how frequent a class is. Its own logits,
+    with which it predicts, give rare classes more.
     """
 
     def __init__(self, num_classes, momentum=0.99):

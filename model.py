@@ -2452,9 +2452,9 @@ def write_exported(path, net, checkpoint):
 def read_exported(path):
     """The checkpoint that write_exported has written, None for other .safetensors.
 
-    It has one network, `network` says which: "student", "teacher", or one of them "with AdaBN".
-    That is its student, so that it is taken without a word, and a teacher is its teacher, too.
-    Raises WeightsError.
+    It has one network, `network` says which: "student", as for files that do not say it, "teacher",
+    or one of them "with AdaBN". That is its student, so that it is taken without a word, and a
+    teacher is its teacher, too. Raises WeightsError.
     """
     state = read_file(path)
     with import_optional("safetensors").safe_open(path, "pt") as file:

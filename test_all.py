@@ -7468,7 +7468,7 @@ WRONG_FLAGS = {  # command line: words of the message
     "--recipe lcmsm --mix 0": "give --mix a weight",
     "--recipe t2sda --warmup 1000": "--t2s begins after --warmup",
     "--text stub": "--text does nothing without --language",
-    "--recipe best --dyce 1": "--logit-adjust and --dyce both balance the classes: leave one out",
+    "--recipe best --dyce 1": "both balance the classes: give one of them 0",
     "--restyled 1": "--restyled does nothing without --t2s",
     "--control": "--control does nothing without",
     "--tau 0.2": "--tau does nothing without",
@@ -7680,6 +7680,27 @@ def test_classes_are_doubted_on_valid_pixels_alone(monkeypatch):
     flags = train.parse_flags("--recipe t2sda_dg".split())
     one_step(flags, networks, source, None, None)
     assert torch.equal(spy.call_args.args[1] == 255, source.label == 255)
+
+
+def test_shares_of_classes_are_of_labelled_pixels(monkeypatch):
+    """Not of what the teacher says of padding and of the rows of --border."""
+    networks = unsure_networks()
+    shares = torch.nn.ModuleDict({name: losses.ClassShares(3) for name in train.TEACHING})
+    networks = networks._replace(shares=shares)
+    source, target = step_inputs(2)
+    target.weight[:, :, :4] = False  # padding
+    spy = Mock(wraps=losses.ClassShares.update)
+    monkeypatch.setattr(losses.ClassShares, "update", lambda *inputs: spy(*inputs))
+    flags = train.parse_flags("--recipe best --border 5 7".split())
+    _, views = one_step(flags, networks, source, None, target)
+    labels = dict(zip(("source", "mix", "mask"), (call.args[1] for call in spy.call_args_list),
+                      strict=True))
+    assert torch.equal(labels["source"], source.label)
+    counted = labels["mask"] != 255
+    assert counted.sum() == 2 * 52 * 60 and counted[:, 5:-7, 4:].all()
+    ours = labels["mix"] != 255  # these, and all that was pasted
+    assert ours[:, 5:-7, 4:].all() and torch.equal(labels["mix"][ours], views["mix"].label[ours])
+    assert counted.sum() < ours.sum() < ours.numel()
 
 
 @pytest.mark.parametrize("line, alpha",

@@ -234,8 +234,9 @@ def build_parser():
     a("--dyce", type=share, default=0.0, metavar="H",
       help="supervised loss balanced by class, on this share of the hardest pixels; 0: plain mean")
     a("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU",
-      help="add TAU * log(share of the labelled pixels) of each class to the logits that a "
-           "cross-entropy sees, so that rare classes are predicted more often; 0: off")
+      help="in all losses on labels and pseudo-labels but that of --consistency, add TAU * "
+           "log(share of the pixels) of each class to the logits, so that rare classes are "
+           "predicted more often; 0: off")
     a("--cluda", type=factor, default=0.0, metavar="X",
       help="weight of CLUDA's contrast among source and among mixed cells; beside --t2s from the "
            "end of --warmup on, as that itself")
@@ -509,8 +510,8 @@ def contradictions(f, default, all_labels):
         "--language lcmsm masks the ClassMix image: give --mix a weight":
             f.lcmsm and not f.mix and not f.consistency,
         "--t2s begins after --warmup, which is as long as the run": f.t2s and f.warmup >= f.steps,
-        "--logit-adjust and --dyce both balance the classes: leave one out":
-            f.logit_adjust and f.dyce,
+        "--dyce and --logit-adjust, which recipe best has, both balance the classes: give one of "
+        "them 0": f.logit_adjust and f.dyce,
         "--text does nothing without --language": f.text != "auto" and not f.language,
         "--restyled does nothing without --t2s": f.restyled and not f.t2s,
         "--control does nothing without --cluda, --sepico or --t2s": f.control and not f.contrasts,
@@ -602,10 +603,14 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
         "mask_mix": f.mask,
         "restyled": f.restyled,
     }
+    # --logit-adjust does not count what the teacher says of padding and of --border
+    counted = {"mask": valid}
+    if pasted is not None:
+        counted["mix"] = counted["mask_mix"] = valid | pasted
     for name, loss_weight in loss_weights.items():
         if name in views and loss_weight:
             view = views[name]
-            loss = adjusted(cross_entropy, f, nets, name, view.label)
+            loss = adjusted(cross_entropy, f, nets, name, view.label, counted.get(name))
             value = supervise(loss, outs[name], view.label, view.weight)
             terms[name] = loss_weight * value
 
@@ -763,13 +768,16 @@ def true_labels(views, outs):
     return view, model.joined([outs[name] for name in names])
 
 
-def adjusted(loss, f, nets, name, label):
+def adjusted(loss, f, nets, name, label, counted=None):
     """The loss, as a function of logits to which --logit-adjust has been added.
 
-    name, label: of the view that it is of, whose labels are counted.
+    name, label: of the view that it is of. counted: its pixels whose labels count for the shares,
+    bool (B,S,S); None: all.
     """
     if not f.logit_adjust:
         return loss
+    if counted is not None:
+        label = torch.where(counted, label, data.IGNORE)
     shares = nets.shares[name]
     shares.update(label)
     offset = shares.offset(f.logit_adjust)[:, None, None]  # (K,1,1) against (B,K,h,w)
@@ -1516,6 +1524,8 @@ def check_resume(flags, classes, checkpoint, path):
             again += f"; {same_step(before, flags['world'])}"
     if flags["steps"] > before["steps"]:
         again += f"; to train longer, --init {path} --out NEW begins a schedule from its weights"
+    if before["recipe"] != flags["recipe"]:
+        again += f"; it had --recipe {before['recipe']}"
     refused = [name for name in changed if name not in moved]
     if text := differing(refused, before, flags, checkpoint["classes"], classes):
         raise model.CheckpointError(f"{path} was trained with other flags: {text}; {again}")
