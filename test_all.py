@@ -8497,7 +8497,8 @@ def test_flags_that_change_no_number_are_free_on_resume(small_run, tmp_path):
     assert load_checkpoint(tmp_path / "moved/last.pt")["step"] == 4
     for change, words in (
             ("--slide", "--slide was False, is True"), ("--lr 0.5", "--lr was 0.001, is 0.5"),
-            ("--dtype bf16", "--dtype was fp32, is bf16"), ("--mix 1", "--mix was 0.0, is 1.0")):
+            ("--dtype bf16", "--dtype was fp32, is bf16"), ("--mix 1", "--mix was 0.0, is 1.0"),
+            ("--recipe best", "; it had --recipe source")):
         line = fails([*argv, *change.split()], words)
         assert "moved/last.pt was trained with other flags" in line and "--eval-every" not in line
     # and so is each of the others
