@@ -30,6 +30,7 @@ same kernels on CPU tensors: slowly, for tests.
 A *cell* is a position of the low-resolution logits (h,w), a *pixel* one of the labels (H,W). Every
 position of text_correlation's features is a pixel, and so is every row of pixel_nce's q and k.
 """
+import argparse
 import functools
 import os
 import sys
@@ -1477,8 +1478,14 @@ def _check(operator, plain, inputs):
     return wrong
 
 
-def main():
+def main(argv=None):
     """Compares both paths of each operator with float64 and times them; exits 1 if one is off."""
+    p = argparse.ArgumentParser(
+        "kernels.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.parse_args(argv)  # there are no flags but -h
     device = "cpu"
     if torch.cuda.is_available():
         device = "cuda"

@@ -3448,6 +3448,15 @@ def test_pixel_nce_makes_no_matrix_of_logits():
     assert 0 < peak < 64 * 1024, peak  # KB; one N x M matrix of float32 would be 256 MiB
 
 
+def test_help_of_kernels_computes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "_cases", Mock(side_effect=AssertionError("computed")))
+    for argv, status in ((["-h"], 0), (["--nonsense"], 2)):
+        with pytest.raises(SystemExit) as left:
+            kernels.main(argv)
+        assert left.value.code == status
+    assert "python kernels.py" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------------
 # eval.py
 
