@@ -4241,7 +4241,7 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
     assert compared > 200
 
     readouts = {}
-    for rows in ("camvid-{source,daformer,mic,best,oracle}", "night-{source,mic,best,oracle}"):
+    for rows in ("camvid-{source,dacs,daformer,mic,best,oracle}", "night-{source,mic,best,oracle}"):
         for row in rows_of_command(f"python eval.py --table assets/logs/{rows}-?.jsonl"):
             # the first; a second one has IoUs of classes
             name = row[0].partition(",")[0]  # behind it stand its steps, where these differ
