@@ -415,7 +415,8 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, c
     """scores() of a model on a labelled data set plus "images" and "images_per_s".
 
     All ranks must call it and get the same: each predicts its share, in float32, and the confusion
-    matrix is summed once. Labels keep their native size. save: an existing folder for one panel per
+    matrix is summed once. Labels are as the data set serves them: of split train at the size of
+    training, else at their native one. save: an existing folder for one panel per
     image; colors: uint8 (K,3), those of its classes, by default palette's. counts: also those of
     pair_counts. The train/eval mode of every module is restored. Raises DataError where there are
     no labels or only ignored pixels.
@@ -577,6 +578,10 @@ MEASURES = ("distance", "margin", "margin_source", "ratio", "nearest_accuracy",
             "nearest_class_accuracy", "effective_rank", "effective_rank_source")
 
 
+ONE_HEAD = ("alignment is measured in the features of one decoder: --head plain or language, not "
+            "mean")
+
+
 @torch.no_grad()
 def alignment(model, source, target, head="plain"):
     """How near two labelled data sets of the same K classes lie in one decoder's features.
@@ -594,8 +599,7 @@ def alignment(model, source, target, head="plain"):
     Raises DataError without labels or cells, and on head "mean", which has no features of its own.
     """
     if head == "mean":
-        raise DataError("alignment is measured in the features of one decoder: --head plain or "
-                        "language, not mean")
+        raise DataError(ONE_HEAD)
     for dataset in (source, target):
         if not dataset.labeled:
             raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
@@ -882,16 +886,13 @@ def predict_images(model, path, names, folder, size=None, window=None, flip=Fals
     return {"images": len(files) - len(faults), "share": share, "unreadable": faults}
 
 
-def submit(model, dataset, folder, window=None, flip=False, head="plain"):
-    """Write what the benchmark's server takes; returns the number of images.
+def check_submission(dataset, folder):
+    """What a benchmark's server takes: (size, ids, {name of an image: stem of its file}).
 
-    That is one PNG of ids per image in a flat, empty folder. Cityscapes wants label ids in files
-    <city>_<sequence>_<frame>*.png, ACDC and Dark Zurich train ids under the image's name. Raises
-    DataError on other data sets or classes, a folder that is not empty, and names that the server
-    refuses.
+    Raises DataError on other data sets or classes, a folder that is not empty, and names that the
+    server refuses.
     """
     kind = dataset.spec.partition(":")[0]
-    folder = Path(folder)
     if kind not in SERVERS or dataset.classes != CLASS_SPACES["cityscapes19"]:
         raise DataError(f"{dataset.spec}: --submit needs the 19 Cityscapes classes and one of "
                         f"{', '.join(SERVERS)}")
@@ -901,11 +902,22 @@ def submit(model, dataset, folder, window=None, flip=False, head="plain"):
         if count > 1 or not re.fullmatch(pattern, stem):
             raise DataError(f"{dataset.spec}: the server would refuse {stem}.png: not its naming, "
                             "or there twice")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if Path(folder).exists() and any(Path(folder).iterdir()):
         raise DataError(f"{folder}: not empty; --submit needs a folder of its own, the server "
                         "reads every file")
-    ids = np.array(ids, np.uint8)
+    return size, np.array(ids, np.uint8), stems
+
+
+def submit(model, dataset, folder, window=None, flip=False, head="plain"):
+    """Write what the benchmark's server takes; returns the number of images.
+
+    That is one PNG of ids per image in a flat, empty folder. Cityscapes wants label ids in files
+    <city>_<sequence>_<frame>*.png, ACDC and Dark Zurich train ids under the image's name. Raises
+    DataError as check_submission does.
+    """
+    size, ids, stems = check_submission(dataset, folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for item, label in predictions(model, dataset, window, flip, head, size):
         written = ids[label.cpu().numpy()]
         save_picture(Image.fromarray(written), folder / f"{stems[item['name']]}.png")
@@ -1784,6 +1796,10 @@ def parse_flags(argv):
         p.error("--before draws a picture: add --picture FILE.png")
     if args.before and args.save:
         p.error("--before draws one picture, that of --picture: leave out --save")
+    if args.against and args.picture:
+        p.error("--against does nothing with --picture: leave it out")
+    if args.alignment and args.head == "mean":
+        p.error(ONE_HEAD)
     if args.curves and not args.picture:
         args.picture = "curves.png"
     if args.picture and not (args.before or args.table or args.curves):
@@ -1856,15 +1872,23 @@ def title_of(checkpoint, weights):
     return f"{flags['recipe']}, {weights}"
 
 
-def draw_gain(args, checkpoint, model, dataset, colors, how):
-    """Save the picture of before_after, print its report; returns the number of images."""
-    old, before = open_network(args.before, "student", args)
-    if old["classes"] != checkpoint["classes"]:
+def open_before(args, checkpoint):
+    """(checkpoint, student) of --before, None without it. Raises CheckpointError."""
+    if not args.before:
+        return None
+    before = open_network(args.before, "student", args)
+    if before[0]["classes"] != checkpoint["classes"]:
         raise CheckpointError(f"{args.before}: has other classes than {args.checkpoint}")
+    return before
+
+
+def draw_gain(args, before, checkpoint, model, dataset, colors, how):
+    """Save the picture of before_after, print its report; returns the number of images."""
+    old, student = before
     titles = [title_of(old, old.get("network", "student")), title_of(checkpoint, args.weights)]
     if args.adabn:
         titles[1] += ", AdaBN"
-    picture, report = before_after(before, model, dataset, titles, colors, **how)
+    picture, report = before_after(student, model, dataset, titles, colors, **how)
     save_picture(picture, args.picture)
     print(f"pixel accuracy {report['before']:.1f} % before, {report['after']:.1f} % after, over "
           f"{len(dataset)} images of {dataset.spec}, split {dataset.split}: {report['pixels']} "
@@ -1887,6 +1911,9 @@ def score(args, about, model, dataset, aligned, colors, how):
     result = evaluate(model, dataset, save=args.save, colors=colors, counts=bool(args.json), **how)
     print(", ".join(f"{key} {value}" for key, value in about.items() if value))
     print(format_scores(result))
+    if args.split == "train":
+        print("note: labels of split train are scored at the size of training, those of val at "
+              "their own: the two are not comparable")
     if aligned:
         print(format_alignment(aligned["alignment"]))
     if args.json:
@@ -1934,6 +1961,9 @@ def open_data(args, checkpoint, classes, size, detail):
     # What the values of own masks mean that have no IDS: positions in the classes, or what the file
     # of --classes says. Where the classes came from IDS or a file that is gone, nothing says it.
     flags = checkpoint["flags"]
+    cache = flags["cache"]
+    if cache and not os.access(home(cache), os.W_OK):
+        cache = None  # a folder of the machine that trained
     ids = flags.get("classes", BY_POSITION)
     lost = None
     if ids in CLASS_SPACES:
@@ -1953,14 +1983,16 @@ def open_data(args, checkpoint, classes, size, detail):
             raise DataError(f"{args.checkpoint}: {lost}, the run's --classes, says what masks mean "
                             "and is not there; restore it, or give --data with IDS behind the "
                             "masks")
-        dataset = open_dataset(spec, args.split, classes, size, flags["cache"], **how)
+        dataset = open_dataset(spec, args.split, classes, size, cache, **how)
         checked.append((dataset, not args.submit))
+        if args.submit:
+            check_submission(dataset, args.submit)
         check_meaning(args, checkpoint, dataset)
     if args.alignment:
-        source = open_dataset(args.alignment, "val", classes, size, flags["cache"], **how)
+        source = open_dataset(args.alignment, "val", classes, size, cache, **how)
         checked.append((source, True))
     if args.adabn:
-        target = open_dataset(args.adabn, "train", classes, size, flags["cache"], True, **how)
+        target = open_dataset(args.adabn, "train", classes, size, cache, True, **how)
         checked.append((target, False))
     for flag in ("save", "picture", "submit"):
         place = getattr(args, flag)
@@ -2035,6 +2067,7 @@ def run(args):
     colors = palette(classes)
     if args.palette:
         colors = read_colours(args.palette, classes)
+    before = open_before(args, checkpoint)
 
     dataset, source, target, notes = open_data(args, checkpoint, classes, size, detail)
     if target:
@@ -2055,7 +2088,7 @@ def run(args):
         count = submit(model, dataset, args.submit, **how)
         print(f"ids of {dataset.spec}, split {args.split}, for the server in {args.submit}")
     elif args.before:
-        count = draw_gain(args, checkpoint, model, dataset, colors, how)
+        count = draw_gain(args, before, checkpoint, model, dataset, colors, how)
     else:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "weights": args.weights,
                  "data": dataset.spec, "split": args.split, "adabn": target and target.spec,

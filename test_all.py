@@ -3939,6 +3939,38 @@ def test_submission_holds_the_ids_and_names_of_the_server(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_names_tell_is_refused_before_files_are_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "check_data", Mock(side_effect=AssertionError("read")))
+    checkpoint, spec = made_checkpoint(tmp_path / "last.pt"), make_folder(tmp_path, 1)
+    other = made_checkpoint(tmp_path / "other.pt", ("road", "sky"))
+    picture = ["--picture", tmp_path / "x.png"]
+    for argv, words in (
+            (["--submit", tmp_path / "up"], "--submit needs the 19 Cityscapes classes"),
+            ([*picture, "--before", other], "other.pt: has other classes"),
+            ([*picture, "--before", tmp_path / "none.pt"], "none.pt"),
+            (["--alignment", spec, "--head", "mean"], "one decoder")):
+        eval_fails(capsys, [checkpoint, "--data", spec, *argv], words)
+
+
+def test_a_checkpoint_is_scored_where_the_cache_of_its_training_is_not(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    (tmp_path / "file").write_text("")
+    spec = make_folder(tmp_path, 2)
+    for cache in (str(tmp_path / "file" / "cache"), "/nonexistent/cache"):
+        checkpoint = made_checkpoint(tmp_path / "last.pt", cache=cache)
+        evaluation.main([checkpoint, "--data", spec, "--adabn", spec])
+        assert "mIoU (3 classes)" in capsys.readouterr().out
+
+
+def test_scores_of_split_train_come_with_a_note(tmp_path, capsys):
+    checkpoint, spec = made_checkpoint(tmp_path / "last.pt"), make_folder(tmp_path, 2)
+    for split, notes in (("train", 1), ("val", 0)):
+        evaluation.main([checkpoint, "--data", spec, "--split", split])
+        out = capsys.readouterr().out
+        assert "mIoU" in out and out.count("not comparable") == notes
+
+
 def test_images_of_any_kind_are_predicted_at_their_own_size(tmp_path):
     model, names, rng = Pointwise(), ("a", "b", "c", "d"), np.random.default_rng(0)
     (tmp_path / "in").mkdir()
@@ -5180,6 +5212,8 @@ def test_command_line_fails_in_one_line(tmp_path, capsys, monkeypatch):
             ([checkpoint, "--export", tmp_path / "x.pt2", "--flip"], "--export writes the network"),
             ([checkpoint, "--backbone", "mit_b0"], "says itself what it is"),
             ([checkpoint, "--against", "mic"], "--table"),
+            (["--table", "x", "--against", "mic", *picture], "--against does nothing with"),
+            ([checkpoint, *data, "--alignment", "x", "--head", "mean"], "one decoder"),
             (["--table", "x", "--weights", "teacher"], "--weights does nothing with --table"),
             (["--table", "x", "--data", "streets"], "--data does nothing with --table"),
             (["--curves", "x", "--no-slide"], "--slide does nothing with --curves"),
@@ -7444,6 +7478,7 @@ def test_help_names_every_flag_with_its_default():
 WRONG_FLAGS = {  # command line: words of the message
     "--recipe none": "invalid choice: 'none'",
     "--nonsense": "unrecognized arguments: --nonsense",
+    "--recipe": "argument --recipe: expected one argument",
     "--profile 2": "unrecognized arguments: --profile",
     "--crop 0": "--crop: 0: must be from 1",
     "--batch x": "--batch: invalid int value: 'x'",
@@ -8319,6 +8354,11 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
         done = run_train(argv, check=False)
     assert done.returncode == 2 and done.stderr.endswith("train.py: error: a.png: damaged\n")
     assert f"saved in {tmp_path}/out/last.pt, the read-out is not; the same command" in done.stdout
+    # memory that is short for whole images is enough for windows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", Mock(side_effect=torch.OutOfMemoryError("x")))
+        fails(argv, "out of memory while whole images were scored; python eval.py "
+              f"{tmp_path}/out/last.pt --weights teacher --slide scores", status=1)
     with open(tmp_path / "out/log.jsonl", "a") as log:
         log.write('{"event": "result", "run": "')
     assert "step 2; only the read-out is left" in run_train(argv).stdout
@@ -9245,6 +9285,16 @@ train.main()
 """
 
 
+def test_machines_without_a_folder_for_all_are_refused(small_run, tmp_path, monkeypatch):
+    argv = [*small_run, *"--recipe source --val none --steps 2".split()]
+    elsewhere = (0, None)  # what a machine finds that has no checkpoint
+    monkeypatch.setattr(train, "from_all", lambda found: [found, elsewhere])
+    run_train([*argv, "--stop-at", "1"])
+    before = (tmp_path / "out/last.pt").read_bytes()
+    fails(argv, f"--out {tmp_path}/out: ", "give a folder that all of them share")
+    assert (tmp_path / "out/last.pt").read_bytes() == before
+
+
 def test_a_dying_rank_ends_the_job(whole_run, tmp_path):
     run_train([*whole_run, "--stop-at", "2"])
     state = load_checkpoint(tmp_path / "out/last.pt")
@@ -9290,6 +9340,8 @@ def test_a_broken_image_ends_the_run_and_loses_no_checkpoint(small_run, tmp_path
 
 @pytest.mark.parametrize("error, status, words", [
     (torch.OutOfMemoryError("x"), 1, "out of memory; try --checkpointing"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), 1, "--workers 0"),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), 1, "--workers 0"),
     (MemoryError(), 1, "out of memory"), (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
     (OSError(28, "No space left on device", "x"), 1, "No space left on device: 'x'"),
@@ -9557,7 +9609,8 @@ def test_a_run_with_a_bad_gradient_names_the_files_of_that_step_and_saves_nothin
     argv = [*small_run, *"--accum 2 --eval-every 4 --save-every 4 --log-every 5".split()]
     last = tmp_path / "out/last.pt"
     line = fails(argv, "step 3: the gradient is not finite (source nan", "nothing was saved yet",
-                 "try a lower --lr or --dtype fp32", status=1)
+                 "; try a lower --lr", status=1)
+    assert line.endswith("try a lower --lr")
     assert not list((tmp_path / "out").glob("*.pt"))
     files = []
     for at, domain in ((1, "source"), (2, "target")):
@@ -9569,10 +9622,21 @@ def test_a_run_with_a_bad_gradient_names_the_files_of_that_step_and_saves_nothin
     (event,) = events(tmp_path / "out", "non-finite")
     assert (event["step"], event["files"]) == (3, files) and "source nan" in event["parts"]
 
+    # of several processes one had the bad images; all say what each of them had
+    def from_two(told):
+        return [told, ("source 1", ["b.png"])] if isinstance(told[1], list) else [told]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "from_all", from_two)
+        fails(argv, "| source 1); files: ", ", b.png; stopped before", status=1)
+    shutil.rmtree(tmp_path / "out")
+    batches.clear()
+    fails(argv, "step 3: the gradient is not finite", status=1)
+
     # a resumed run leaves its checkpoint as it is, and counts its samples from the same start
     run_train([*argv, "--stop-at", "2"])
     before = last.read_bytes()
-    again = fails(argv, f"{last} is from before", status=1)
+    again = fails(argv, f"{last} is from before", "a lower --lr, with another --out", status=1)
     assert f"files: {', '.join(files)};" in again and last.read_bytes() == before
 
 
@@ -9656,6 +9720,14 @@ def test_a_crowded_processor_is_noted_once(small_run, monkeypatch):
         out = run_train([*argv, "--out", f"{small_run[-1]}{threads}{share}"]).stdout
         assert out.count("threads compute") == times
 
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for device in ("cpu", "mps"):  # where a GPU computes, the processor may wait for it
+        clock = train.Clock(SimpleNamespace(type=device))
+        log = train.Log(Path(small_run[-1]) / f"{device}.jsonl", "id", clock)
+        log.steps = 1
+        log.note_crowding(1e9)
+        assert log.crowded == (device == "cpu")
+
 
 def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     argv = [*small_run, "--steps", "1", "--no-augment-source", "--mask", "0.5", "--alpha=0.9"]
@@ -9669,6 +9741,8 @@ def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     different = {name for name in f if f[name] != other[name]}
     assert different == {"recipe", "out", "mix", "mask", "fd", "rcs", "alpha", "logit_adjust"}
     assert other["recipe"] == "source" and other["out"] == f["out"] + "-source"
+    seeded = train.parse_flags([*argv, "--out", "runs/mine-3", "--seed", "3"])
+    assert "--out runs/mine-source-3 " in train.source_only(seeded)  # a row of --table
     out = run_train(words).stdout  # it runs, and has nothing to recommend
     assert "recommended: student" in out and "use it: " not in out
 

@@ -4,7 +4,8 @@
     torchrun train.py                                  the same
     torchrun --nproc-per-node 4 train.py --batch 1     four GPUs of one machine, joint batch 4
     torchrun --nnodes 2 --node-rank R --master-addr A --nproc-per-node 8 train.py
-                                                       two machines, R is 0 or 1, A the first one
+                                                       two machines, R is 0 or 1, A the first one,
+                                                       OUT in a folder that both share
 
 Without flags: rendered streets -> the same streets at night, recipe best, 5 to 8 minutes on two CPU
 cores. A run writes OUT/last.pt, OUT/best.pt (with --eval-every), OUT/log.jsonl, OUT/panels/*.png.
@@ -97,7 +98,8 @@ RECIPES = {
 THINGS = {"traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train",
           "motorcycle", "bicycle", "SignSymbol", "Pedestrian", "Car", "Bicyclist"}
 
-# Flags that a resumed run may change: none of them changes what is learned.
+# Flags that a resumed run may change: none of them changes what is learned (--skip-bad does where
+# images have been lost or repaired since, which is noted).
 FREE_ON_RESUME = {"recipe", "stop_at", "out", "eval_every", "save_every", "log_every", "workers",
                   "cache", "skip_bad", "device"}
 # Flags that say where something lies. Another place is free if the same lies there.
@@ -309,7 +311,7 @@ def parse_flags(argv=None):
     """
     parser = build_parser()
     # the recipe is read first: its values are the defaults of all other flags
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = data.Parser("train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=parser.get_default("recipe"))
     recipe = first.parse_known_args(argv)[0].recipe
     parser.set_defaults(**RECIPES.get(recipe, {}))
@@ -1011,6 +1013,15 @@ def from_first(value):
     return box[0]
 
 
+def from_all(value):
+    """The values of all processes, in their order; they can be pickled."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
+
 def keep_freed_memory():
     """Let glibc keep the memory that torch frees, instead of giving it back to Linux.
 
@@ -1592,7 +1603,8 @@ def read_inputs(f, sets, labeled, bank):
 class Clock:
     """Where the time of the steps goes: clock(part) books what has passed since the last call.
 
-    On a GPU by events, which are read when a sum is asked for: nothing waits in between.
+    On a GPU by events, which are read when a sum is asked for: nothing waits in between. On Apple's
+    MPS, which has no such events here, a part is the time until its work was handed over.
     """
 
     def __init__(self, device):
@@ -1891,7 +1903,8 @@ class Log:
         """
         threads = torch.get_num_threads()
         computed = 1e3 * (time.process_time() - self.cpu_began) / threads / self.steps
-        if self.crowded or self.clock.cuda or threads == 1 or milliseconds < 3 * computed:
+        on_cpu = self.clock.device.type == "cpu"  # elsewhere the processor may wait for the device
+        if self.crowded or not on_cpu or threads == 1 or milliseconds < 3 * computed:
             return
         self.crowded = True
         print0(f"note: a step takes {milliseconds / computed:.0f} times as long as its {threads} "
@@ -1961,6 +1974,10 @@ class Run:
             self.id = self.checkpoint.get("run")
         else:
             check_scores(self.out, self.flags, f.class_names)
+        found = (self.start, self.id if self.checkpoint else None)
+        if set(from_all(found)) != {found}:
+            raise data.DataError(f"--out {f.out}: the machines of this run find different "
+                                 "checkpoints there; give a folder that all of them share")
 
     # In this order, so that what takes minutes comes last: names, downloads, reading and rendering.
 
@@ -2225,13 +2242,21 @@ class Run:
         files = []
         for stream in self.streams_of(step).values():
             files += stream.files(step)
+        # All processes are here, as their gradients were averaged; one of them had the bad images.
+        told = from_all((parts, files))
+        parts = " | ".join(parts for parts, _ in told)
+        files = [name for _, files in told for name in files]
         self.log.write("non-finite", step=step, parts=parts, files=files)
         left = "nothing was saved yet"
+        remedy = "try a lower --lr"
+        if self.dtype_name != "fp32":
+            remedy += " or --dtype fp32"
         if self.last.exists():
             left = f"{self.last} is from before"
+            remedy += ", with another --out"
         raise FloatingPointError(
             f"step {step}: the gradient is not finite ({parts}); files: {', '.join(files)}; "
-            f"stopped before the optimiser step, {left}; try a lower --lr or --dtype fp32")
+            f"stopped before the optimiser step, {left}; {remedy}")
 
 
 def backward(run, step):
@@ -2445,6 +2470,14 @@ def use_command(run):
     return shlex.join([*words, "--images", "PATH"])
 
 
+def score_command(run):
+    """The command that scores the read-out that is recommended, with the least memory."""
+    words = ["python", "eval.py", str(run.last)]
+    if run.f.adapts:
+        words += ["--weights", "teacher"]
+    return shlex.join([*words, "--slide"])
+
+
 def flags_of_adaptation():
     """Names of the flags with which a run is more than --recipe source."""
     names = {"language", "text", "source_steps"}
@@ -2472,7 +2505,10 @@ def source_only(f):
     launch = ["python"]
     if WORLD > 1:
         launch = ["torchrun", "--nproc-per-node", str(WORLD)]
-    own = ["--recipe", "source", "--out", f"{f.out}-source"]
+    out = f"{f.out}-source"
+    if f.out.endswith(f"-{f.seed}"):  # --table reads a seed at the end of a name
+        out = f"{f.out.removesuffix(f'-{f.seed}')}-source-{f.seed}"
+    own = ["--recipe", "source", "--out", out]
     return shlex.join([*launch, "train.py", *own, *kept])
 
 
@@ -2550,9 +2586,12 @@ def train(f, device):
     if run.sets.val and f.stop_at == f.steps:
         try:
             read_out(run)
-        except BaseException:
+        except BaseException as error:
             print0(f"all {f.steps} steps are done and saved in {run.last}, the read-out is not; "
                    "the same command does it again, without training")
+            if model.is_out_of_memory(error):
+                data.fail("train.py", "out of memory while whole images were scored; "
+                          f"{score_command(run)} scores them in pieces", 1)
             raise
     if f.stop_at == f.steps:
         say_what_to_read(run)
@@ -2589,6 +2628,11 @@ def lost_another_process(error):
     return WORLD > 1 and lost
 
 
+def lost_a_loader(error):
+    """Whether a RuntimeError says that the system has ended a process that loads images."""
+    return "DataLoader worker (pid" in str(error) or "shared memory" in str(error)
+
+
 def main(argv=None):
     """start(); status 2 for bad input, 1 for a run that broke, each with one line."""
     try:
@@ -2602,8 +2646,10 @@ def main(argv=None):
             # not by data.fail: torchrun shall end with what the other one said
             print("train.py: ended, because another process of this run has", file=sys.stderr)
             sys.exit(1)
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not memory and "allocate memory" not in str(error):
+        if lost_a_loader(error):
+            data.fail("train.py", "a loader process died, probably for lack of memory or of shared "
+                      "memory (/dev/shm); try --workers 0", 1)
+        if not model.is_out_of_memory(error):
             raise
         remedy = "try --checkpointing, --batch 1 --accum N or a smaller --crop"
         data.fail("train.py", f"out of memory; {remedy}", 1)
