@@ -4294,14 +4294,23 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
         if night:
             assert night in readouts[f"night-{name}", readout]
 
-    teachers = {}
-    for row in rows_of_command("python eval.py --table assets/logs/multi-{hrda,naive256}-?.jsonl"):
+    gains = {}  # of the teacher over that of source, as in README's sentence below the table
+    for row in rows_of_command("python eval.py --table assets/logs/"
+                               "camvid-{source,dacs,daformer,best}-?.jsonl --against camvid-source"):
         if row[1] == "teacher":
-            teachers.setdefault(row[0], row)
-    sentence = re.search(r"`hrda` (\d+\.\d ± \d+\.\d), the\s+same\s+crops\s+at\s+full\s+"
-                         r"size\s+alone (\d+\.\d ± \d+\.\d)", readme)
-    for figure, row in zip(sentence.groups(), ("multi-hrda", "multi-naive256"), strict=True):
-        assert figure in teachers[row]
+            gains.setdefault(row[0], f"{row[6].lstrip('+')} ({row[7]})")
+    flat = " ".join(readme.split())
+    assert (f"`dacs` gains {gains['camvid-dacs']}, `daformer` {gains['camvid-daformer']}, "
+            f"`best` {gains['camvid-best']}.") in flat
+
+    means = {}  # of the teachers
+    for rows in ("camvid-{source,cluda}", "multi-{hrda,naive256}"):
+        for row in rows_of_command(f"python eval.py --table assets/logs/{rows}-?.jsonl"):
+            if row[1] == "teacher" and row[0] not in means:
+                means[row[0]] = next(cell for cell in row if "±" in cell)
+    assert f"(`cluda` {means['camvid-cluda']})" in flat
+    assert (f"`hrda` {means['multi-hrda']}, the same crops at full size alone "
+            f"{means['multi-naive256']}.") in flat
 
     before, adabn = [], []  # of the default run, at the end of its source phase
     for log in sorted((Path(HERE) / "assets/logs").glob("night-best-?.jsonl")):
