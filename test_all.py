@@ -4295,8 +4295,8 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
             assert night in readouts[f"night-{name}", readout]
 
     gains = {}  # of the teacher over that of source, as in README's sentence below the table
-    for row in rows_of_command("python eval.py --table assets/logs/"
-                               "camvid-{source,dacs,daformer,best}-?.jsonl --against camvid-source"):
+    logs = "assets/logs/camvid-{source,dacs,daformer,best}-?.jsonl"
+    for row in rows_of_command(f"python eval.py --table {logs} --against camvid-source"):
         if row[1] == "teacher":
             gains.setdefault(row[0], f"{row[6].lstrip('+')} ({row[7]})")
     flat = " ".join(readme.split())
@@ -9640,9 +9640,6 @@ def test_a_run_with_a_bad_gradient_names_the_files_of_that_step_and_saves_nothin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "from_all", from_two)
         fails(argv, "| source 1); files: ", ", b.png; stopped before", status=1)
-    shutil.rmtree(tmp_path / "out")
-    batches.clear()
-    fails(argv, "step 3: the gradient is not finite", status=1)
 
     # a resumed run leaves its checkpoint as it is, and counts its samples from the same start
     run_train([*argv, "--stop-at", "2"])

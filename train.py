@@ -2462,20 +2462,15 @@ def say_what_to_read(run):
         print0(f"what adaptation is worth, as many steps without it: {source_only(f)}")
 
 
-def use_command(run):
-    """The command that predicts images with the read-out that is recommended."""
+def use_command(run, *what):
+    """The command of eval.py with the read-out that is recommended; by default it predicts images.
+
+    what: words that ask for something else.
+    """
     words = ["python", "eval.py", str(run.last)]
     if run.f.adapts:
         words += ["--weights", "teacher"]
-    return shlex.join([*words, "--images", "PATH"])
-
-
-def score_command(run):
-    """The command that scores the read-out that is recommended, with the least memory."""
-    words = ["python", "eval.py", str(run.last)]
-    if run.f.adapts:
-        words += ["--weights", "teacher"]
-    return shlex.join([*words, "--slide"])
+    return shlex.join([*words, *(what or ("--images", "PATH"))])
 
 
 def flags_of_adaptation():
@@ -2591,7 +2586,7 @@ def train(f, device):
                    "the same command does it again, without training")
             if model.is_out_of_memory(error):
                 data.fail("train.py", "out of memory while whole images were scored; "
-                          f"{score_command(run)} scores them in pieces", 1)
+                          f"{use_command(run, '--slide')} scores them in pieces", 1)
             raise
     if f.stop_at == f.steps:
         say_what_to_read(run)
