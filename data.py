@@ -58,7 +58,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
 from tqdm import tqdm
 
 from kernels import IGNORE
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
-READING = 6  # of files; a higher number where the same files are read to other values or faults
+READING = 7  # of files; a higher number where the same files are read to other values or faults
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
@@ -390,8 +390,10 @@ _FIRST_NUMBER = r"\W*(?P<number>\d+)[\W_]+(?P<rest>.*)"
 _LAST_NUMBER = r"(?P<rest>.*?)[\W_]+(?P<number>\d+)\W*"
 # The first line of a list of names is a title if it is made of these words, one of _TITLES at
 # least; that of values and names if it holds one.
-_TITLES = {"name", "names", "class", "classes", "classname", "label", "labels", "category"}
-_MORE_OF_A_TITLE = {"id", "ids", "index", "value", "color", "colour", "rgb", "hex"}
+_TITLES = {"name", "names", "class", "classes", "classname", "classnames", "label", "labels",
+           "labelname", "labelnames", "category", "categories"}
+_MORE_OF_A_TITLE = {"id", "ids", "index", "value", "color", "colour", "rgb", "hex", "list", "text",
+                    "object", "objects", "semantic", "segmentation"}
 _TITLE_WORD = re.compile(r"name|class|label|categor|index|value|colou?r|rgb|\b(id|idx|r)\b", re.I)
 _KINDS = {"position": "no value, a name by its position", "id": "an id", "colour": "a colour"}
 
@@ -493,7 +495,7 @@ def _refuse_numbers(path, names):
             continue
         numbers = {match["number"] for match in found}
         rests = {match["rest"] for match in found}
-        if len(numbers) == len(rests) == len(names):  # not lane 1, lane 2
+        if len(numbers) == len(names) and len(rests) > 1:  # not lane 1, lane 2
             raise DataError(f"{path}: all its lines hold a number, such as {names[0]!r}: write "
                             "`ID NAME` where that is the value, or else `0 NAME`, `1 NAME`")
 
@@ -555,7 +557,8 @@ def label_table(table, classes):
     if table.nearest:
         ids = np.arange(len(labels))[:, None]  # (M,1) against (n,)
         labels[:] = np.array(list(found.values()), np.uint8)[abs(ids - values).argmin(1)]
-    labels[IGNORE] = IGNORE
+    else:
+        labels[IGNORE] = IGNORE
     labels[values] = list(found.values())
     return labels
 
@@ -876,14 +879,15 @@ def walk(folder, above=()):
     """
     Files below a folder, also in linked ones, but not in a link to a folder that it is in, and
     links to files that are gone, which nobody can read: they would be missed in silence. Hidden
-    files and folders, such as .ipynb_checkpoints or a Mac's ._a.png, do not count.
+    files and folders, such as .ipynb_checkpoints or a Mac's ._a.png, do not count, nor does @eaDir,
+    in which a Synology keeps thumbnails.
     """
     real = os.path.realpath(folder)
     inside = any(os.path.join(one, "").startswith(os.path.join(real, "")) for one in above)
     if inside or not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
-        if entry.name[0] == ".":
+        if entry.name[0] == "." or entry.name == "@eaDir":
             continue
         if entry.is_dir():
             yield from walk(entry.path, (*above, real))
@@ -1068,6 +1072,13 @@ def _find_by_glob(dataset, spec):
     files = []
     for image, matched in images:
         files.append((image, _existing_file(Path(_fill_stars(masks, matched)))))
+    # x.png and its mask x_mask.png in one folder: no pattern of images leaves the mask out
+    masks_found = {label for _, label in files}
+    if masks_found & {image for image, _ in files}:
+        kept = [(image, label) for image, label in files if image not in masks_found]
+        dataset.notes.append(f"{len(files) - len(kept)} files that match {spec.images} are masks "
+                             "of others, and no images")
+        files = kept
     if not any(label for _, label in files):
         image, matched = images[0]
         raise DataError(f"{dataset.spec}: no image has a label, {image} not in "
@@ -1077,8 +1088,9 @@ def _find_by_glob(dataset, spec):
 
 
 # What tools add to an image's name to name its mask, and how they name the folders of masks.
-TWIN = re.compile(r"[ ._-](mask|label|gt|seg)s?$", re.I)
-MASK_FOLDERS = ("mask", "masks", "label", "labels", "annotations", "gt", "segmentationclass")
+_MASK = r"(mask|label(Train|Instance)?(Id)?|gt|seg(mentation)?|annot(ation)?)s?"
+TWIN = re.compile(rf"[ ._-]({_MASK}([ _-]?\d+)?|(?-i:L))$|(?<=[/\\]){_MASK}[ _-](?=[^/\\]*$)", re.I)
+MASK_FOLDER = re.compile(r"mask|(?<!un)label(?!l?ed)|annot|ground.?truth|segmentation|^gt$", re.I)
 
 
 def _without_masks(dataset, images):
@@ -1094,7 +1106,7 @@ def _without_masks(dataset, images):
             twins.append(str(image))
             continue
         kept.append(image)
-        if image.parent.name.lower() in MASK_FOLDERS:
+        if MASK_FOLDER.search(image.parent.name):
             odd.append(str(image))
     if odd and len(odd) < len(kept):
         dataset.notes.append(f"MASKS TAKEN FOR IMAGES? {len(odd)} of {len(kept)} images lie in "
@@ -1109,19 +1121,28 @@ def _without_masks(dataset, images):
 def _names_in_line(line, folder):
     """
     [image] or [image, label] of a line: split at its tabs, else where both parts are files, at a
-    comma or blanks, else at the last of them.
+    comma, a semicolon or blanks, else at the last of them.
     """
     if "\t" in line:
         return [name.strip() for name in line.split("\t")]
+    if not _existing_file(folder / home(line)):
+        line = line.rstrip(",; ")  # of an empty last cell
     if _existing_file(folder / home(line)):  # a name may hold blanks and commas
         return [line]
     splits = []
-    for gap in re.finditer(r"\s*[,\s]\s*", line):
+    for gap in re.finditer(r"\s*[,;\s]\s*", line):
         names = [line[:gap.start()], line[gap.end():]]
         if all(_existing_file(folder / home(name)) for name in names):
             return names
         splits.append(names)
     return splits[-1] if splits else [line]
+
+
+def _titles_paths(names, folder):
+    """Whether two cells of a line, such as image and mask, are no paths of pictures."""
+    return len(names) == 2 and not any(
+        Path(name).suffix.lower() in SUFFIXES or _existing_file(folder / home(name))
+        for name in names)
 
 
 def _find_in_list(dataset, spec):
@@ -1133,7 +1154,7 @@ def _find_in_list(dataset, spec):
     if spec.images:
         files = _find_listed_names(spec)
     else:
-        files = _find_listed_paths(path)
+        files = _find_listed_paths(dataset, path)
     if not files:
         raise DataError(f"{path}: lists no image")
     _accept_missing(dataset, files)
@@ -1142,11 +1163,15 @@ def _find_in_list(dataset, spec):
     return files
 
 
-def _find_listed_paths(path):
+def _find_listed_paths(dataset, path):
     """[(image, label or None)] of a file whose lines are one or two paths. Raises DataError."""
     files = []
-    for number, line in _numbered_lines(path):
+    lines = _numbered_lines(path)
+    for number, line in lines:
         names = _names_in_line(_unquoted(line), path.parent)
+        if (number, line) == lines[0] and len(lines) > 1 and _titles_paths(names, path.parent):
+            dataset.notes.append(f"{path}: its first line is taken for a title: {line!r}")
+            continue
         if line.startswith("#") and not _existing_file(path.parent / names[0]):
             continue  # a comment
         if len(names) > 2:
@@ -1194,7 +1219,11 @@ def _image_names(images):
         return names
     images = [Path(os.path.normpath(image)) for image in images]  # without ..
     top = os.path.commonpath([image.parent for image in images])
-    return ["__".join(image.relative_to(top).with_suffix("").parts) for image in images]
+    images = [image.relative_to(top) for image in images]
+    names = ["__".join(image.with_suffix("").parts) for image in images]
+    if len(set(names)) < len(set(images)):  # a.jpg and a.png
+        names = ["__".join(image.parts) for image in images]
+    return names
 
 
 # ---------------------------------------------------------------- reading files
@@ -1212,6 +1241,9 @@ def _open(path, low_bytes=False):
                 if _has_pages(image):
                     raise DataError(f"{path}: holds {image.n_frames} pictures; save the one that "
                                     "counts as a file of its own", spares_others=True)
+                if image.format == "BMP" and image.mode == "1" and _bits(path, image) != 1:
+                    raise DataError(f"{path}: a BMP of 8 bits and two colours, which Pillow reads "
+                                    "wrongly; save it as a PNG", spares_others=True)
                 # Damaged PNG data may well be decoded, to other pixels; their checksums tell.
                 if image.format == "PNG":
                     image.verify()
@@ -1232,8 +1264,24 @@ def _open(path, low_bytes=False):
         raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; "
                         "make it smaller") from error
     except Exception as error:  # damaged files make Pillow's parts raise errors of many kinds
+        if isinstance(error, UnidentifiedImageError) and (fault := _foreign_fault(path)):
+            raise DataError(f"{path}: {fault}", spares_others=True) from error
         raise DataError(f"{path}: no readable image ({type(error).__name__}: {error}); "
                         "restore or remove it", spares_others=True) from error
+
+
+def _foreign_fault(path):
+    """What a sound file is that Pillow cannot read, with the remedy, or None."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        begins = file.read(64)
+        if begins.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS in place of the file; git lfs pull"
+        if begins.lstrip()[:9].lower() in (b"<!doctype", b"<html>"):
+            return "a page of the web, not a picture; download the file itself"
+        if begins[:4] in (b"II*\0", b"MM\0*"):
+            return ("a TIFF that Pillow cannot read: damaged, or of a kind such as 64 bits or many "
+                    "bands; save it as an 8-bit grey or RGB PNG")
+    return None
 
 
 def _has_pages(image):
@@ -1257,6 +1305,10 @@ def _bits(path, image):
             return file.read(25)[24]
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (1,)))
+    if image.format == "BMP":
+        with open(path, "rb") as file:
+            header = file.read(30)
+        return 1 if header[24 if header[14] == 12 else 28] == 1 else 8  # of OS/2, of Windows
     if image.format == "PPM":
         with open(path, "rb") as file:
             header = re.match(rb"P[2356](?:\s+|#[^\n]*\n)+\d+\s+\d+\s+(\d+)", file.read(512))
@@ -1311,6 +1363,13 @@ LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
+def _hides_values(image):
+    """Whether several colours lie below the wholly transparent pixels of a picture with alpha."""
+    channels = np.asarray(image)  # (H,W,2) or (H,W,4)
+    hidden = channels[channels[:, :, -1] == 0]  # (n,2) or (n,4)
+    return len(hidden) > 0 and (hidden != hidden[0]).any()
+
+
 def _mask_fault(image, what, lossy=False):
     """
     Why the file of an opened image does not keep a mask's values, str, or None. what: "ids" or
@@ -1320,6 +1379,8 @@ def _mask_fault(image, what, lossy=False):
         *colours, (least, most) = image.getextrema()
         if least < most and all(low == high for low, high in colours):  # as brushes save it
             return "of one colour, with all its values in the alpha channel"
+        if least < most and _hides_values(image):
+            return "partly transparent, with other values below, as erased strokes leave them"
     exact = image.format not in LOSSY and image.info.get("compression") not in LOSSY_TIFF
     if exact or lossy:
         return None
@@ -1329,16 +1390,19 @@ def _mask_fault(image, what, lossy=False):
     return fault
 
 
-def read_label(path, lossy=False):
+def read_label(path, lossy=False, known=()):
     """
     Raw ids (H,W), uint8 or uint16, upright by EXIF. Raises DataError.
 
     They are read from 8- and 16-bit grey, from the indices of a palette, never from its colours,
     and from RGB(A) whose channels are equal or all of whose values are red (CARLA). lossy: JPEG and
     its like are taken as well; the values are grey ones then, of a palette those of its colours.
+    known: ids; a palette whose greys are such ids at other indices is refused.
     """
     image = _open(path)
     fault = _mask_fault(image, "ids", lossy) or _ids_fault(image, _bits(path, image))
+    if fault is None and not lossy and image.mode == "P":
+        fault = _renumbered(image, known)
     if fault is None and lossy and image.mode[0] != "I":
         image, fault = _grey_values(image)
     if fault is None:
@@ -1366,6 +1430,27 @@ def _ids_fault(image, bits):
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and image.mode[0] != "I":
         return f"a picture of mode {image.mode} and no class ids"
     return None
+
+
+def _renumbered(image, known):
+    """Why a palette hides the grey ids that a mask had, str, or None; known: ids that are listed.
+
+    Programs that make files small, and GIF, number the greys of a mask anew: 0, 1 and 255 become
+    the indices 0, 1 and 2. Palettes of black, white and greys that are no ids just show a mask.
+    """
+    indices = np.unique(np.asarray(image))
+    colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3)  # (3n,) -> (n,3)
+    if indices[-1] >= len(colours):
+        return None
+    colours = colours[indices]
+    greys = colours[:, 0]
+    if (colours != greys[:, None]).any() or (greys == indices).all():
+        return None
+    values = set(greys.tolist())
+    if not values - {0, IGNORE} or not values - {IGNORE} <= set(known):
+        return None
+    return (f"a palette of the greys {_some(greys.tolist())} at the indices "
+            f"{_some(indices.tolist())}, and both may be ids")
 
 
 def _one_channel(channels, mode):
@@ -1409,17 +1494,27 @@ def read_mask_colours(path):
     return channels.view("<u4")[:, :, 0] & 0xffffff  # four bytes as one number
 
 
+def palette_of(path):
+    """
+    The palette of a mask that can be read: (order of the channels, str; colours, bytes), without
+    the black end, which some files leave out and some fill; ("", b"") where it has none.
+    """
+    with Image.open(path) as image:  # of which the head is enough
+        if image.mode != "P" or image.palette is None:
+            return "", b""
+        order, colours = image.palette.getdata()
+    return order, bytes(colours).rstrip(b"\0")
+
+
 def palette_digest(path):
     """
     A hash, str, of the palette of a mask that can be read, "" where it has none. Masks whose ids
     are palette indices should have one palette: tools that reduce colours make one for each file,
     and an index then means another colour in each.
     """
-    with Image.open(path) as image:  # of which the head is enough
-        if image.mode != "P" or image.palette is None:
-            return ""
-        order, colours = image.palette.getdata()
-    colours = bytes(colours).rstrip(b"\0")  # some files leave out the unused end, some fill it
+    order, colours = palette_of(path)
+    if not order:
+        return ""
     return hashlib.sha256(order.encode() + colours).hexdigest()[:16]
 
 
@@ -1982,6 +2077,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
             share = 100 * self.facts()["lacking"].sum() / pixels
             remarks.append(f"{share:.3g} % of the pixels are ignored because the classes lack "
                            f"their names: {_some(self.lacking_names)}")
+        zeros = self._masks_of_zero_and_255()
+        if 0 < zeros < len(self):
+            remarks.append(f"{zeros} of {len(self)} masks hold the values 0 and 255 only, and 255 "
+                           "is ignored; write in IDS what it is if that is not meant")
         if shown.sum() == 1 and ignored:
             remarks.append(f"ONE CLASS ONLY: all masks hold {self.classes[shown.argmax()]} and "
                            "ignored pixels, so there is nothing to tell apart; do ids and classes "
@@ -2000,13 +2099,25 @@ class SegmentationDataset(torch.utils.data.Dataset):
         width, height = facts["size"].astype(np.int64).T
         return counts, int((width * height).sum() - counts.sum())
 
+    def _masks_of_zero_and_255(self):
+        """How many own masks may well be of 0 and 255, though 255 is ignored."""
+        zero = self._class_of_zero()
+        if zero is None:
+            return 0
+        facts = self._facts.records[self._record]
+        width, height = facts["size"].astype(np.int64).T
+        counts = facts["native"]  # (N,K)
+        alone = (counts[:, zero] == counts.sum(1)) & (counts[:, zero] > 0)
+        return int((alone & (counts.sum(1) < width * height)).sum())
+
     def label_problem(self):
         """A line that says why labels of files that fit the table teach nothing or wrong, or ''."""
         if self.files is None or not self.labeled:
             return ""
+        labels = [label for _, label in self.files]
         facts = self._facts.records[self._record]
         palettes = Counter(facts["palette"][facts["palette"] != b""])
-        if len(palettes) > 1:
+        if len(palettes) > 1 and self._palettes_differ(facts, labels):
             return (f"{self.spec}: {len(palettes)} palettes in {palettes.total()} masks that are "
                     "read by index, so one id has many colours, as after reducing colours file by "
                     "file; give the colours in IDS (128 64 128 road), or save all ids with one "
@@ -2021,6 +2132,18 @@ class SegmentationDataset(torch.utils.data.Dataset):
             return (f"{self.spec}: its masks hold the values 0 and 255 only: 255 is ignored; "
                     f"write `0 {self.classes[zero]}` and `255 {other}` in an IDS file")
         return ""
+
+    def _palettes_differ(self, facts, labels):
+        """Whether a palette is not the beginning of another; some programs cut off unused ends."""
+        files = {digest: label for digest, label in zip(facts["palette"], labels) if digest}
+        order, longest = None, b""
+        for path in files.values():
+            own_order, colours = palette_of(path)
+            shorter, longest = sorted((colours, longest), key=len)
+            if own_order != (order or own_order) or not longest.startswith(shorter):
+                return True
+            order = own_order
+        return False
 
     def _class_of_zero(self):
         """
@@ -2103,7 +2226,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         elif self.kind == "synthia":
             raw = read_png16(path)
         else:
-            raw = read_label(path, lossy=ids.nearest)
+            raw = read_label(path, lossy=ids.nearest, known=ids.names)
         label = _look_up(ids, table, raw)
         if (label == UNKNOWN).any():
             raise DataError(f"{path}: {self._unknown_values(raw[label == UNKNOWN])} are not in "

@@ -1061,6 +1061,7 @@ def read_run(path):
         # see predict(); it was one step as long as logs had no ids of runs
         steps = "in two steps" if "run" in result else "in one step, as older scripts did"
         flags["resizing of predictions"] = steps
+        flags["slide"] = result.get("slide", flags.get("slide"))
         names = [list(result[name]["iou"]) for name in ("student", "teacher", "adabn")
                  if result.get(name)]
         if any(other != names[0] for other in names):
@@ -1411,8 +1412,10 @@ def logged_numbers(events):
                     found[key] = value
                 elif key not in NO_LOSS:
                     found[f"loss: {key}"] = value
-        elif isinstance(event.get("student"), dict):
-            found["mIoU, % (student)"] = event["student"].get("miou")
+        else:
+            for name in ("student", "teacher"):
+                if isinstance(event.get(name), dict):
+                    found[f"mIoU, % ({name})"] = event[name].get("miou")
         for title, value in found.items():
             if "step" in event and type(value) in (int, float):
                 yield event["step"], title, value
@@ -1430,7 +1433,7 @@ def step_curves(paths):
     for log, _ in logs:
         folder = Path(os.path.abspath(log)).parent
         names.append(folder.name if log.name == "log.jsonl" else log.stem)
-    panels = {"mIoU, % (student)": {}}
+    panels = {"mIoU, % (student)": {}, "mIoU, % (teacher)": {}}
     for path, name, (log, events) in zip(paths, names, logs):
         run = name if names.count(name) == 1 else str(path)
         found = {}

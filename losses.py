@@ -161,7 +161,10 @@ def _anchors(label):
 
 
 def cluda(rows, label, weight=None, tau=0.1):
-    """The mean contrast among the pixels of both domains (CLUDA, Vayyat et al., 2022).
+    """The mean contrast among the cells of one pass (CLUDA, Vayyat et al., 2022).
+
+    CLUDA contrasts those of both domains: train.py adds one for the source and one for the ClassMix
+    image, which holds parts of both.
 
     The per-positive InfoNCE of ContrastiveSeg (Wang et al., ICCV 2021), itself excluded, averaged
     over all cells that have a positive and a negative.

@@ -1454,6 +1454,7 @@ def test_tables_merge_names_and_ignore_values(tmp_path):
     ("road 1\ncar 0", ["all its lines hold a number", "'road 1'", "`ID NAME`"]),  # which is which?
     ("1) road\n2) car", ["all its lines hold a number"]),
     ("1_road\n2_car", ["all its lines hold a number"]),
+    ("road 1\nroad 2\nbg 0", ["all its lines hold a number"]),  # two values of one name
     ("# label:color_rgb:parts:actions\nroad:::\ncar::lamp:", ["line 2", "no plain name"]),
     ("Road (RGB: 1, 2, 3)\nCar (RGB: 4, 5, 6)", ["line 1", "no plain name"]),
     ("| Road | (1,2,3) |", ["line 1", "no plain name"]),
@@ -1498,7 +1499,9 @@ def test_a_title_that_may_be_a_class_is_said(tmp_path):
     for text, said in (("label\ntext\n", True), ("text\nlabel\n", False),
                        ("id,name\n0,text", False), ("Class names\ntext\n", True),
                        ("id name\ntext\n", True), ("class_id,class_name\ntext\n", True),
-                       ("Name;Color\ntext\n", True), ("name plate\ntext\n", False),
+                       ("Name;Color\ntext\n", True), ("Categories\ntext\n", True),
+                       ("LabelName\ntext\n", True), ("Semantic classes\ntext\n", True),
+                       ("object\ntext\n", False), ("name plate\ntext\n", False),
                        ("class 0\nclass 1\n", False), ("Class\nclass 1\n", True),
                        ("名 name\ntext\n", False)):
         ids.write_text(text)
@@ -1698,7 +1701,9 @@ def test_jpeg_masks_need_a_tilde(tmp_path):
     label = near[0]["label"].numpy().flatten()
     assert (label == np.searchsorted((0, 128, 255), wanted)).mean() > 0.9 and label.max() == 2
     nearest = data.label_table(near.ids, near.classes)
-    assert nearest[[0, 63, 65, 191, 192, 254]].tolist() == [0, 0, 1, 1, 2, 2]
+    assert nearest[[0, 63, 65, 191, 192, 254, 255]].tolist() == [0, 0, 1, 1, 2, 2, 2]
+    few = data.label_table(table_of(tmp_path, "~0 a\n~250 b"), ("a", "b"))
+    assert few[[120, 130, 254, 255]].tolist() == [0, 1, 1, 1]
     assert any("nearest" in note for note in near.notes)
 
 
@@ -1976,6 +1981,90 @@ def test_palettes_have_a_digest(tmp_path):
     masks = [put(tmp_path / f"p{k}.png", np.full((2, 2), k), "P") for k in range(3)]
     alike = [data.palette_digest(mask) for mask in masks]
     assert len(set(alike)) == 1 and alike[0] not in digests
+
+
+def test_greys_that_a_palette_renumbers_are_refused(tmp_path):
+    """optipng, GIF, PNG-8 do it; a palette that shows 0, 1 and 2 as greys is another thing."""
+    known = (0, 1, 2)
+
+    def mask(*greys, name="m.png"):
+        indices = np.arange(len(greys), dtype=np.uint8)[None].repeat(3, 0)  # (3,n)
+        picture = Image.fromarray(indices)
+        picture.putpalette(np.repeat(greys, 3).tolist())
+        picture.save(tmp_path / name)
+        return tmp_path / name
+
+    for greys in ((0, 1, 255), (0, 2), (2, 1, 0), (1, 0), (2,)):
+        refused(lambda: data.read_label(mask(*greys), known=known), "m.png", "palette of the greys")
+    refused(lambda: data.read_label(mask(0, 7, 26), known=(0, 7, 26)), "greys 0, 7, 26", "0, 1, 2")
+    Image.fromarray(np.array([[0, 2]], np.uint8)).save(tmp_path / "m.gif")
+    refused(lambda: data.read_label(tmp_path / "m.gif", known=known), "m.gif", "palette")
+    for greys in ((0, 255), (255, 0), (0, 128, 255), (0, 1, 2), (0, 100, 200)):
+        wanted = list(range(len(greys)))
+        assert data.read_label(mask(*greys), known=known)[0].tolist() == wanted
+    spec = make_masks(tmp_path / "d", (0, 1, 255))
+    path = tmp_path / "d" / "masks" / "p00.png"
+    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE).save(path)
+    (fault,) = data.open_dataset(spec, "train", ABC, cache=tmp_path / "cache").check()
+    assert "p00.png" in fault.text and "palette of the greys" in fault.text
+
+
+def test_palettes_without_their_unused_end_are_one(tmp_path):
+    spec = make_masks(tmp_path / "d", (0, 1, 2), write=save_palette)
+    for number, used in ((0, 2), (1, 3)):
+        path = tmp_path / "d" / "masks" / f"p0{number}.png"
+        mask = Image.open(path)
+        colours = mask.getpalette()
+        mask = Image.fromarray(np.minimum(np.asarray(mask), used - 1))
+        mask.putpalette(colours[:3 * used])
+        mask.save(path)
+    dataset = data.open_dataset(spec, "val", ABC, cache=tmp_path / "cache")
+    assert not dataset.check() and not dataset.label_problem()
+    mask.putpalette([*colours[:3], *colours[6:9], *colours[3:6]])
+    mask.save(path)
+    dataset = data.open_dataset(spec, "val", ABC, cache=tmp_path / "cache")
+    assert not dataset.check() and "palettes in 3 masks" in dataset.label_problem()
+
+
+def test_values_below_transparent_pixels_are_refused(tmp_path):
+    """Strokes that an editor erased; alpha of one value says nothing."""
+    pixels = np.zeros((4, 6, 4), np.uint8)
+    pixels[:, 2:] = (255, 0, 0, 255)
+    for name, alpha, fault in (("kept.png", 255, False), ("erased.png", 0, True)):
+        pixels[:, 4:, 3] = alpha
+        Image.fromarray(pixels).save(tmp_path / name)
+        for read in (data.read_mask_colours, data.read_label):
+            if fault:
+                refused(lambda: read(tmp_path / name), name, "transparent", "save the")
+        if not fault:
+            assert (data.read_mask_colours(tmp_path / name)[:, 2:] == 255).all()
+    pixels[..., 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "all.png")
+    assert (data.read_mask_colours(tmp_path / "all.png")[:, 2:] == 255).all()
+
+
+def test_bmp_of_two_colours_in_8_bits_is_refused(tmp_path):
+    """Pillow takes it for one bit a pixel."""
+    pixels = np.zeros((4, 8), np.uint8)
+    pixels[:, 4:] = 1
+    header = struct.pack("<2sIHHI", b"BM", 62 + pixels.size, 0, 0, 62)
+    header += struct.pack("<IiiHHIIiiII", 40, 8, 4, 1, 8, 0, pixels.size, 0, 0, 2, 0)
+    path = tmp_path / "m.bmp"
+    path.write_bytes(header + b"\0\0\0\0" + b"\xff\xff\xff\0" + pixels.tobytes())
+    with Image.open(path) as image:
+        assert image.mode == "1"  # else this test has had its day
+    refused(lambda: data.read_label(path), path, "two colours", "PNG")
+    Image.fromarray(pixels.astype(bool)).save(path)
+    assert (data.read_label(path) == pixels).all()
+
+
+def test_sound_files_that_pillow_cannot_read_say_what_they_are(tmp_path):
+    path = tmp_path / "x.png"
+    for text, words in ((b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+                        (b"\n<!DOCTYPE html><p>no", "page of the web"),
+                        (b"II*\0" + bytes(60), "TIFF"), (b"nothing", "restore or remove it")):
+        path.write_bytes(text)
+        refused(lambda: data.read_label(path), path, words)
 
 
 def test_own_masks_need_classes_or_ids(tmp_path):
@@ -2479,8 +2568,8 @@ def test_palettes_that_differ_are_a_problem_where_ids_are_read_by_index(tmp_path
     """Colour masks that a tool reduced to palettes, file by file; a table of colours reads them."""
     (tmp_path / "colours.txt").write_text("128 64 128 road\n0 0 142 car\n70 130 180 sky")
     spec = make_masks(tmp_path / "d", COLOURS, write=save_colour_palette)
-    sky = Image.fromarray(np.full((18, 24, 3), COLOURS[2], np.uint8))
-    sky.quantize().save(tmp_path / "d" / "masks" / "p01.png")
+    car = Image.fromarray(np.full((18, 24, 3), COLOURS[1], np.uint8))
+    car.quantize().save(tmp_path / "d" / "masks" / "p01.png")
     argv = ["--source", spec, "--target", "none", "--val", "none", "--recipe", "source",
             "--steps", "1", "--crop", "16", *TINY, "--channels", "8",
             "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
@@ -2776,12 +2865,19 @@ def test_binary_masks_are_a_problem_unless_a_table_ignores_values(text, problem,
     found = data.open_dataset(spec, "train", ("a", "b"), cache=tmp_path)
     assert found.check() == []
     assert ("write `0 a` and `255 b`" in found.label_problem()) == problem
+    for name in ("p00.png", "p01.png"):
+        put(tmp_path / "d" / "masks" / name, np.arange(432).reshape(18, 24) % 2)
+    found = data.open_dataset(spec, "train", ("a", "b"), cache=tmp_path)
+    if not found.check():  # 1 is in the table
+        said = any("1 of 3 masks hold the values 0 and 255 only" in r for r in found.remarks())
+        assert said == problem and not found.label_problem()
 
 
 def test_masks_beside_images_are_no_images(tmp_path):
     for name in ("a.jpg", "a-Masks.png", "b.png", "b_label.png", "c.png", "c.gt.png", "d_mask.png",
                  "_mask.png"):
         put(tmp_path / "x" / name, np.zeros((4, 4, 3)))
+    put(tmp_path / "x" / "@eaDir" / "a.jpg" / "SYNOPHOTO_THUMB_M.jpg", np.zeros((4, 4, 3)))
     dataset = data.open_dataset(f"folder:{tmp_path / 'x'}", "train", "camvid11")
     assert dataset.names == ["_mask", "a", "b", "c", "d_mask"]
     by_glob = data.open_dataset(f"glob:{tmp_path / 'x'}/*.*", "train", "camvid11")
@@ -2792,10 +2888,54 @@ def test_masks_beside_images_are_no_images(tmp_path):
     (tmp_path / "x" / "list.txt").write_text("a.jpg\na-Masks.png\nb.png\n")
     listed = data.open_dataset(f"list:{tmp_path / 'x'}/list.txt", "train", "camvid11")
     assert listed.names == ["a", "b"] and "MASKS" in listed.notes[0]
+    for twin in ("x_mask_1", "x_segmentation", "x_L", "x_labelIds", "x_labelTrainIds", "mask_x",
+                 "x_annotation"):
+        assert data.TWIN.sub("", f"d/{twin}") == "d/x"
+    for other in ("x_l", "x_1", "xmask", "mask/x", "x_lane", "x_gtFine", "x_color"):
+        assert not data.TWIN.search(f"d/{other}")
+    for name in ("trainannot", "SegmentationObject", "ground_truth", "Labels_1", "masks_png", "gt"):
+        assert data.MASK_FOLDER.search(name)
+    for name in ("images", "unlabeled", "labelled", "unlabelled_photos", "nightgt", "train"):
+        assert not data.MASK_FOLDER.search(name)
     make_masks(tmp_path / "both", (0, 1))
     whole = data.open_dataset(f"folder:{tmp_path / 'both'}", "train", "camvid11")
     assert "3 of 6 images lie in folders that are named as masks" in whole.notes[0]
     assert not data.open_dataset(f"folder:{tmp_path / 'both'}/images", "train", "camvid11").notes
+
+
+def test_images_and_their_masks_in_one_folder(tmp_path):
+    """No pattern of images leaves x_mask.png out; x.jpg and x.png are two images."""
+    for number in range(3):
+        put(tmp_path / "d" / f"{number}.png", np.zeros((4, 4, 3)))
+        put(tmp_path / "d" / f"{number}_mask.png", np.full((4, 4), number))
+    put(tmp_path / "d" / "3_mask.png", np.zeros((4, 4)))  # of nothing: an image without a mask
+    spec = f"glob:{tmp_path}/d/*.png:{tmp_path}/d/*_mask.png"
+    refused(lambda: data.open_dataset(spec, "train", ABC), "1 of 4 images", "3_mask.png")
+    (tmp_path / "d" / "3_mask.png").unlink()
+    dataset = data.open_dataset(spec, "train", ABC, cache=tmp_path / "cache")
+    assert dataset.names == ["0", "1", "2"] and not dataset.check()
+    assert any(note.startswith("3 files that match") for note in dataset.notes)
+    assert [dataset[i]["label"].unique().tolist() for i in range(3)] == [[0], [1], [2]]
+    put(tmp_path / "d" / "0.jpg", np.zeros((4, 4, 3)))
+    names = data.open_dataset(f"glob:{tmp_path}/d/*.*", "train", ABC).names
+    assert names == ["0.jpg", "0.png", "1.png", "2.png"]
+
+
+def test_lists_as_spreadsheets_write_them(tmp_path):
+    for number in range(2):
+        for name in ("i", "m"):
+            put(tmp_path / name / f"{number}.png", np.zeros((4, 4)))
+    path = tmp_path / "list.csv"
+    for text, title in (("image,mask\ni/0.png,m/0.png\ni/1.png,m/1.png\n", True),
+                        ("i/0.png;m/0.png\ni/1.png;m/1.png", False),
+                        ("i/0.png, m/0.png,\ni/1.png,m/1.png, \n", False)):
+        path.write_text(text)
+        dataset = data.open_dataset(f"list:{path}", "train", ABC)
+        assert [label.name for _, label in dataset.files] == ["0.png", "1.png"]
+        assert any("taken for a title: 'image,mask'" in note for note in dataset.notes) == title
+    for text in ("image,mask\n", "0\n1\n", "a.png,b.png\ni/0.png,m/0.png\n"):
+        path.write_text(text)
+        refused(lambda: data.open_dataset(f"list:{path}", "train", ABC), path, "does not exist")
 
 
 def test_where_labels_were_looked_for_is_said(tmp_path):
@@ -7692,10 +7832,16 @@ def test_pull_moves_the_student_alone_and_starts_with_the_warm_up(monkeypatch):
     assert (views["restyled"].image - source.image).abs().mean() > 0
 
 
+def shares_of_views():
+    """ClassShares of three classes for each view that teaches, as train.py opens them."""
+    names = ("source", *train.loss_weights(train.parse_flags([])))
+    return torch.nn.ModuleDict({name: losses.ClassShares(3) for name in names})
+
+
 def test_logit_adjustment_is_that_of_the_upsampled_logits_view_by_view():
     """Against torch in float64: cross-entropy of upsampled logits + tau * log(share)."""
     networks = unsure_networks()
-    shares = torch.nn.ModuleDict({name: losses.ClassShares(3) for name in train.TEACHING})
+    shares = shares_of_views()
     networks = networks._replace(shares=shares)
     source, target = step_inputs(2)
     line = "--recipe best --fd 0 --threshold 0.4 --logit-adjust 2 --no-augment-source"
@@ -7717,7 +7863,7 @@ def test_logit_adjustment_is_that_of_the_upsampled_logits_view_by_view():
         value = F.cross_entropy(full, label, ignore_index=255, reduction="none")
         weight = 1 if view.weight is None else view.weight
         torch.testing.assert_close(terms[name].double(), (value * weight).mean())
-    unseen = [name for name in train.TEACHING if name not in terms]
+    unseen = shares.keys() - terms.keys()
     assert all((shares[name].share == shares["restyled"].share).all() for name in unseen)
 
 
@@ -7741,7 +7887,7 @@ def test_classes_are_doubted_on_valid_pixels_alone(monkeypatch):
 def test_shares_of_classes_are_of_labelled_pixels(monkeypatch):
     """Not of what the teacher says of padding and of the rows of --border."""
     networks = unsure_networks()
-    shares = torch.nn.ModuleDict({name: losses.ClassShares(3) for name in train.TEACHING})
+    shares = shares_of_views()
     networks = networks._replace(shares=shares)
     source, target = step_inputs(2)
     target.weight[:, :, :4] = False  # padding
@@ -8366,10 +8512,20 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
     assert done.returncode == 2 and done.stderr.endswith("train.py: error: a.png: damaged\n")
     assert f"saved in {tmp_path}/out/last.pt, the read-out is not; the same command" in done.stdout
     # memory that is short for whole images is enough for windows
+    shutil.copytree(tmp_path / "out", tmp_path / "slid")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "evaluate", Mock(side_effect=torch.OutOfMemoryError("x")))
-        fails(argv, "out of memory while whole images were scored; python eval.py "
-              f"{tmp_path}/out/last.pt --weights teacher --slide scores", status=1)
+        fails(argv, "out of memory while whole images were scored; the same command with --slide "
+              "scores them in pieces", status=1)
+    slid = [*argv, "--out", str(tmp_path / "slid")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", Mock(wraps=evaluation.evaluate))
+        assert "only the read-out is left" in run_train([*slid, "--slide"]).stdout
+        windows = {call.args[2] for call in evaluation.evaluate.call_args_list}
+    assert windows == {32}
+    assert evaluation.read_run(tmp_path / "slid").flags["slide"] is True
+    fails([*slid, "--slide"], "--slide was False, is True")  # it is scored, in another way
+    assert "nothing is left to do" in run_train(slid).stdout
     with open(tmp_path / "out/log.jsonl", "a") as log:
         log.write('{"event": "result", "run": "')
     assert "step 2; only the read-out is left" in run_train(argv).stdout
@@ -8736,12 +8892,52 @@ def test_another_number_of_processes_goes_on_with_as_many_images_per_step(small_
     assert "4 processes cannot share 6 images" in train.same_step(before, 4)
 
 
+def test_best_is_the_best_recommended_network_of_its_phase(small_run, tmp_path, monkeypatch):
+    scores = iter([90, 95, 99, 10, 98, 5])  # of the student; from step 3 on student, teacher
+
+    def scripted(*inputs):
+        return evaluate(*inputs) | {"miou": next(scores, 0.0)}
+
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", scripted)
+    argv = [*small_run, *"--recipe dacs --steps 4 --source-steps 2 --eval-every 1".split()]
+    assert "step 2: student mIoU 95.00\n" in run_train([*argv, "--stop-at", "2"]).stdout
+    assert load_checkpoint(tmp_path / "out/best.pt")["step"] == 2
+    assert "step 3: student mIoU 99.00, teacher mIoU 10.00\n" in run_train(argv).stdout
+    assert load_checkpoint(tmp_path / "out/best.pt")["step"] == 3
+    panels = evaluation.step_curves([tmp_path / "out"])
+    assert panels["mIoU, % (student)"]["out"] == {1: 90, 2: 95, 3: 99, 4: 0}
+    assert panels["mIoU, % (teacher)"]["out"] == {3: 10, 4: 0}  # step 4: the read-out
+
+
+def test_a_run_does_not_go_on_near_to_other_features(small_run, tmp_path):
+    """--init FILE is read again for the feature distance; without that it does not matter."""
+    argv = [*small_run, "--classes", "camvid11", "--source-steps", "0", "--steps", "3"]
+    weights = tmp_path / "weights.pth"
+    run_train([*argv, *"--recipe source --stop-at 1 --val none".split()])
+    state = load_checkpoint(tmp_path / "out/last.pt")["student"]
+    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if "backbone." in k}
+    torch.save(backbone, weights)
+    for recipe in ("daformer", "dacs"):
+        run = [*argv, "--init", str(weights), "--recipe", recipe, "--out", str(tmp_path / recipe)]
+        run_train([*run, "--stop-at", "1"])
+        torch.save({k: v + 1 for k, v in backbone.items()}, weights)
+        if recipe == "dacs":
+            run_train(run)
+        else:
+            fails(run, f"--init {weights}, which is another file now; restore it")
+            torch.save(backbone, weights)
+
+
 def test_a_longer_schedule_and_a_used_folder_say_the_way_on(small_run, tmp_path):
     out = tmp_path / "out"
     argv = [*small_run, *"--recipe source --steps 2 --eval-every 1".split()]
     run_train(argv)
-    way = f"to train longer, --init {out}/last.pt --out NEW begins a schedule from its weights"
-    fails([*argv, "--steps", "50"], "--steps was 2, is 50", way)
+    way = f"to train longer, --init {out}/last.pt --out NEW begins a schedule from its student"
+    assert "--source-steps" not in fails([*argv, "--steps", "50"], "--steps was 2, is 50", way)
+    adapting = [*small_run, "--recipe", "dacs", "--source-steps", "1", "--out", str(tmp_path / "a")]
+    run_train([*adapting, "--steps", "2"])
+    fails([*adapting, "--steps", "50"], "student, with --source-steps 0 at once with adaptation")
     assert "to train longer" not in fails([*argv, "--steps", "1"], "--steps was 2, is 1")
 
     # without last.pt too the scores of another run are not overwritten, nor its source phase
@@ -9123,7 +9319,9 @@ def test_recipes_run(recipe, small_run, tmp_path, monkeypatch):
     expected = {"source"} if recipe in ("source", "oracle") else {"source", "mix"}
     step = events(tmp_path / "out", "step")[-1]
     assert expected == {"source", "mix", "mask", "fd"} & step.keys()
-    assert (tmp_path / "out/best.pt").exists() and len(events(tmp_path / "out", "eval")) == 2
+    scored = events(tmp_path / "out", "eval")
+    teaches = recipe in ("dacs", "daformer")
+    assert len(scored) == 2 and all(teaches == ("teacher" in event) for event in scored)
     assert (recipe == "daformer") == sampler.called  # rare classes are sampled by this recipe alone
     state = load_checkpoint(tmp_path / "out/best.pt")
     assert state["flags"]["source"] == small_run[5 if recipe == "oracle" else 1]
@@ -9759,6 +9957,14 @@ def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     words = shlex.split(train.use_command(run))
     assert words == ["python", "eval.py", "my runs/last.pt", "--images", "PATH"]
 
+    # the processes of a machine, and all machines
+    for here, launch in ((8, "torchrun --nproc-per-node 8 "),
+                         (4, "torchrun --nnodes 2 ... --nproc-per-node 4 ")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "WORLD", 8)
+            patch.setenv("LOCAL_WORLD_SIZE", str(here))
+            assert train.source_only(f).startswith(launch + "train.py --recipe source")
+
     # whatever adaptation has, the command is one that train.py takes
     parser = train.build_parser()
     method = {a.dest for group in parser._action_groups for a in group._group_actions
@@ -9766,8 +9972,8 @@ def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     assert train.flags_of_adaptation() == method | {"language", "text", "source_steps"}
     assert {"mix", "gate", "tau"} < method and not {"detail", "crop", "seed"} & method
     for line in ("lcmsm --text stub --mask-ratio 0.5", "cluda --tau 0.2 --control --border 5 9",
-                 "t2sda --restyled 1", "semidavil --labeled 2", "t2sda_dg --target none",
-                 "hrda", "cluda_hrda --gate half --detail 0.25", "mic_hrda --detail=0.25"):
+                 "t2sda --restyled 1", "semidavil --labeled 2", "hrda",
+                 "cluda_hrda --gate half --detail 0.25", "mic_hrda --detail=0.25"):
         f = train.parse_flags(["--recipe", *line.split()])
         other = train.parse_flags(shlex.split(train.source_only(f))[2:])
         assert other.recipe == "source" and other.detail == f.detail

@@ -9,8 +9,8 @@
 
 Without flags: rendered streets -> the same streets at night, recipe best, 5 to 8 minutes on two CPU
 cores. A run writes OUT/last.pt, OUT/best.pt (with --eval-every), OUT/log.jsonl, OUT/panels/*.png.
-With --source-steps, the default of short runs, it also writes OUT/source.pt and, after validation,
-OUT/result.png. It goes on from OUT/last.pt if that is there; another --out begins anew.
+With --source-steps, the default of short runs that adapt, it also writes OUT/source.pt and, after
+validation, OUT/result.png. It goes on from OUT/last.pt if that is there; another --out begins anew.
 """
 import argparse
 import contextlib
@@ -19,6 +19,7 @@ import ctypes
 import datetime
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -162,8 +163,8 @@ def build_parser():
       help="labelled data, several are pooled; 'target': the target's own labels, 'none': only "
            "those of --labeled")
     a("--target", nargs="+", metavar="SPEC",
-      help="data to adapt to, several are pooled, or none (default: streets:night where --source "
-           "is streets)")
+      help="data to adapt to, several are pooled, or none (default: streets:night, unless --source "
+           "has data of yours)")
     a("--labeled", default="0", metavar="N",
       help="target images whose labels are used: N, all, or a file with one image name a line")
     a("--val", nargs="+", metavar="SPEC",
@@ -293,7 +294,8 @@ def build_parser():
       help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     a("--out", default="out", metavar="DIR", help="folder of checkpoints, log and pictures")
     a("--eval-every", type=count_or_0, default=0, metavar="N",
-      help="validate every N steps; 0: only after the last one")
+      help="validate every N steps, and keep the best network as OUT/best.pt: of the source phase "
+           "the best student, of adaptation the best teacher; 0: only after the last one")
     a("--slide", action=switch, default=False,
       help="validate with half-overlapping windows of the crop's size")
     a("--save-every", type=count, default=500, metavar="N",
@@ -547,15 +549,23 @@ View = namedtuple("View", "image label weight corner", defaults=(None, None))
 Networks = namedtuple("Networks", "student teacher imagenet class_confidence gaussians shares",
                       defaults=(None,))
 
-# The views that teach by their labels, true or the teacher's.
-TEACHING = ("source", "mix", "mask", "mask_source", "mask_mix", "restyled")
-
 # Views that other decoders than the plain one look at: the one with text, or none at all.
 HEADS = {"mask_source": "language", "mask_mix": "language", "jittered": None}
 
 # Where random numbers come from: a CPU generator for the joint batch; shard = (rank, processes).
 # Functions of data.py take both as their last arguments, *draw.
 Draws = namedtuple("Draws", "generator shard")
+
+
+def loss_weights(f):
+    """Weight of the loss of each view that teaches by its labels, {name: float}, but the source."""
+    return {
+        "mix": f.mix,
+        "mask": f.mask,
+        "mask_source": f.mask,
+        "mask_mix": f.mask,
+        "restyled": f.restyled,
+    }
 
 
 def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
@@ -598,18 +608,11 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
         terms["fd"] = f.fd * losses.feature_distance(features, reference, label, things)
 
     # every other view teaches by its labels, at the weight of its loss
-    loss_weights = {
-        "mix": f.mix,
-        "mask": f.mask,
-        "mask_source": f.mask,
-        "mask_mix": f.mask,
-        "restyled": f.restyled,
-    }
     # --logit-adjust does not count what the teacher says of padding and of --border
     counted = {"mask": valid}
     if pasted is not None:
         counted["mix"] = counted["mask_mix"] = valid | pasted
-    for name, loss_weight in loss_weights.items():
+    for name, loss_weight in loss_weights(f).items():
         if name in views and loss_weight:
             view = views[name]
             loss = adjusted(cross_entropy, f, nets, name, view.label, counted.get(name))
@@ -1413,7 +1416,8 @@ def open_networks(f, classes, bank, device, checkpoint=None):
         gaussians = losses.ClassGaussians(len(classes), channels).to(device)
     shares = None
     if f.logit_adjust:
-        counted = {name: losses.ClassShares(len(classes)) for name in TEACHING}
+        names = ("source", *loss_weights(f))
+        counted = {name: losses.ClassShares(len(classes)) for name in names}
         shares = torch.nn.ModuleDict(counted).to(device)
     return Networks(student, teacher, imagenet, confidence, gaussians, shares)
 
@@ -1469,11 +1473,16 @@ def versions(device):
     hardware = f"{platform.machine()}, {os.cpu_count()} cores"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
+    try:
+        timm = importlib.metadata.version("timm")
+    except importlib.metadata.PackageNotFoundError:  # a MiT needs none
+        timm = None
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
+        "timm": timm,
         "device": f"{device.type}: {hardware}",
         "threads": torch.get_num_threads(),
         "source_sha256": digest(code),
@@ -1534,7 +1543,9 @@ def check_resume(flags, classes, checkpoint, path):
         else:
             again += f"; {same_step(before, flags['world'])}"
     if flags["steps"] > before["steps"]:
-        again += f"; to train longer, --init {path} --out NEW begins a schedule from its weights"
+        again += f"; to train longer, --init {path} --out NEW begins a schedule from its student"
+        if flags["source_steps"]:
+            again += ", with --source-steps 0 at once with adaptation"
     if before["recipe"] != flags["recipe"]:
         again += f"; it had --recipe {before['recipe']}"
     refused = [name for name in changed if name not in moved]
@@ -1959,7 +1970,7 @@ class Run:
         self.last = self.out / "last.pt"
         self.source_pt = self.out / "source.pt"  # the network before adaptation
         self.start = 0  # the first step that is left to do
-        self.best = -1.0  # the highest mIoU so far, of --eval-every
+        self.best = -1.0  # the highest mIoU so far in this phase, of --eval-every
         self.window = f.crop if f.slide else None
 
         self.id = secrets.token_hex(4)  # tells the lines of two runs in one log apart
@@ -1968,10 +1979,14 @@ class Run:
         check_log(self.out / "log.jsonl")
         if self.last.exists():
             self.checkpoint = model.load_checkpoint(self.last)
-            self.moved = check_resume(self.flags, f.class_names, self.checkpoint, self.last)
             self.start = self.checkpoint["step"]
             self.best = self.checkpoint["best"]
             self.id = self.checkpoint.get("run")
+            before = self.checkpoint
+            if self.start == f.steps and not self.finished():
+                # the read-out is left, which --slide may help where memory is short
+                before = before | {"flags": before["flags"] | {"slide": f.slide}}
+            self.moved = check_resume(self.flags, f.class_names, before, self.last)
         else:
             check_scores(self.out, self.flags, f.class_names)
         found = (self.start, self.id if self.checkpoint else None)
@@ -2064,6 +2079,10 @@ class Run:
                 raise model.CheckpointError(
                     f"{self.last}: masks of --{name} {words(before[name])} do not mean what they "
                     "did: IDS or the file of --classes has changed; restore it, or give --out NEW")
+        if "init" in other and self.nets.imagenet is not None:
+            raise model.CheckpointError(
+                f"{self.last} stays near to the features of --init {before['init']}, which is "
+                "another file now; restore it, or give --out NEW")
         for name in other:
             if name in ("source", "target", "val"):
                 print0(f"note: --{name} {words(before[name])}: its files are not as they were "
@@ -2225,12 +2244,21 @@ class Run:
             print0(f"note: {error}; the run goes on")
 
     def validate(self, step):
-        """Score the student, and write best.pt if it beats all earlier ones."""
-        result = evaluation.evaluate(self.student, self.sets.val, self.window)
-        self.log.write("eval", step=step, student=result)
-        print0(f"step {step}: student mIoU {result['miou']:.2f}")
-        if result["miou"] > self.best:
-            self.best = result["miou"]
+        """Score the student, from adaptation on the teacher too, which is then what is recommended.
+
+        best.pt is written where the recommended one beats all earlier ones.
+        """
+        nets = {"student": self.student}
+        recommended = "student"
+        if self.f.adapts and step > self.f.source_steps:
+            nets["teacher"] = self.teacher
+            recommended = "teacher"
+        results = {name: scored(self, net) for name, net in nets.items()}
+        self.log.write("eval", step=step, **results)
+        words = [f"{name} mIoU {result['miou']:.2f}" for name, result in results.items()]
+        print0(f"step {step}: {', '.join(words)}")
+        if results[recommended]["miou"] > self.best:
+            self.best = results[recommended]["miou"]
             self.save("best.pt", step)
 
     def check_gradients(self):
@@ -2248,6 +2276,9 @@ class Run:
         files = [name for _, files in told for name in files]
         self.log.write("non-finite", step=step, parts=parts, files=files)
         left = "nothing was saved yet"
+        stopped = "stopped before the optimiser step"
+        if self.guard.delayed:
+            stopped = "its optimiser step was not taken"
         remedy = "try a lower --lr"
         if self.dtype_name != "fp32":
             remedy += " or --dtype fp32"
@@ -2256,7 +2287,7 @@ class Run:
             remedy += ", with another --out"
         raise FloatingPointError(
             f"step {step}: the gradient is not finite ({parts}); files: {', '.join(files)}; "
-            f"stopped before the optimiser step, {left}; {remedy}")
+            f"{stopped}, {left}; {remedy}")
 
 
 def backward(run, step):
@@ -2356,6 +2387,8 @@ def loop(run, signals):
                 print0(f"step {done}: the source phase ends; its network is {run.source_pt}")
             if validates:
                 run.validate(done)
+            if adapts_next:
+                run.best = -1.0  # of students; best.pt is of teachers from here on
             if saves:
                 run.save("last.pt", done)
                 run.draw_panel(views, done)
@@ -2433,7 +2466,7 @@ def read_out(run):
 
     if before and RANK == 0:
         draw_result(run, before, nets[recommended], recommended)
-    run.log.write("result", step=run.f.steps, **results)
+    run.log.write("result", step=run.f.steps, slide=run.f.slide, **results)
     print0(f"{words(run.f.val)}, val, {len(run.sets.val)} images:")
     print0(evaluation.format_read_outs(results, run.f.source_steps))
 
@@ -2492,14 +2525,16 @@ def source_only(f):
             keeps = name not in adaptation | {"recipe", "out"}
         if keeps:
             kept.append(word)
-    # as the recipe has them
-    if f.target == "none" and "--target" not in kept:
-        kept += ["--target", "none"]
+    # as the recipe has it
     if f.detail and not any(word.startswith("--detail") for word in kept):
         kept += ["--detail", f"{f.detail:g}"]
     launch = ["python"]
     if WORLD > 1:
-        launch = ["torchrun", "--nproc-per-node", str(WORLD)]
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+        launch = ["torchrun"]
+        if here < WORLD:
+            launch += ["--nnodes", str(WORLD // here), "..."]
+        launch += ["--nproc-per-node", str(here)]
     out = f"{f.out}-source"
     if f.out.endswith(f"-{f.seed}"):  # --table reads a seed at the end of a name
         out = f"{f.out.removesuffix(f'-{f.seed}')}-source-{f.seed}"
@@ -2584,9 +2619,9 @@ def train(f, device):
         except BaseException as error:
             print0(f"all {f.steps} steps are done and saved in {run.last}, the read-out is not; "
                    "the same command does it again, without training")
-            if model.is_out_of_memory(error):
-                data.fail("train.py", "out of memory while whole images were scored; "
-                          f"{use_command(run, '--slide')} scores them in pieces", 1)
+            if model.is_out_of_memory(error) and not f.slide:
+                data.fail("train.py", "out of memory while whole images were scored; the same "
+                          "command with --slide scores them in pieces", 1)
             raise
     if f.stop_at == f.steps:
         say_what_to_read(run)
