@@ -4444,11 +4444,13 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
             f"`best` {gains['camvid-best']}.") in flat
 
     means = {}  # of the teachers
-    for rows in ("camvid-{source,cluda}", "multi-{hrda,naive256}"):
+    for rows in ("camvid-{source,cluda,lcmsm-real,lcmsm-shuffled}", "multi-{hrda,naive256}"):
         for row in rows_of_command(f"python eval.py --table assets/logs/{rows}-?.jsonl"):
             if row[1] == "teacher" and row[0] not in means:
                 means[row[0]] = next(cell for cell in row if "±" in cell)
     assert f"(`cluda` {means['camvid-cluda']})" in flat
+    assert (f"(`lcmsm` {means['camvid-lcmsm-real']} with real, {means['camvid-lcmsm-shuffled']} with "
+            "shuffled text)") in flat
     assert (f"`hrda` {means['multi-hrda']}, the same crops at full size alone "
             f"{means['multi-naive256']}.") in flat
 
