@@ -15,8 +15,9 @@ SPEC    streets | streets:night | streets:shifted
         glob:IMAGES[:MASKS[:IDS]]                 with stars, as in 'glob:d/*.jpg:d/*_mask.png': the
                                                   stars of a mask are filled with its image's;
                                                   **/ is any folders, {split} train, val or test
-        list:FILE[:IDS]                           an image and its mask a line, by tab, comma or
-                                                  blanks, relative to FILE; # begins a comment
+        list:FILE[:IDS]                           an image and its mask a line, by tab, comma, ; or
+                                                  blanks, relative to FILE; # begins a comment, and
+                                                  a line such as image,mask may come first
         list:FILE:IMAGES[:MASKS[:IDS]]            a name a line, which * stands for, as with VOC's
                                                   'list:d/{split}.txt:d/i/*.jpg:d/m/*.png'
 IDS     a file that says what the values of masks mean, a line each, all in one notation:
@@ -67,7 +68,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNKNOWN = 254  # marks a raw id that the label table does not list
-READING = 7  # of files; a higher number where the same files are read to other values or faults
+READING = 8  # of files; a higher number where the same files are read to other values or faults
 AUTO_CACHE_BYTES = 2 << 30  # real training sets below this are cached without --cache
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow only warns above it; _open makes that an error
 
@@ -403,7 +404,7 @@ def read_table(path):
     Table of a text file with a line for each value, all in one notation. Raises DataError.
 
         road                                    position: 0 for the first line
-        7 road    7, road    0 -                id; - is ignored, and so is 255 if it is not listed
+        7 road    7, road    0 -                id; - is ignored, as is an unlisted 255 without ~
         128 64 128 road    road,128,64,128      colour
         road:128,64,128::    #804080 road       colour
 
@@ -1073,9 +1074,9 @@ def _find_by_glob(dataset, spec):
     for image, matched in images:
         files.append((image, _existing_file(Path(_fill_stars(masks, matched)))))
     # x.png and its mask x_mask.png in one folder: no pattern of images leaves the mask out
-    masks_found = {label for _, label in files}
-    if masks_found & {image for image, _ in files}:
-        kept = [(image, label) for image, label in files if image not in masks_found]
+    masks_found = {os.path.abspath(label) for image, label in files if label and label != image}
+    kept = [(image, label) for image, label in files if os.path.abspath(image) not in masks_found]
+    if len(kept) < len(files):
         dataset.notes.append(f"{len(files) - len(kept)} files that match {spec.images} are masks "
                              "of others, and no images")
         files = kept
@@ -1089,8 +1090,11 @@ def _find_by_glob(dataset, spec):
 
 # What tools add to an image's name to name its mask, and how they name the folders of masks.
 _MASK = r"(mask|label(Train|Instance)?(Id)?|gt|seg(mentation)?|annot(ation)?)s?"
-TWIN = re.compile(rf"[ ._-]({_MASK}([ _-]?\d+)?|(?-i:L))$|(?<=[/\\]){_MASK}[ _-](?=[^/\\]*$)", re.I)
-MASK_FOLDER = re.compile(r"mask|(?<!un)label(?!l?ed)|annot|ground.?truth|segmentation|^gt$", re.I)
+TWIN = re.compile(
+    rf"[ ._-]({_MASK}([ _-]?\d+)?|(?-i:L))$|(?<![^/\\]){_MASK}[ _-](?=[^/\\]*$)", re.I)
+MASK_FOLDER = re.compile(
+    r"(?<!un)(mask|label(?!l?ed)|annot)|ground.?truth|segmentation(class|object)|^(segmentations?|gt)$",
+    re.I)
 
 
 def _without_masks(dataset, images):
@@ -1139,10 +1143,9 @@ def _names_in_line(line, folder):
 
 
 def _titles_paths(names, folder):
-    """Whether two cells of a line, such as image and mask, are no paths of pictures."""
-    return len(names) == 2 and not any(
-        Path(name).suffix.lower() in SUFFIXES or _existing_file(folder / home(name))
-        for name in names)
+    """Whether two cells of a line, such as image and mask, are words and no paths."""
+    words = [name for name in names if re.fullmatch(r"[^\W\d]+([ _-][^\W\d]+)*", name)]
+    return len(names) == len(words) == 2 and not any(_existing_file(folder / n) for n in names)
 
 
 def _find_in_list(dataset, spec):
@@ -1166,14 +1169,15 @@ def _find_in_list(dataset, spec):
 def _find_listed_paths(dataset, path):
     """[(image, label or None)] of a file whose lines are one or two paths. Raises DataError."""
     files = []
-    lines = _numbered_lines(path)
-    for number, line in lines:
+    titled = False
+    for number, line in _numbered_lines(path):
         names = _names_in_line(_unquoted(line), path.parent)
-        if (number, line) == lines[0] and len(lines) > 1 and _titles_paths(names, path.parent):
-            dataset.notes.append(f"{path}: its first line is taken for a title: {line!r}")
-            continue
         if line.startswith("#") and not _existing_file(path.parent / names[0]):
             continue  # a comment
+        if not files and not titled and _titles_paths(names, path.parent):
+            titled = True
+            dataset.notes.append(f"{path}: its first line is taken for a title: {line!r}")
+            continue
         if len(names) > 2:
             raise DataError(f"{path}: line {number}: {line!r} must be one or two paths")
         found = []
@@ -1276,7 +1280,7 @@ def _foreign_fault(path):
         begins = file.read(64)
         if begins.startswith(b"version https://git-lfs"):
             return "a pointer of Git LFS in place of the file; git lfs pull"
-        if begins.lstrip()[:9].lower() in (b"<!doctype", b"<html>"):
+        if begins.lstrip().lower().startswith((b"<!doctype", b"<html")):
             return "a page of the web, not a picture; download the file itself"
         if begins[:4] in (b"II*\0", b"MM\0*"):
             return ("a TIFF that Pillow cannot read: damaged, or of a kind such as 64 bits or many "
@@ -1364,10 +1368,20 @@ LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
 def _hides_values(image):
-    """Whether several colours lie below the wholly transparent pixels of a picture with alpha."""
+    """Whether wholly transparent pixels of a picture with alpha still have values of a mask.
+
+    They do where they have several, or one that is seen elsewhere, and neither black nor white.
+    """
     channels = np.asarray(image)  # (H,W,2) or (H,W,4)
-    hidden = channels[channels[:, :, -1] == 0]  # (n,2) or (n,4)
-    return len(hidden) > 0 and (hidden != hidden[0]).any()
+    alpha = channels[:, :, -1]
+    hidden = channels[alpha == 0][:, :-1]  # (n,1) or (n,3)
+    if len(hidden) == 0:
+        return False
+    if (hidden != hidden[0]).any():
+        return True
+    seen = channels[alpha > 0][:, :-1]
+    plain = (hidden[0] == 0).all() or (hidden[0] == 255).all()
+    return bool(not plain and (seen == hidden[0]).all(1).any())
 
 
 def _mask_fault(image, what, lossy=False):
@@ -1380,7 +1394,8 @@ def _mask_fault(image, what, lossy=False):
         if least < most and all(low == high for low, high in colours):  # as brushes save it
             return "of one colour, with all its values in the alpha channel"
         if least < most and _hides_values(image):
-            return "partly transparent, with other values below, as erased strokes leave them"
+            return ("partly transparent, with values below, as erased strokes leave them (flatten "
+                    "it in the program that made it)")
     exact = image.format not in LOSSY and image.info.get("compression") not in LOSSY_TIFF
     if exact or lossy:
         return None
@@ -1436,21 +1451,21 @@ def _renumbered(image, known):
     """Why a palette hides the grey ids that a mask had, str, or None; known: ids that are listed.
 
     Programs that make files small, and GIF, number the greys of a mask anew: 0, 1 and 255 become
-    the indices 0, 1 and 2. Palettes of black, white and greys that are no ids just show a mask.
+    the indices 0, 1 and 2. A palette that just shows a mask passes: it has colours, or greys that
+    are no ids, or black and white alone, where 255 is no id.
     """
-    indices = np.unique(np.asarray(image))
+    used = np.unique(np.asarray(image))
     colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3)  # (3n,) -> (n,3)
-    if indices[-1] >= len(colours):
-        return None
-    colours = colours[indices]
     greys = colours[:, 0]
-    if (colours != greys[:, None]).any() or (greys == indices).all():
+    if used[-1] >= len(greys) or (colours != greys[:, None]).any() or (greys[used] == used).all():
         return None
     values = set(greys.tolist())
-    if not values - {0, IGNORE} or not values - {IGNORE} <= set(known):
+    if not values - {0, IGNORE} <= set(known):
         return None
-    return (f"a palette of the greys {_some(greys.tolist())} at the indices "
-            f"{_some(indices.tolist())}, and both may be ids")
+    if not values - {0, IGNORE} and IGNORE not in known:
+        return None
+    return (f"a palette with the greys {_some(greys[used].tolist())} at the indices "
+            f"{_some(used.tolist())}, and both may be ids")
 
 
 def _one_channel(channels, mode):
@@ -1496,14 +1511,14 @@ def read_mask_colours(path):
 
 def palette_of(path):
     """
-    The palette of a mask that can be read: (order of the channels, str; colours, bytes), without
-    the black end, which some files leave out and some fill; ("", b"") where it has none.
+    The colours of a mask's palette up to the last index that it uses, bytes, three for each; b""
+    where it has none. What comes behind, some files leave out, and some fill.
     """
-    with Image.open(path) as image:  # of which the head is enough
+    with Image.open(path) as image:
         if image.mode != "P" or image.palette is None:
-            return "", b""
-        order, colours = image.palette.getdata()
-    return order, bytes(colours).rstrip(b"\0")
+            return b""
+        used = 3 * (int(np.asarray(image).max()) + 1)
+        return bytes(image.getpalette()[:used]).ljust(used, b"\0")
 
 
 def palette_digest(path):
@@ -1512,10 +1527,8 @@ def palette_digest(path):
     are palette indices should have one palette: tools that reduce colours make one for each file,
     and an index then means another colour in each.
     """
-    order, colours = palette_of(path)
-    if not order:
-        return ""
-    return hashlib.sha256(order.encode() + colours).hexdigest()[:16]
+    colours = palette_of(path)
+    return hashlib.sha256(colours).hexdigest()[:16] if colours else ""
 
 
 def _resized(array, size, how):
@@ -2078,9 +2091,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
             remarks.append(f"{share:.3g} % of the pixels are ignored because the classes lack "
                            f"their names: {_some(self.lacking_names)}")
         zeros = self._masks_of_zero_and_255()
-        if 0 < zeros < len(self):
-            remarks.append(f"{zeros} of {len(self)} masks hold the values 0 and 255 only, and 255 "
-                           "is ignored; write in IDS what it is if that is not meant")
+        masks = sum(label is not None for _, label in self.files)
+        if 0 < zeros < masks:
+            remarks.append(f"{zeros} of {masks} masks hold the values 0 and 255 only, and 255 is "
+                           "ignored; write in IDS what it is if that is not meant")
         if shown.sum() == 1 and ignored:
             remarks.append(f"ONE CLASS ONLY: all masks hold {self.classes[shown.argmax()]} and "
                            "ignored pixels, so there is nothing to tell apart; do ids and classes "
@@ -2134,15 +2148,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return ""
 
     def _palettes_differ(self, facts, labels):
-        """Whether a palette is not the beginning of another; some programs cut off unused ends."""
+        """Whether the colours that masks use are not the beginning of one palette."""
         files = {digest: label for digest, label in zip(facts["palette"], labels) if digest}
-        order, longest = None, b""
+        longest = b""
         for path in files.values():
-            own_order, colours = palette_of(path)
-            shorter, longest = sorted((colours, longest), key=len)
-            if own_order != (order or own_order) or not longest.startswith(shorter):
+            shorter, longest = sorted((palette_of(path), longest), key=len)
+            if not longest.startswith(shorter):
                 return True
-            order = own_order
         return False
 
     def _class_of_zero(self):
@@ -2220,7 +2232,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             listed_in = "the train ids of Cityscapes, which the file's name labelTrainIds promises"
             table = self.train_table
             marks = self.train_lacking
-            raw = read_label(path)
+            raw = read_label(path, known=ids.names)
         elif ids.kind == "colour":
             raw = read_mask_colours(path)
         elif self.kind == "synthia":

@@ -1742,7 +1742,7 @@ def build_parser():
       help="decoder; language where one was trained, mean: both (default: plain)")
     a("--weights", default="student", choices=("student", "teacher"),
       help="which network of the run: the trained one, or its running average, which a run that "
-           "adapts recommends (default: student)")
+           "adapts recommends, and by which best.pt is chosen then (default: student)")
     a("--adabn", nargs="+", metavar="SPEC",
       help="first re-estimate BatchNorm on unlabelled train images of this data set")
     a("--size", type=parse_size, metavar="WxH",

@@ -1980,7 +1980,8 @@ def test_palettes_have_a_digest(tmp_path):
     assert data.palette_digest(put(tmp_path / "g.png", np.zeros((2, 2)))) == ""
     masks = [put(tmp_path / f"p{k}.png", np.full((2, 2), k), "P") for k in range(3)]
     alike = [data.palette_digest(mask) for mask in masks]
-    assert len(set(alike)) == 1 and alike[0] not in digests
+    assert len({*alike, *digests}) == 6
+    assert data.palette_of(masks[2])[:6] == data.palette_of(masks[1])
 
 
 def test_greys_that_a_palette_renumbers_are_refused(tmp_path):
@@ -1995,8 +1996,20 @@ def test_greys_that_a_palette_renumbers_are_refused(tmp_path):
         return tmp_path / name
 
     for greys in ((0, 1, 255), (0, 2), (2, 1, 0), (1, 0), (2,)):
-        refused(lambda: data.read_label(mask(*greys), known=known), "m.png", "palette of the greys")
+        refused(lambda: data.read_label(mask(*greys), known=known), "m.png", "palette with the gre")
     refused(lambda: data.read_label(mask(0, 7, 26), known=(0, 7, 26)), "greys 0, 7, 26", "0, 1, 2")
+    for greys in ((0, 255), (255,)):  # 255 is crack
+        refused(lambda: data.read_label(mask(*greys), known=(0, 255)), "palette with the greys")
+    # a ramp as MATLAB's gray(17), of which a mask has the first two; VOC's palette, whose 7 is grey
+    ramp = mask(*range(0, 256, 15), name="ramp.png")
+    shown = Image.open(ramp)
+    shown.putdata([k % 2 for k in range(shown.width * shown.height)])
+    shown.save(ramp)
+    assert data.read_label(ramp, known=range(17)).max() == 1
+    voc = Image.fromarray(np.array([[0, 7]], np.uint8))
+    voc.putpalette([0, 0, 0, 128, 0, 0] + [9, 8, 7] * 5 + [128, 128, 128])
+    voc.save(tmp_path / "voc.png")
+    assert data.read_label(tmp_path / "voc.png", known=range(151)).tolist() == [[0, 7]]
     Image.fromarray(np.array([[0, 2]], np.uint8)).save(tmp_path / "m.gif")
     refused(lambda: data.read_label(tmp_path / "m.gif", known=known), "m.gif", "palette")
     for greys in ((0, 255), (255, 0), (0, 128, 255), (0, 1, 2), (0, 100, 200)):
@@ -2006,7 +2019,7 @@ def test_greys_that_a_palette_renumbers_are_refused(tmp_path):
     path = tmp_path / "d" / "masks" / "p00.png"
     Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE).save(path)
     (fault,) = data.open_dataset(spec, "train", ABC, cache=tmp_path / "cache").check()
-    assert "p00.png" in fault.text and "palette of the greys" in fault.text
+    assert "p00.png" in fault.text and "palette with the greys" in fault.text
 
 
 def test_palettes_without_their_unused_end_are_one(tmp_path):
@@ -2025,6 +2038,22 @@ def test_palettes_without_their_unused_end_are_one(tmp_path):
     dataset = data.open_dataset(spec, "val", ABC, cache=tmp_path / "cache")
     assert not dataset.check() and "palettes in 3 masks" in dataset.label_problem()
 
+    # file by file: 128,0,0 is the beginning of 128,128,0, and black that of every palette's end
+    black, white = (0, 0, 0), (255, 255, 255)
+    for case, palettes in enumerate((([black, (128, 0, 0)], [black, (128, 128, 0)]),
+                                     ([white, black], [black]),
+                                     ([(1, 2, 3), black], [(1, 2, 3), (0, 0, 9)]))):
+        for number, palette in enumerate(palettes):
+            mask = Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2) % len(palette))
+            mask.putpalette(list(itertools.chain(*palette)))
+            root = tmp_path / f"case{case}"
+            put(root / "i" / f"{number}.png", np.zeros((2, 2, 3)))
+            (root / "m").mkdir(exist_ok=True)
+            mask.save(root / "m" / f"{number}.png")
+        dataset = data.open_dataset(f"folder:{root}/i:{root}/m", "val", ("a", "b"),
+                                    cache=tmp_path / "cache")
+        assert not dataset.check() and "2 palettes in 2 masks" in dataset.label_problem()
+
 
 def test_values_below_transparent_pixels_are_refused(tmp_path):
     """Strokes that an editor erased; alpha of one value says nothing."""
@@ -2038,6 +2067,10 @@ def test_values_below_transparent_pixels_are_refused(tmp_path):
                 refused(lambda: read(tmp_path / name), name, "transparent", "save the")
         if not fault:
             assert (data.read_mask_colours(tmp_path / name)[:, 2:] == 255).all()
+    # all strokes erased but one, on an opaque background
+    pixels[:, :2, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "opaque.png")
+    refused(lambda: data.read_mask_colours(tmp_path / "opaque.png"), "transparent")
     pixels[..., 3] = 0
     Image.fromarray(pixels).save(tmp_path / "all.png")
     assert (data.read_mask_colours(tmp_path / "all.png")[:, 2:] == 255).all()
@@ -2062,6 +2095,7 @@ def test_sound_files_that_pillow_cannot_read_say_what_they_are(tmp_path):
     path = tmp_path / "x.png"
     for text, words in ((b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
                         (b"\n<!DOCTYPE html><p>no", "page of the web"),
+                        (b"<html lang=en>", "page of the web"),
                         (b"II*\0" + bytes(60), "TIFF"), (b"nothing", "restore or remove it")):
         path.write_bytes(text)
         refused(lambda: data.read_label(path), path, words)
@@ -2890,12 +2924,13 @@ def test_masks_beside_images_are_no_images(tmp_path):
     assert listed.names == ["a", "b"] and "MASKS" in listed.notes[0]
     for twin in ("x_mask_1", "x_segmentation", "x_L", "x_labelIds", "x_labelTrainIds", "mask_x",
                  "x_annotation"):
-        assert data.TWIN.sub("", f"d/{twin}") == "d/x"
+        assert data.TWIN.sub("", f"d/{twin}") == "d/x" and data.TWIN.sub("", twin) == "x"
     for other in ("x_l", "x_1", "xmask", "mask/x", "x_lane", "x_gtFine", "x_color"):
         assert not data.TWIN.search(f"d/{other}")
     for name in ("trainannot", "SegmentationObject", "ground_truth", "Labels_1", "masks_png", "gt"):
         assert data.MASK_FOLDER.search(name)
-    for name in ("images", "unlabeled", "labelled", "unlabelled_photos", "nightgt", "train"):
+    for name in ("images", "unlabeled", "labelled", "unlabelled_photos", "nightgt", "train",
+                 "unmasked", "photos_for_segmentation_2"):
         assert not data.MASK_FOLDER.search(name)
     make_masks(tmp_path / "both", (0, 1))
     whole = data.open_dataset(f"folder:{tmp_path / 'both'}", "train", "camvid11")
@@ -2916,6 +2951,10 @@ def test_images_and_their_masks_in_one_folder(tmp_path):
     assert dataset.names == ["0", "1", "2"] and not dataset.check()
     assert any(note.startswith("3 files that match") for note in dataset.notes)
     assert [dataset[i]["label"].unique().tolist() for i in range(3)] == [[0], [1], [2]]
+    other = data.open_dataset(spec.replace("d/*.png:", "d/../d/*.png:"), "train", ABC)
+    assert len(other) == 3
+    own = f"glob:{tmp_path}/d/*.png:{tmp_path}/d/*.png"
+    refused(lambda: data.open_dataset(own, "train", ABC), "are their own masks")
     put(tmp_path / "d" / "0.jpg", np.zeros((4, 4, 3)))
     names = data.open_dataset(f"glob:{tmp_path}/d/*.*", "train", ABC).names
     assert names == ["0.jpg", "0.png", "1.png", "2.png"]
@@ -2928,14 +2967,18 @@ def test_lists_as_spreadsheets_write_them(tmp_path):
     path = tmp_path / "list.csv"
     for text, title in (("image,mask\ni/0.png,m/0.png\ni/1.png,m/1.png\n", True),
                         ("i/0.png;m/0.png\ni/1.png;m/1.png", False),
+                        ("# of 2\nimage,mask\ni/0.png,m/0.png\ni/1.png,m/1.png\n", True),
+                        ("# my list\ni/0.png m/0.png\ni/1.png m/1.png\n", False),
                         ("i/0.png, m/0.png,\ni/1.png,m/1.png, \n", False)):
         path.write_text(text)
         dataset = data.open_dataset(f"list:{path}", "train", ABC)
         assert [label.name for _, label in dataset.files] == ["0.png", "1.png"]
         assert any("taken for a title: 'image,mask'" in note for note in dataset.notes) == title
-    for text in ("image,mask\n", "0\n1\n", "a.png,b.png\ni/0.png,m/0.png\n"):
+    for text in ("i/3 m/3\ni/0.png,m/0.png\n", "0\n1\n", "a.png,b.png\ni/0.png,m/0.png\n"):
         path.write_text(text)
         refused(lambda: data.open_dataset(f"list:{path}", "train", ABC), path, "does not exist")
+    path.write_text("image,mask\n")
+    refused(lambda: data.open_dataset(f"list:{path}", "train", ABC), path, "lists no image")
 
 
 def test_where_labels_were_looked_for_is_said(tmp_path):
@@ -4449,8 +4492,8 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
             if row[1] == "teacher" and row[0] not in means:
                 means[row[0]] = next(cell for cell in row if "±" in cell)
     assert f"(`cluda` {means['camvid-cluda']})" in flat
-    assert (f"(`lcmsm` {means['camvid-lcmsm-real']} with real, {means['camvid-lcmsm-shuffled']} with "
-            "shuffled text)") in flat
+    assert (f"(`lcmsm` {means['camvid-lcmsm-real']} with real, "
+            f"{means['camvid-lcmsm-shuffled']} with shuffled text)") in flat
     assert (f"`hrda` {means['multi-hrda']}, the same crops at full size alone "
             f"{means['multi-naive256']}.") in flat
 
@@ -8517,8 +8560,9 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
     shutil.copytree(tmp_path / "out", tmp_path / "slid")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "evaluate", Mock(side_effect=torch.OutOfMemoryError("x")))
-        fails(argv, "out of memory while whole images were scored; the same command with --slide "
-              "scores them in pieces", status=1)
+        fails(argv, "out of memory while images were scored; the same command with --slide scores "
+              "them in pieces", status=1)
+        fails([*argv, "--slide"], "--weights teacher --slide may do with --device cpu", status=1)
     slid = [*argv, "--out", str(tmp_path / "slid")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "evaluate", Mock(wraps=evaluation.evaluate))
@@ -8526,8 +8570,8 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
         windows = {call.args[2] for call in evaluation.evaluate.call_args_list}
     assert windows == {32}
     assert evaluation.read_run(tmp_path / "slid").flags["slide"] is True
-    fails([*slid, "--slide"], "--slide was False, is True")  # it is scored, in another way
-    assert "nothing is left to do" in run_train(slid).stdout
+    for again in (slid, [*slid, "--slide"]):
+        assert "nothing is left to do" in run_train(again).stdout
     with open(tmp_path / "out/log.jsonl", "a") as log:
         log.write('{"event": "result", "run": "')
     assert "step 2; only the read-out is left" in run_train(argv).stdout
@@ -8939,7 +8983,7 @@ def test_a_longer_schedule_and_a_used_folder_say_the_way_on(small_run, tmp_path)
     assert "--source-steps" not in fails([*argv, "--steps", "50"], "--steps was 2, is 50", way)
     adapting = [*small_run, "--recipe", "dacs", "--source-steps", "1", "--out", str(tmp_path / "a")]
     run_train([*adapting, "--steps", "2"])
-    fails([*adapting, "--steps", "50"], "student, with --source-steps 0 at once with adaptation")
+    fails([*adapting, "--steps", "50"], "student (add --source-steps 0 to begin with adaptation)")
     assert "to train longer" not in fails([*argv, "--steps", "1"], "--steps was 2, is 1")
 
     # without last.pt too the scores of another run are not overwritten, nor its source phase

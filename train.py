@@ -1545,7 +1545,7 @@ def check_resume(flags, classes, checkpoint, path):
     if flags["steps"] > before["steps"]:
         again += f"; to train longer, --init {path} --out NEW begins a schedule from its student"
         if flags["source_steps"]:
-            again += ", with --source-steps 0 at once with adaptation"
+            again += " (add --source-steps 0 to begin with adaptation)"
     if before["recipe"] != flags["recipe"]:
         again += f"; it had --recipe {before['recipe']}"
     refused = [name for name in changed if name not in moved]
@@ -1983,9 +1983,11 @@ class Run:
             self.best = self.checkpoint["best"]
             self.id = self.checkpoint.get("run")
             before = self.checkpoint
-            if self.start == f.steps and not self.finished():
-                # the read-out is left, which --slide may help where memory is short
-                before = before | {"flags": before["flags"] | {"slide": f.slide}}
+            if self.start == f.steps:
+                # --slide helps a read-out that is left and for which memory is short
+                result = self.result()
+                if result is None or result.get("slide") == f.slide:
+                    before = before | {"flags": before["flags"] | {"slide": f.slide}}
             self.moved = check_resume(self.flags, f.class_names, before, self.last)
         else:
             check_scores(self.out, self.flags, f.class_names)
@@ -2188,17 +2190,21 @@ class Run:
         except model.CheckpointError as error:
             raise OSError(str(error)) from None  # the run broke; nobody's input was bad
 
+    def result(self):
+        """The event of this run's read-out in the log, or None."""
+        log = self.out / "log.jsonl"
+        if not log.exists():
+            return None
+        start, result = evaluation.last_run(evaluation.read_events(log))
+        return result if result and result.get("run") == self.id else None
+
     def finished(self):
         """Whether neither a step is left to do nor, after the last of all steps, the read-out."""
         if self.start < self.f.stop_at:
             return False
         if self.f.val == "none" or self.f.stop_at < self.f.steps:
             return True
-        log = self.out / "log.jsonl"
-        if not log.exists():
-            return False
-        start, result = evaluation.last_run(evaluation.read_events(log))
-        return bool(result) and result.get("run") == self.id
+        return self.result() is not None
 
     def streams_of(self, step):
         """{name: Stream} of which a step takes a batch."""
@@ -2244,9 +2250,9 @@ class Run:
             print0(f"note: {error}; the run goes on")
 
     def validate(self, step):
-        """Score the student, from adaptation on the teacher too, which is then what is recommended.
+        """Score the student and, once adaptation has begun, the teacher.
 
-        best.pt is written where the recommended one beats all earlier ones.
+        best.pt keeps the best student before, and the step of the best teacher after.
         """
         nets = {"student": self.student}
         recommended = "student"
@@ -2619,9 +2625,11 @@ def train(f, device):
         except BaseException as error:
             print0(f"all {f.steps} steps are done and saved in {run.last}, the read-out is not; "
                    "the same command does it again, without training")
-            if model.is_out_of_memory(error) and not f.slide:
-                data.fail("train.py", "out of memory while whole images were scored; the same "
-                          "command with --slide scores them in pieces", 1)
+            if model.is_out_of_memory(error):
+                remedy = "the same command with --slide scores them in pieces"
+                if f.slide:
+                    remedy = f"{use_command(run, '--slide')} may do with --device cpu"
+                data.fail("train.py", f"out of memory while images were scored; {remedy}", 1)
             raise
     if f.stop_at == f.steps:
         say_what_to_read(run)
