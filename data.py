@@ -1093,8 +1093,8 @@ _MASK = r"(mask|label(Train|Instance)?(Id)?|gt|seg(mentation)?|annot(ation)?)s?"
 TWIN = re.compile(
     rf"[ ._-]({_MASK}([ _-]?\d+)?|(?-i:L))$|(?<![^/\\]){_MASK}[ _-](?=[^/\\]*$)", re.I)
 MASK_FOLDER = re.compile(
-    r"(?<!un)(mask|label(?!l?ed)|annot)|ground.?truth|segmentation(class|object)|^(segmentations?|gt)$",
-    re.I)
+    r"(?<!un)(mask|label(?!l?ed)|annot)|ground.?truth|segmentation(class|object)|"
+    r"^(segmentations?|gt)$", re.I)
 
 
 def _without_masks(dataset, images):
@@ -1279,12 +1279,12 @@ def _foreign_fault(path):
     with contextlib.suppress(OSError), open(path, "rb") as file:
         begins = file.read(64)
         if begins.startswith(b"version https://git-lfs"):
-            return "a pointer of Git LFS in place of the file; git lfs pull"
+            return "no readable image but a pointer of Git LFS; git lfs pull"
         if begins.lstrip().lower().startswith((b"<!doctype", b"<html")):
-            return "a page of the web, not a picture; download the file itself"
+            return "no readable image but a page of the web; restore or remove it"
         if begins[:4] in (b"II*\0", b"MM\0*"):
-            return ("a TIFF that Pillow cannot read: damaged, or of a kind such as 64 bits or many "
-                    "bands; save it as an 8-bit grey or RGB PNG")
+            return ("no readable image: a TIFF that is damaged, or of a kind such as 64 bits or "
+                    "many bands; restore it, or save it as an 8-bit grey or RGB PNG")
     return None
 
 
