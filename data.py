@@ -1144,8 +1144,13 @@ def _names_in_line(line, folder):
 
 def _titles_paths(names, folder):
     """Whether two cells of a line, such as image and mask, are words and no paths."""
-    words = [name for name in names if re.fullmatch(r"[^\W\d]+([ _-][^\W\d]+)*", name)]
-    return len(names) == len(words) == 2 and not any(_existing_file(folder / n) for n in names)
+    if len(names) != 2:
+        return False
+    for name in names:
+        word = re.fullmatch(r"[^\W\d]+([ _-][^\W\d]+)*", name)
+        if not word or _existing_file(folder / name):
+            return False
+    return True
 
 
 def _find_in_list(dataset, spec):
@@ -1455,14 +1460,16 @@ def _renumbered(image, known):
     are no ids, or black and white alone, where 255 is no id.
     """
     used = np.unique(np.asarray(image))
-    colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3)  # (3n,) -> (n,3)
+    colours = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)  # (3n,) -> (n,3)
     greys = colours[:, 0]
-    if used[-1] >= len(greys) or (colours != greys[:, None]).any() or (greys[used] == used).all():
+    if (colours != greys[:, None]).any():
         return None
-    values = set(greys.tolist())
-    if not values - {0, IGNORE} <= set(known):
+    if used[-1] >= len(greys) or (greys[used] == used).all():
         return None
-    if not values - {0, IGNORE} and IGNORE not in known:
+    inner = set(greys.tolist()) - {0, IGNORE}
+    if not inner and IGNORE not in known:
+        return None
+    if not inner <= set(known):
         return None
     return (f"a palette with the greys {_some(greys[used].tolist())} at the indices "
             f"{_some(used.tolist())}, and both may be ids")
@@ -2128,14 +2135,11 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """A line that says why labels of files that fit the table teach nothing or wrong, or ''."""
         if self.files is None or not self.labeled:
             return ""
-        labels = [label for _, label in self.files]
-        facts = self._facts.records[self._record]
-        palettes = Counter(facts["palette"][facts["palette"] != b""])
-        if len(palettes) > 1 and self._palettes_differ(facts, labels):
-            return (f"{self.spec}: {len(palettes)} palettes in {palettes.total()} masks that are "
-                    "read by index, so one id has many colours, as after reducing colours file by "
-                    "file; give the colours in IDS (128 64 128 road), or save all ids with one "
-                    "palette")
+        if unlike := self._unlike_palettes():
+            return (f"{self.spec}: masks are read by index, and in the palettes of "
+                    f"{' and '.join(unlike)} one id has two colours, as after reducing colours "
+                    "file by file; give the colours in IDS (128 64 128 road), or save all ids with "
+                    "one palette")
         counts, ignored = self._native_counts()
         if ignored and not counts.any():
             return (f"{self.spec}: no pixel of its labels is one of the {len(self.classes)} "
@@ -2147,15 +2151,18 @@ class SegmentationDataset(torch.utils.data.Dataset):
                     f"write `0 {self.classes[zero]}` and `255 {other}` in an IDS file")
         return ""
 
-    def _palettes_differ(self, facts, labels):
-        """Whether the colours that masks use are not the beginning of one palette."""
-        files = {digest: label for digest, label in zip(facts["palette"], labels) if digest}
-        longest = b""
-        for path in files.values():
-            shorter, longest = sorted((palette_of(path), longest), key=len)
-            if not longest.startswith(shorter):
-                return True
-        return False
+    def _unlike_palettes(self):
+        """Two masks whose palettes are not the beginning of one, names (2,); () if there are none.
+        """
+        digests = self._facts.records[self._record]["palette"]
+        masks = {digest: mask for digest, (_, mask) in zip(digests, self.files) if digest}
+        palettes = [(palette_of(mask), str(mask)) for mask in masks.values()]
+        palettes.sort(key=lambda pair: len(pair[0]))
+        # from short to long: where each begins the next one, all begin the last
+        for (palette, mask), (longer, other) in itertools.pairwise(palettes):
+            if not longer.startswith(palette):
+                return mask, other
+        return ()
 
     def _class_of_zero(self):
         """

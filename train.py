@@ -607,17 +607,7 @@ def step_terms(f, step, nets, source, labeled, target, things, draw, clock):
         features = known_out.pyramid[-1]
         terms["fd"] = f.fd * losses.feature_distance(features, reference, label, things)
 
-    # every other view teaches by its labels, at the weight of its loss
-    # --logit-adjust does not count what the teacher says of padding and of --border
-    counted = {"mask": valid}
-    if pasted is not None:
-        counted["mix"] = counted["mask_mix"] = valid | pasted
-    for name, loss_weight in loss_weights(f).items():
-        if name in views and loss_weight:
-            view = views[name]
-            loss = adjusted(cross_entropy, f, nets, name, view.label, counted.get(name))
-            value = supervise(loss, outs[name], view.label, view.weight)
-            terms[name] = loss_weight * value
+    terms |= taught_terms(f, nets, views, outs, valid, pasted)
 
     # pixels of the ClassMix image that stay the target's, each trusted for itself (SemiDAViL)
     if f.consistency:
@@ -771,6 +761,26 @@ def true_labels(views, outs):
     names = [name for name in ("source", "labeled") if name in views]
     view = join([views[name] for name in names])
     return view, model.joined([outs[name] for name in names])
+
+
+def taught_terms(f, nets, views, outs, valid, pasted):
+    """The losses of all other views that teach by their labels, {name: 0-d tensor}.
+
+    valid, pasted: bool (B,S,S) or None, as pseudo_label and make_views give them.
+    """
+    # --logit-adjust does not count what the teacher says of padding and of --border
+    counted = {"mask": valid}
+    if pasted is not None:
+        counted["mix"] = counted["mask_mix"] = valid | pasted
+
+    terms = {}
+    for name, loss_weight in loss_weights(f).items():
+        if name in views and loss_weight:
+            view = views[name]
+            loss = adjusted(cross_entropy, f, nets, name, view.label, counted.get(name))
+            value = supervise(loss, outs[name], view.label, view.weight)
+            terms[name] = loss_weight * value
+    return terms
 
 
 def adjusted(loss, f, nets, name, label, counted=None):
@@ -2628,7 +2638,8 @@ def train(f, device):
             if model.is_out_of_memory(error):
                 remedy = "the same command with --slide scores them in pieces"
                 if f.slide:
-                    remedy = f"{use_command(run, '--slide')} may do with --device cpu"
+                    command = use_command(run, "--slide", "--device", "cpu")
+                    remedy = f"{command} scores them in the memory of the CPU"
                 data.fail("train.py", f"out of memory while images were scored; {remedy}", 1)
             raise
     if f.stop_at == f.steps:
