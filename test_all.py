@@ -2024,7 +2024,7 @@ def test_greys_that_a_palette_renumbers_are_refused(tmp_path):
 
 def test_palettes_without_their_unused_end_are_one(tmp_path):
     spec = make_masks(tmp_path / "d", (0, 1, 2), write=save_palette)
-    for number, used in ((0, 2), (1, 3)):
+    for number, used in ((0, 3), (1, 2)):
         path = tmp_path / "d" / "masks" / f"p0{number}.png"
         mask = Image.open(path)
         colours = mask.getpalette()
@@ -2038,7 +2038,7 @@ def test_palettes_without_their_unused_end_are_one(tmp_path):
     dataset = data.open_dataset(spec, "val", ABC, cache=tmp_path / "cache")
     assert not dataset.check()
     problem = dataset.label_problem()
-    assert "masks/p00.png and " in problem and "masks/p01.png one id has two colours" in problem
+    assert "masks/p01.png and " in problem and "masks/p02.png one id has two colours" in problem
 
     # file by file: 128,0,0 is the beginning of 128,128,0, and black that of every palette's end
     black, white = (0, 0, 0), (255, 255, 255)
