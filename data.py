@@ -338,12 +338,17 @@ def class_index(name, classes, renamed=True):
 
 
 def palette(names):
-    """Colours uint8 (K,3): that of the Cityscapes class if there is one, else a hue each."""
+    """
+    Colours uint8 (K,3): that of the Cityscapes class if there is one, else a hue each. Of two names
+    for one class of Cityscapes (person, Pedestrian) the second has a hue too.
+    """
     colours = np.zeros((len(names), 3), np.uint8)
+    taken = set()
     for i, name in enumerate(names):
         known = class_index(name, CITYSCAPES)
-        if known != IGNORE:
+        if known != IGNORE and known not in taken:
             colours[i] = COLOURS[known]
+            taken.add(known)
         else:
             hue = 0.618 * i % 1  # steps of the golden ratio: neighbours differ
             colours[i] = [int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.85, 0.95)]

@@ -232,15 +232,27 @@ def predictions(model, dataset, window=None, flip=False, head="plain", size=None
         yield from zip(batch, predict_items(model, batch, size, window, flip, head))
 
 
+# Pixels of a batch of adapt_batchnorm: two images of 2048 x 2048
+ADABN_PIXELS = 2 * 2048 * 2048
+
+
+def adabn_batch(model, image, batch):
+    """How many images like this one, (3,H,W), adapt_batchnorm takes at once: `batch`, or fewer."""
+    pixels = image[0].numel()
+    if getattr(model, "detail", 0):  # details half a side apart: most pixels are in four of them
+        pixels *= 4
+    return max(1, min(batch, ADABN_PIXELS // pixels))
+
+
 @torch.no_grad()
 def adapt_batchnorm(model, dataset, images=96, batch=8):
     """AdaBN: a copy of the model, in eval mode, with BatchNorm statistics of another domain.
 
     Li et al. 2016, "Revisiting Batch Normalization For Practical Domain Adaptation". The statistics
     come from `images` unlabelled images, evenly spread over the data set: the mean over batches of
-    about `batch`. The weights stay. Images of several sizes are cropped to the smallest of their
-    batch. A model without BatchNorm is returned as it is, and that is said. Raises torch's
-    ValueError where all images together give BatchNorm one value a channel.
+    about `batch`, of fewer where images are large. The weights stay. Images of several sizes are
+    cropped to the smallest of their batch. A model without BatchNorm is returned as it is, and that
+    is said. Raises torch's ValueError where all images together give BatchNorm one value a channel.
     """
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         print("AdaBN: this network has no BatchNorm, nothing to adapt", file=sys.stderr)
@@ -255,6 +267,7 @@ def adapt_batchnorm(model, dataset, images=96, batch=8):
 
     count = min(images, len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    batch = adabn_batch(model, dataset[int(chosen[0])]["image"], batch)
     for part in np.array_split(chosen, math.ceil(count / batch)):
         loaded = [dataset[int(i)]["image"] for i in part]
         h = min(image.shape[1] for image in loaded)
@@ -275,12 +288,30 @@ def confusion(pred, label, K):
     pred: integers in 0..K-1; the result is on its device. label: same shape, 0..K-1 or 255 (left
     out). Raises ValueError on any other label.
     """
+    if label.dtype != torch.uint8 and label.numel():
+        low, high = label.min(), label.max()
+        if low < 0 or high > IGNORE:  # uint8 would take -1 for 255, and 256 for class 0
+            raise ValueError(f"labels from {low} to {high} for {K} classes; only 255 may lie "
+                             "outside")
     row = label.to(torch.uint8) + 1  # uint8 wraps round: 255 becomes row 0, class k row k + 1
     counts = torch.bincount((row.int() * K + pred).flatten(), minlength=(K + 1) * K)
     if counts.numel() > (K + 1) * K:
         largest = (counts.numel() - 1) // K - 1
         raise ValueError(f"labels up to {largest} for {K} classes; only 255 may lie outside")
     return counts.view(K + 1, K)[1:]
+
+
+def check_classes(model, dataset):
+    """Raise DataError where a network and a data set have other classes, or another order."""
+    ours = getattr(model, "classes", None)
+    count = getattr(model, "num_classes", None)
+    theirs = dataset.classes
+    if ours is not None and tuple(ours) != tuple(theirs):
+        raise DataError(f"{dataset.spec}: has the classes {', '.join(theirs)}; those of the "
+                        f"network are {', '.join(ours)}, in this order; open it with them")
+    if count is not None and count != len(theirs):
+        raise DataError(f"{dataset.spec}: has {len(theirs)} classes, the network {count}; open it "
+                        "with those of the network")
 
 
 def mean(values):
@@ -419,11 +450,12 @@ def evaluate(model, dataset, window=None, flip=False, head="plain", save=None, c
     training, else at their native one. save: an existing folder for one panel per
     image; colors: uint8 (K,3), those of its classes, by default palette's. counts: also those of
     pair_counts. The train/eval mode of every module is restored. Raises DataError where there are
-    no labels or only ignored pixels.
+    no labels or only ignored pixels, and on other classes than the network's.
     """
     if not dataset.labeled:
         raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
                         "for pictures alone use --images")
+    check_classes(model, dataset)
     names = dataset.classes
     if colors is None:
         colors = palette(names)
@@ -596,7 +628,8 @@ def alignment(model, source, target, head="plain"):
     ratio: distance / margin.
     absent: classes without a cell in one of the domains, left out of all these.
     effective_rank, effective_rank_source: of all cells, see there. The other measures are ours.
-    Raises DataError without labels or cells, and on head "mean", which has no features of its own.
+    Raises DataError without labels or cells, on other classes than the network's, and on head
+    "mean", which has no features of its own.
     """
     if head == "mean":
         raise DataError(ONE_HEAD)
@@ -604,6 +637,7 @@ def alignment(model, source, target, head="plain"):
         if not dataset.labeled:
             raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; "
                             "alignment needs those of both domains")
+        check_classes(model, dataset)
     from_source = accumulate_cells(model, source, head)
     centroids = F.normalize(from_source.sums, dim=1)  # (K,C)
     from_target = accumulate_cells(model, target, head, centroids, from_source.count)
@@ -725,10 +759,13 @@ def before_after(before, after, dataset, titles=("before", "after"), colors=None
     The image shows the three frames around the median gain in pixel accuracy, not the best ones:
     image, label, prediction before, prediction after, one frame a row, then a legend of the classes
     that occur. report: see gain_per_frame, and "frames": [(name, gain)]. One process does all the
-    work. colors: as in evaluate. Raises DataError where there are no labels or only ignored pixels.
+    work. colors: as in evaluate. Raises DataError where there are no labels or only ignored pixels,
+    and on other classes than the networks'.
     """
     if not dataset.labeled:
         raise DataError(f"{dataset.spec}: no labels in split {dataset.split}; a gain needs them")
+    check_classes(before, dataset)
+    check_classes(after, dataset)
     if colors is None:
         colors = palette(dataset.classes)
     rows, frames, shown = [], [], []
@@ -983,8 +1020,12 @@ def is_score(value, needed):
     """Whether a value of a log is the scores of a network, with what is needed of them."""
     if not isinstance(value, dict) or not needed <= value.keys():
         return False
-    if "iou" in needed and not isinstance(value["iou"], dict):
-        return False
+    if "iou" in needed:
+        if not isinstance(value["iou"], dict):
+            return False
+        for iou in value["iou"].values():
+            if not isinstance(iou, (int, float, type(None))):
+                return False
     return isinstance(value["miou"], (int, float)) and math.isfinite(value["miou"])
 
 
@@ -1067,11 +1108,20 @@ def read_run(path):
         if any(other != names[0] for other in names):
             raise DataError(f"{log}: its read-outs have scores of different classes; no table can "
                             "hold them")
-    inputs = dict(start.get("inputs", {}))
+    inputs = dict(start.get("inputs") or {})
     if bank := start.get("text"):
         inputs["text"] = f"{bank.get('kind')} {bank['rows_sha256']}"
     labels = len(start.get("labeled") or [])
     return Run(str(path), row_name(log, flags["seed"]), flags, inputs, labels, result)
+
+
+def adapts(flags):
+    """Whether a step needs target images and what the teacher says of them. flags: a run's, a dict.
+
+    T2S-DA weighs its classes by that, SePiCo contrasts them.
+    """
+    asks_teacher = (flags.get("t2s") or flags.get("sepico")) and flags.get("target") != "none"
+    return bool(flags.get("mix") or flags.get("mask") or flags.get("consistency") or asks_teacher)
 
 
 def flag_of(run, name):
@@ -1108,6 +1158,10 @@ def group_runs(runs):
             compared.remove("target")
         if different := differences(run, first, compared):
             raise DataError(f"{run.path}: not comparable with {first.path}: {different}")
+        names = [list(one.result["student"]["iou"]) for one in (run, first)]
+        if names[0] != names[1]:
+            raise DataError(f"{run.path}: not comparable with {first.path}: scores of the classes "
+                            f"{', '.join(names[0])} instead of {', '.join(names[1])}")
 
         row = rows.setdefault(run.row, {})
         for other in row.values():
@@ -1145,7 +1199,8 @@ def source_only_row(rows):
     found = []
     for row, seeds in rows.items():
         run = next(iter(seeds.values()))
-        if run.flags["recipe"] == "source" and flag_of(run, "labeled") == "0":
+        source_only = run.flags["recipe"] == "source" and not adapts(run.flags)
+        if source_only and flag_of(run, "labeled") == "0":
             found.append(row)
     if len(found) > 1:
         raise DataError(f"--table: {', '.join(found)} are all of recipe source, so that it is not "
@@ -1293,6 +1348,12 @@ def label_curves(rows):
         if run.labels in group:
             raise DataError(f"--picture: {group[run.labels]} and {row} are the same recipe, source "
                             "and number of labels; leave one out")
+        for other in group.values():
+            beside = next(iter(rows[other].values()))
+            names = sorted({*run.flags, *beside.flags} - FREE - {"labeled"})
+            if different := differences(run, beside, names):
+                raise DataError(f"--picture: {row} and {other} are no one line: {different}; leave "
+                                "one out")
         group[run.labels] = row
         ticks[run.labels] = str(run.labels)
         if flag_of(run, "labeled") == "all":
@@ -1309,8 +1370,7 @@ def label_curves(rows):
             run = next(iter(rows[row].values()))
             names[row.removesuffix(f"-{flag_of(run, 'labeled')}")] += 1
         name, _ = names.most_common(1)[0]
-        adapts = any(flag_of(run, weight) for weight in ("mix", "mask", "consistency"))
-        for readout in ("student", "teacher" if adapts else "adabn"):
+        for readout in ("student", "teacher" if adapts(run.flags) else "adabn"):
             points = {}
             for labels, row in sorted(group.items()):
                 results = found.get((row, readout), {})
@@ -1338,6 +1398,13 @@ def axis_values(least, most, finest=1):
     return [step * i for i in range(first, last + 1)]
 
 
+def curve_colours(names):
+    """A colour (r,g,b) for each name; no two are alike."""
+    if len(names) <= len(CURVE_COLOURS):
+        return list(CURVE_COLOURS[:len(names)])
+    return [tuple(colour) for colour in palette([f"line {i}" for i in range(len(names))]).tolist()]
+
+
 def draw_curves(curves, ticks):
     """PIL image: a line through the means over seeds, a dot per seed. Arguments: see label_curves.
 
@@ -1345,7 +1412,7 @@ def draw_curves(curves, ticks):
     because Pillow's lines have no soft edges.
     """
     scale = 3
-    width, height = 900 * scale, 400 * scale
+    width, height = 900 * scale, max(400, 60 + 22 * len(curves)) * scale  # room for the legend
     left, right, top, bottom = 50 * scale, 650 * scale, 30 * scale, 350 * scale
     font = ImageFont.load_default(13 * scale)
     sheet = Image.new("RGB", (width, height), "white")
@@ -1375,8 +1442,9 @@ def draw_curves(curves, ticks):
               anchor="mb")
 
     names = list(dict.fromkeys(name for name, _, _ in curves))
+    colours = curve_colours(names)
     for i, (name, readout, points) in enumerate(curves):
-        colour = CURVE_COLOURS[names.index(name) % len(CURVE_COLOURS)]
+        colour = colours[names.index(name)]
         if readout != "student":  # the lighter one of a pair
             colour = tuple((c + 255) // 2 for c in colour)
         line = [(x_of(labels), y_of(statistics.fmean(mious))) for labels, mious in points.items()]
@@ -1489,9 +1557,7 @@ def draw_step_curves(panels):
     font = ImageFont.load_default(12 * scale)
 
     names = list(dict.fromkeys(run for runs in panels.values() for run in runs))
-    colours = CURVE_COLOURS
-    if len(names) > len(colours):
-        colours = [tuple(colour) for colour in palette(names).tolist()]
+    colours = curve_colours(names)
     last = max(step for runs in panels.values() for points in runs.values() for step in points)
     x_marks = axis_values(0, last)
     for i, (title, runs) in enumerate(panels.items()):
@@ -1632,12 +1698,12 @@ def export_error(program, path, checkpoint):
             call = WRITERS[Path(path).suffix](program, path, checkpoint)
         finally:
             logging.disable(logging.NOTSET)
-    worst = 0.0
+    errors = []
     for batch, height, width in EXPORT_SIZES:
         image = torch.rand(batch, 3, height, width)
         wanted = program(image)
-        error = (call(image) - wanted).abs().max() / wanted.abs().max().clamp(min=1)
-        worst = max(worst, error.item())
+        errors.append((call(image) - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+    worst = torch.stack(errors).max().item()  # NaN where one is, which Python's max would pass over
     return worst
 
 
@@ -1740,9 +1806,10 @@ def build_parser():
     a("--flip", action="store_true", help="average with the mirror image")
     a("--head", default="plain", choices=("plain", "language", "mean"),
       help="decoder; language where one was trained, mean: both (default: plain)")
-    a("--weights", default="student", choices=("student", "teacher"),
+    a("--weights", choices=("student", "teacher"),
       help="which network of the run: the trained one, or its running average, which a run that "
-           "adapts recommends, and by which best.pt is chosen then (default: student)")
+           "adapts recommends, and by which best.pt is chosen then (default: student; of a run "
+           "that recommends the teacher that is said)")
     a("--adabn", nargs="+", metavar="SPEC",
       help="first re-estimate BatchNorm on unlabelled train images of this data set")
     a("--size", type=parse_size, metavar="WxH",
@@ -1866,6 +1933,14 @@ def open_network(path, weights, args, *published):
     return checkpoint, model
 
 
+def recommends_teacher(checkpoint):
+    """Whether a checkpoint holds a teacher, and its run had begun to adapt."""
+    flags = checkpoint["flags"]
+    if checkpoint["teacher"] is None or not adapts(flags):
+        return False
+    return checkpoint["step"] > (flags.get("source_steps") or 0)
+
+
 def title_of(checkpoint, weights):
     """What a picture calls a network: its recipe, and whether that had begun to adapt."""
     flags = checkpoint["flags"]
@@ -1882,6 +1957,11 @@ def open_before(args, checkpoint):
     before = open_network(args.before, "student", args)
     if before[0]["classes"] != checkpoint["classes"]:
         raise CheckpointError(f"{args.before}: has other classes than {args.checkpoint}")
+    size, trained = checkpoint["flags"]["size"], before[0]["flags"]["size"]
+    if trained and size and list(trained) != list(size) and not args.size:
+        print(f"note: {args.before} was trained at {trained[0]}x{trained[1]} pixels, "
+              f"{args.checkpoint} at {size[0]}x{size[1]}; both predict at the second size, which "
+              "--size changes", file=sys.stderr)
     return before
 
 
@@ -1930,6 +2010,9 @@ def draw_images(args, checkpoint, model, size, colors, how):
     antialias = checkpoint["flags"].get("antialias", True)
     report = predict_images(model, args.images, model.classes, folder, size, colors=colors,
                             antialias=antialias, **how)
+    if Path(args.images).resolve() in Path(folder).resolve().parents:
+        print(f"note: {folder} lies below {args.images}: a training on that folder would take the "
+              "pictures for images; --save names another place")
     if size:
         print(f"scaled to a longer side of {max(size)} for the network, ", end="")
     print(f"panels and ids at native size in {folder}")
@@ -1986,6 +2069,11 @@ def open_data(args, checkpoint, classes, size, detail):
             raise DataError(f"{args.checkpoint}: {lost}, the run's --classes, says what masks mean "
                             "and is not there; restore it, or give --data with IDS behind the "
                             "masks")
+        if ids is None and args.backbone is None:
+            for one in specs(spec):
+                if lacks_ids(one, args.split):
+                    raise DataError(f"{one}: nothing says what the values of its masks mean; give "
+                                    "IDS behind the masks")
         dataset = open_dataset(spec, args.split, classes, size, cache, **how)
         checked.append((dataset, not args.submit))
         if args.submit:
@@ -2059,8 +2147,12 @@ def run(args):
     """The command line's work with a checkpoint; returns which images were left out, or ''."""
     check_outputs(args)
     published = args.backbone, args.decoder, args.classes, args.detail
-    checkpoint, model = open_network(args.checkpoint, args.weights, args, *published)
-    args.weights = checkpoint.get("network", args.weights)  # what was exported has but one
+    weights = args.weights or "student"
+    checkpoint, model = open_network(args.checkpoint, weights, args, *published)
+    if args.weights is None and recommends_teacher(checkpoint):
+        print(f"note: {args.checkpoint}: this is the student; the run recommends its teacher, "
+              "--weights teacher", file=sys.stderr)
+    args.weights = checkpoint.get("network", weights)  # what was exported has but one
     flags = checkpoint["flags"]
     classes = model.classes
     size = args.size or flags["size"]

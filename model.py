@@ -1037,6 +1037,8 @@ class Segmenter(nn.Module):
             raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(FUSIONS)}")
         if language not in (None, "lcmsm", "dlg"):
             raise ValueError(f"unknown language module {language!r}; known: lcmsm, dlg")
+        if language is not None and text is None:
+            raise ValueError(f"language {language!r} needs text, a TextBank; text_bank makes one")
         check_backbone(backbone)
         if backbone in MIT:
             self.backbone = MixTransformer(backbone)
@@ -1432,6 +1434,11 @@ def clip_bank(spec, names):
     Raises TextError.
     """
     architecture, _, tag = spec.partition("/")
+    if architecture.startswith("hf-hub:"):
+        raise TextError(
+            f"--text clip:{spec}: give MODEL/TAG of open_clip's list, such as "
+            "ViT-B-16/laion2b_s34b_b88k; from a model of the hub make a bank (FILE.npz)"
+        )
     if tag in ("", "None", "none"):
         raise TextError(
             f"--text clip:{spec}: needs MODEL/TAG, such as ViT-B-16/laion2b_s34b_b88k; a tower "
@@ -2226,7 +2233,7 @@ def current_flags(flags):
     confident = flags.pop("confident", None)
     if flags.get("dyce") is True:  # was a switch beside the share
         flags["dyce"] = hardest
-    flags["dyce"] = float(flags.get("dyce", 0))
+    flags["dyce"] = float(flags.get("dyce") or 0)
     if flags.get("consistency") and confident is not None:  # was a threshold of its own
         if not flags.get("mix") and not flags.get("mask"):
             flags["threshold"] = confident

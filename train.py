@@ -344,7 +344,7 @@ def parse_flags(argv=None):
     f.class_names = data.class_names(f.classes or data.default_classes(first_labelled(f)))
     f.lcmsm = f.language == "lcmsm"
     f.contrasts = bool(f.cluda or f.sepico or f.t2s)
-    f.adapts = adapts(f)
+    f.adapts = evaluation.adapts(vars(f))
     f.doubt_power = 0.0 if f.dyce else 0.5  # of T2S-DA's class weights; DyCE weighs classes already
     f.detail_side = detail_side(f, parser)
 
@@ -366,15 +366,6 @@ def detail_side(f, parser):
         parser.error(f"--mask-block {f.mask_block}: with --detail at most a quarter of the detail "
                      f"crop's {side} pixels: larger blocks can hide all that it shows")
     return side
-
-
-def adapts(f):
-    """Whether a step needs target images and what the teacher says of them.
-
-    T2S-DA weighs its classes by that, SePiCo contrasts them.
-    """
-    asks_teacher = bool(f.t2s or f.sepico) and f.target != "none"
-    return bool(f.mix or f.mask or f.consistency or asks_teacher)
 
 
 def flags_at(f, step):
@@ -414,7 +405,7 @@ def settle_training(f):
         f.alpha = 0.999 if long else 0.99
     if f.source_steps is None:
         # a teacher that has learned next to nothing yet would mislead a short run
-        f.source_steps = f.steps // 3 if adapts(f) and not long else 0
+        f.source_steps = f.steps // 3 if evaluation.adapts(vars(f)) and not long else 0
     if f.warmup is None:
         f.warmup = min(1500, f.steps // 20, max(0, shorter_phase(f)) // 2)
     if f.lr is None:
@@ -2441,17 +2432,24 @@ def before_adaptation(run):
 def with_adabn(run, net):
     """The network with BatchNorm statistics of the target, None where it has none, or no target.
 
-    None also where the target's images are too small and too few for statistics: that is said.
+    None also where the target's images are too small and too few for statistics, or memory is
+    short: that is said.
     """
     if not run.sets.target or not model.batchnorms(net):
         return None
     try:
         return evaluation.adapt_batchnorm(net, run.sets.target)
-    except ValueError as error:
-        if not model.has_one_value(error):
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if model.has_one_value(error):
+            why = (f"{words(run.f.target)} has one image, and so small that BatchNorm gets one "
+                   "value")
+        elif model.is_out_of_memory(error) and WORLD == 1:  # others would wait for this process
+            command = ["python", "eval.py", str(run.last), "--adabn", *data.specs(run.f.target),
+                       "--device", "cpu"]
+            why = f"out of memory; {shlex.join(command)} measures it in the memory of the CPU"
+        else:
             raise
-    print0(f"note: no read-out with AdaBN: {words(run.f.target)} has one image, and so small that "
-           "BatchNorm gets one value")
+    print0(f"note: no read-out with AdaBN: {why}")
     return None
 
 
@@ -2466,11 +2464,7 @@ def read_out(run):
     After a source phase also the network from before adaptation, with and without AdaBN, and a
     picture of what changed, OUT/result.png.
     """
-    nets = {
-        "student": run.student,
-        "teacher": run.teacher,
-        "adabn": with_adabn(run, run.student),
-    }
+    nets = {"student": run.student, "teacher": run.teacher}
     recommended = "teacher" if run.f.adapts else "student"
     before = before_adaptation(run)
     results = {"source": scored(run, before)}
@@ -2478,6 +2472,7 @@ def read_out(run):
         results["source"]["adabn"] = scored(run, with_adabn(run, before))
     for name, net in nets.items():
         results[name] = scored(run, net)
+    results["adabn"] = scored(run, with_adabn(run, run.student))
     results["recommended"] = recommended
 
     if before and RANK == 0:
@@ -2519,6 +2514,11 @@ def use_command(run, *what):
     words = ["python", "eval.py", str(run.last)]
     if run.f.adapts:
         words += ["--weights", "teacher"]
+    slides = run.f.slide  # as last.pt says, which a read-out with another --slide does not change
+    if run.checkpoint and run.start == run.f.steps:
+        slides = run.checkpoint["flags"].get("slide", False)
+    if slides != run.f.slide:
+        words.append("--slide" if run.f.slide else "--no-slide")
     return shlex.join([*words, *(what or ("--images", "PATH"))])
 
 
@@ -2638,7 +2638,7 @@ def train(f, device):
             if model.is_out_of_memory(error):
                 remedy = "the same command with --slide scores them in pieces"
                 if f.slide:
-                    command = use_command(run, "--slide", "--device", "cpu")
+                    command = use_command(run, "--device", "cpu")
                     remedy = f"{command} scores them in the memory of the CPU"
                 data.fail("train.py", f"out of memory while images were scored; {remedy}", 1)
             raise
