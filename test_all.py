@@ -10143,7 +10143,8 @@ def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     assert "recommended: student" in out and "use it: " not in out
 
     # a shell takes the command also where the folder's name has a blank
-    run = SimpleNamespace(last=Path("my runs/last.pt"), f=SimpleNamespace(adapts=False))
+    run = SimpleNamespace(last=Path("my runs/last.pt"), checkpoint=None,
+                          f=SimpleNamespace(adapts=False, slide=True))
     words = shlex.split(train.use_command(run))
     assert words == ["python", "eval.py", "my runs/last.pt", "--images", "PATH"]
 
