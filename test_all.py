@@ -10125,6 +10125,18 @@ def test_a_crowded_processor_is_noted_once(small_run, monkeypatch):
         assert log.crowded == (device == "cpu")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="the system has no /proc/cpuinfo")
+def test_a_log_names_the_processor(monkeypatch):
+    device = train.versions(torch.device("cpu"))["device"]
+    assert f", {torch.backends.cpu.get_cpu_capability()}, " in device
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model":
+            assert f"/{value.strip()}, {os.cpu_count()} cores" in device
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError))  # not on Linux
+    assert train.processor().count(", ") == 1
+
+
 def test_a_run_ends_with_what_to_use_and_what_to_compare(small_run, tmp_path):
     argv = [*small_run, "--steps", "1", "--no-augment-source", "--mask", "0.5", "--alpha=0.9"]
     *_, teacher, command, end = run_train(argv).stdout.splitlines()
@@ -10589,7 +10601,8 @@ def record(argv):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    machine = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}{processor()}"
+    # models of processors round in different ways
+    machine = f"torch {torch.__version__}, {train.processor().partition(', ')[2]}"
     exact = known.get("made on", machine) == machine
     if not exact:
         print(
@@ -10620,15 +10633,6 @@ def record(argv):
         RECORD.write_text("{" + rows + "}\n")
     if wrong:
         sys.exit(f"{len(wrong)} rows differ from the record: {', '.join(wrong)}")
-
-
-def processor():
-    """', family/model' of the processor where Linux tells; models round in different ways."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return ""
-    numbers = re.findall(r"^(?:cpu family|model)\s*:\s*(\d+)", info.read_text(), re.M)
-    return f", {'/'.join(numbers[:2])}" if numbers else ""
 
 
 def record_difference(old, new, exact):

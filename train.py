@@ -25,6 +25,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import secrets
 import shlex
 import signal
@@ -1466,12 +1467,25 @@ def digest(content):
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def processor():
+    """The processor, by which numbers differ in their last digits: "x86_64, AVX512, 6/207".
+
+    Architecture, the vector instructions that torch takes, family/model where Linux tells.
+    """
+    parts = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    with contextlib.suppress(OSError):
+        cpu = Path("/proc/cpuinfo").read_text()
+        numbers = re.findall(r"^(?:cpu family|model)\s*:\s*(\d+)", cpu, re.M)
+        parts.append("/".join(numbers[:2]))
+    return ", ".join(part for part in parts if part)
+
+
 def versions(device):
     """What a number depends on beside the flags: versions, hardware, a hash of the six scripts."""
     here = Path(__file__).resolve().parent
     scripts = ("model.py", "train.py", "data.py", "losses.py", "kernels.py", "eval.py")
     code = b"".join((here / name).read_bytes() for name in scripts)
-    hardware = f"{platform.machine()}, {os.cpu_count()} cores"
+    hardware = f"{processor()}, {os.cpu_count()} cores"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     try:
