@@ -1808,8 +1808,8 @@ def build_parser():
       help="decoder; language where one was trained, mean: both (default: plain)")
     a("--weights", choices=("student", "teacher"),
       help="which network of the run: the trained one, or its running average, which a run that "
-           "adapts recommends, and by which best.pt is chosen then (default: student; of a run "
-           "that recommends the teacher that is said)")
+           "adapts recommends, and by which best.pt is chosen then (default: student, with a note "
+           "where the run recommends the teacher)")
     a("--adabn", nargs="+", metavar="SPEC",
       help="first re-estimate BatchNorm on unlabelled train images of this data set")
     a("--size", type=parse_size, metavar="WxH",

@@ -4733,7 +4733,8 @@ def test_source_with_an_adapting_flag_is_no_reference(tmp_path):
     (lambda start, result: result["student"]["iou"].update(a="10"), "no result event"),
     (lambda start, result: start["flags"].update(dyce=None), None),
     (lambda start, result: start.update(inputs=None), None),
-    (lambda start, result: result["student"].update(iou={"x": 1}), "scores of the classes x instead"),
+    (lambda start, result: result["student"].update(iou={"x": 1}),
+     "scores of the classes x instead"),
 ])
 def test_logs_of_others_are_one_line(change, words, tmp_path):
     one, other = (made_log(tmp_path / f"{name}-0", 0, 40) for name in ("one", "other"))
@@ -8692,8 +8693,8 @@ def test_a_read_out_that_was_cut_off_is_done_when_the_run_is_started_again(small
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "adapt_batchnorm", Mock(side_effect=torch.OutOfMemoryError("x")))
         done = run_train([*argv, "--out", str(tmp_path / "bare")])
-    assert re.search("no read-out with AdaBN: out of memory; python eval.py .*/bare/last.pt --adabn "
-                     "folder:.* --device cpu measures it", done.stdout)
+    assert re.search("no read-out with AdaBN: out of memory; python eval.py .*/bare/last.pt "
+                     "--adabn folder:.* --device cpu measures it", done.stdout)
     (result,) = events(tmp_path / "bare", "result")
     assert result["adabn"] is None and result["teacher"]["miou"] >= 0
     # memory that is short for whole images is enough for windows

@@ -2458,7 +2458,8 @@ def with_adabn(run, net):
             why = (f"{words(run.f.target)} has one image, and so small that BatchNorm gets one "
                    "value")
         elif model.is_out_of_memory(error) and WORLD == 1:  # others would wait for this process
-            command = ["python", "eval.py", str(run.last), "--adabn", *data.specs(run.f.target),
+            path = run.last if net is run.student else run.source_pt
+            command = ["python", "eval.py", str(path), "--adabn", *data.specs(run.f.target),
                        "--device", "cpu"]
             why = f"out of memory; {shlex.join(command)} measures it in the memory of the CPU"
         else:
