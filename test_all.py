@@ -4506,6 +4506,23 @@ def test_figures_of_readme_and_results_are_those_of_the_logs():
             assert night in readouts[f"night-{name}", readout]
     flat = " ".join(readme.split())
 
+    # alignment: each recipe's mean over its seeds
+    aligned = json.loads((Path(HERE) / "assets/logs/alignment.json").read_text())
+    for start, row in (("`source` | 3", "again-source"), ("`daformer` | 3", "pay-daformer"),
+                       ("`cluda` | 3", "pay-cluda"),
+                       ("`t2sda --control` | 0, 1, 2", "camvid-t2sda-control"),
+                       ("`t2sda` | 0, 1, 2", "camvid-t2sda"),
+                       ("`dacs --rcs 0.01` | 0, 1, 2", "camvid-sepico-control"),
+                       ("`sepico` | 0, 1, 2", "camvid-sepico")):
+        runs = [run for name, run in aligned.items() if name.rpartition("-")[0] == row]
+        assert len(runs) == (3 if row.startswith("camvid-") else 1)
+        cells = [start]
+        for measure, digits in (("distance", 3), ("margin", 3), ("nearest_class_accuracy", 1),
+                                ("effective_rank", 1)):
+            center = sum(run[measure] for run in runs) / len(runs)
+            cells.append(f"{center:.{digits}f}")
+        assert f"| {' | '.join(cells)} |" in results
+
     means = {}  # of the recommended network
     for rows in ("camvid-{source,cluda,lcmsm-real,lcmsm-shuffled}", "multi-{hrda,naive256}",
                  "camvid-{semi,src}-{50,all}"):
